@@ -1,0 +1,223 @@
+"""The image encoders that MobileSAMv2 can run with, behind one registry.
+
+Every encoder maps a normalised, padded image ``[B, 3, S, S]`` to an embedding ``[B, C, G, G]`` that the prompt-guided
+decoder reads. ``state_dict`` keys of TinyViT and the ViTs are those of the released checkpoints; EfficientViT's blocks
+come from timm under other names, and :attr:`EncoderConfig.rename` translates the released names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.layers import GELUTanh
+from timm.models.efficientvit_mit import ConvNormAct, FusedMBConv, ResidualBlock
+from torch import Tensor, nn
+from ultralytics.models.sam.modules.encoders import ImageEncoderViT
+from ultralytics.models.sam.modules.tiny_encoder import TinyViT
+from ultralytics.nn.modules import LayerNorm2d
+
+# Mean and standard deviation of the RGB values that every released encoder was trained with (0..255).
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class SamNeck(nn.Module):
+    """EfficientViT-SAM's neck: sums the last three stages at one size and refines the sum.
+
+    Source: "EfficientViT-SAM: Accelerated Segment Anything Model Without Accuracy Loss" (arXiv 2402.05008), figure 2.
+    """
+
+    def __init__(self, in_channels: list[int], head_width: int, head_depth: int, out_channels: int, size: int) -> None:
+        super().__init__()
+        norm = partial(nn.BatchNorm2d, eps=1e-6)
+        self.size = size
+        self.input_ops = nn.ModuleList(
+            ConvNormAct(channels, head_width, 1, norm_layer=norm, act_layer=None) for channels in reversed(in_channels)
+        )
+        self.middle = nn.Sequential(
+            *(
+                ResidualBlock(
+                    FusedMBConv(head_width, head_width, expand_ratio=1, norm_layer=norm, act_layer=(GELUTanh, None)),
+                    nn.Identity(),
+                )
+                for _ in range(head_depth)
+            )
+        )
+        self.output_ops = nn.ModuleList(
+            [ConvNormAct(head_width, out_channels, 1, bias=True, norm_layer=None, act_layer=None)]
+        )
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for op, stage in zip(self.input_ops, reversed(stages)):
+            x = op(stage)
+            if x.shape[-1] != self.size:
+                x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", align_corners=False)
+            total = x if total is None else total + x
+        return self.output_ops[0](self.middle(total))
+
+
+class SamNeckEncoder(nn.Module):
+    """A timm backbone, :class:`SamNeck` on its last three stages, and a layer norm.
+
+    Args:
+        backbone: a `features_only` model that returns the three stages.
+        head_width, head_depth: the neck's channels and blocks.
+        embed_dim, embed_size: channels and side of the embedding.
+        network_size: side in pixels to which the padded input is resampled; the released EfficientViTs take 512.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, head_width: int, head_depth: int, embed_dim: int, embed_size: int, network_size: int
+    ) -> None:
+        super().__init__()
+        self.network_size = network_size
+        self.backbone = backbone
+        self.neck = SamNeck(backbone.feature_info.channels(), head_width, head_depth, embed_dim, embed_size)
+        self.norm = LayerNorm2d(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.network_size:
+            x = F.interpolate(x, size=(self.network_size, self.network_size), mode="bilinear", align_corners=False)
+        return self.norm(self.neck(self.backbone(x)))
+
+
+def _rename_efficientvit(key: str) -> str:
+    """The name that a tensor of a released EfficientViT-SAM encoder has in :class:`EfficientViTSam`."""
+    key = re.sub(r"^(neck\.(?:input|output)_ops\.\d+)\.op_list\.0\.", r"\1.", key)
+    key = re.sub(r"^neck\.middle\.op_list\.", "neck.middle.", key)
+    key = re.sub(r"^backbone\.stages\.0\.op_list\.0\.", "backbone.stem_in_conv.", key)
+    key = re.sub(
+        r"^backbone\.stages\.0\.op_list\.(\d+)\.", lambda m: f"backbone.stem_res{int(m[1]) - 1}.", key
+    )
+    return re.sub(
+        r"^backbone\.stages\.([1-9]\d*)\.op_list\.",
+        lambda m: f"backbone.stages_{int(m[1]) - 1}.blocks.",
+        key,
+    )
+
+
+def _unchanged(key: str) -> str:
+    return key
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What the rest of the model needs to know about an encoder.
+
+    Attributes:
+        build: makes the module, with untrained weights.
+        rename: released tensor name -> name in the module.
+        image_size: side in pixels to which an image is resized (long side) and padded.
+        embed_dim, embed_size: channels and side of the embedding; low-res logits have four times that side.
+    """
+
+    build: Callable[[], nn.Module]
+    rename: Callable[[str], str] = _unchanged
+    image_size: int = 1024
+    embed_dim: int = 256
+    embed_size: int = 64
+
+
+def _tiny_vit() -> nn.Module:
+    # MobileSAM's TinyViT-5M (arXiv 2306.14289), whose third merging keeps stride 16.
+    return TinyViT(
+        img_size=1024,
+        in_chans=3,
+        num_classes=1000,
+        embed_dims=(64, 128, 160, 320),
+        depths=(2, 2, 6, 2),
+        num_heads=(2, 4, 5, 10),
+        window_sizes=(7, 7, 14, 7),
+        mlp_ratio=4.0,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        use_checkpoint=False,
+        mbconv_expand_ratio=4.0,
+        local_conv_size=3,
+        layer_lr_decay=0.8,
+    )
+
+
+def _sam_vit(embed_dim: int, depth: int, num_heads: int, global_attn_indexes: tuple[int, ...]) -> nn.Module:
+    return ImageEncoderViT(
+        img_size=1024,
+        patch_size=16,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=4,
+        out_chans=256,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=global_attn_indexes,
+    )
+
+
+def _efficientvit(depths: tuple[int, ...], head_depth: int) -> nn.Module:
+    # timm has no L0; its L1 with other depths is the same family.
+    backbone = timm.create_model(
+        "efficientvit_l1", features_only=True, out_indices=(1, 2, 3), depths=depths, norm_eps=1e-6
+    )
+    return SamNeckEncoder(backbone, 256, head_depth, embed_dim=256, embed_size=64, network_size=512)
+
+
+def _resnet_demo() -> nn.Module:
+    backbone = timm.create_model(
+        "resnet10t", features_only=True, out_indices=(2, 3, 4), layers=(1, 2, 2, 2), channels=(64, 128, 192, 256)
+    )
+    return SamNeckEncoder(backbone, 128, 3, embed_dim=128, embed_size=32, network_size=256)
+
+
+ENCODERS: dict[str, EncoderConfig] = {
+    "tiny_vit": EncoderConfig(_tiny_vit),
+    "efficientvit_l0": EncoderConfig(partial(_efficientvit, (1, 1, 1, 4, 4), head_depth=4), _rename_efficientvit),
+    "efficientvit_l1": EncoderConfig(partial(_efficientvit, (1, 1, 1, 6, 6), head_depth=8), _rename_efficientvit),
+    "efficientvit_l2": EncoderConfig(partial(_efficientvit, (1, 2, 2, 8, 8), head_depth=12), _rename_efficientvit),
+    "sam_vit_b": EncoderConfig(partial(_sam_vit, 768, 12, 12, (2, 5, 8, 11))),
+    "sam_vit_l": EncoderConfig(partial(_sam_vit, 1024, 24, 16, (5, 11, 17, 23))),
+    "sam_vit_h": EncoderConfig(partial(_sam_vit, 1280, 32, 16, (7, 15, 23, 31))),
+    # The demo model's: small enough to train on two CPU cores (training/), at a quarter of the resolution.
+    "resnet_demo": EncoderConfig(_resnet_demo, image_size=256, embed_dim=128, embed_size=32),
+}
+
+
+def encoder_config(name: str) -> EncoderConfig:
+    """The registry's entry for `name`.
+
+    Raises:
+        ValueError: no encoder has that name.
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"Unknown image encoder {name!r}; choose one of {', '.join(ENCODERS)}.")
+    return ENCODERS[name]
+
+
+def preprocess(image: np.ndarray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """An image as the encoders take it.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        image_size: side of the network input; the image's long side is resized to it (PIL bilinear, antialiased).
+
+    Returns:
+        float32 [3, image_size, image_size], normalised, padded right and below with zeros; and (height, width) of the
+        resized image in it.
+    """
+    height, width = image.shape[:2]
+    scale = image_size / max(height, width)
+    # At least one pixel: a 1 x 5000 image has a short side that rounds to zero.
+    size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    resized = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    pixels = (torch.from_numpy(resized).to(torch.float32) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    return F.pad(pixels.permute(2, 0, 1), (0, image_size - size[1], 0, image_size - size[0])), size
