@@ -1,0 +1,37 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install everything into .venv (PYTHON=python3.12 picks the interpreter)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed, '$(PYTHON)' is not: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "'$(PYTHON)' cannot create virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	@# opencv-python needs libGL, which servers lack; opencv-python-headless does not, and fills the same folder.
+	$(PY) -c 'import cv2' 2>/dev/null || \
+		$(PY) -m pip install --force-reinstall --no-deps -c constraints.txt opencv-python-headless
+	$(PY) -c 'import cv2'
+	$(PY) tools/ensure_mongod.py
+	@touch $@
+
+quickstart: setup ## segment images and open them in the App (IMAGES=folder MODEL=zoo-name)
+	$(PY) -m fiftyone_mobilesamv2.cli quickstart $(if $(IMAGES),--images "$(IMAGES)") $(if $(MODEL),--model "$(MODEL)")
+
+test: setup ## check format and lint, run the tests
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+clean: ## remove the environment, build outputs and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""What every test shares: an environment that leaves the user's own FiftyOne alone, a database, the reference data."""
+
+import atexit
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="fiftyone-mobilesamv2-tests-"))
+
+OWN_DATABASE_URI = os.environ.get("FIFTYONE_DATABASE_URI")
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    PORT = probe.getsockname()[1]
+
+# Set here and not in a fixture: fiftyone and ultralytics read these once, when they are first imported, which may be at
+# the top of a test module. FiftyOne connects only when a database is first used, and without a URI it would attach to
+# one of the user's that already runs.
+os.environ |= {
+    "FIFTYONE_DO_NOT_TRACK": "true",
+    "FIFTYONE_CONFIG_PATH": str(SCRATCH / "fiftyone-config.json"),
+    "FIFTYONE_DATABASE_DIR": str(SCRATCH / "fiftyone-db"),
+    "FIFTYONE_DEFAULT_DATASET_DIR": str(SCRATCH / "datasets"),
+    "FIFTYONE_DATASET_ZOO_DIR": str(SCRATCH / "dataset-zoo"),
+    "FIFTYONE_MODEL_ZOO_DIR": str(SCRATCH / "model-zoo"),
+    "FIFTYONE_PLUGINS_DIR": str(SCRATCH / "plugins"),
+    "YOLO_CONFIG_DIR": str(SCRATCH / "ultralytics"),
+    "YOLO_AUTOINSTALL": "false",
+    "MPLBACKEND": "Agg",
+    "FIFTYONE_DATABASE_URI": OWN_DATABASE_URI or f"mongodb://127.0.0.1:{PORT}/?serverSelectionTimeoutMS=10000",
+}
+(SCRATCH / "plugins").mkdir()
+
+
+@atexit.register
+def remove_scratch() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def mongod():
+    """The URI of a database for these tests: FIFTYONE_DATABASE_URI if set, else a mongod of their own."""
+    if OWN_DATABASE_URI:
+        return OWN_DATABASE_URI
+
+    fiftyone = Path(importlib.util.find_spec("fiftyone").submodule_search_locations[0])
+    binary = fiftyone / "db" / "bin" / "mongod"
+    if not binary.is_file():
+        pytest.fail(f"{binary} is missing: run `make setup` or set FIFTYONE_DATABASE_URI", pytrace=False)
+
+    dbpath, log = SCRATCH / "mongod", SCRATCH / "mongod.log"
+    dbpath.mkdir()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [binary, "--dbpath", dbpath, "--port", str(PORT), "--bind_ip", "127.0.0.1", "--nounixsocket"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    # At exit and not in the fixture's teardown: FiftyOne cleans its database up at exit, and would wait for
+    # one that is gone. Functions run in reverse order, so this one, registered before FiftyOne's, comes after it.
+    @atexit.register
+    def stop() -> None:
+        process.kill()
+        process.wait(timeout=10)
+
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", PORT), timeout=1).close()
+            break
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{binary} did not start:\n{log.read_text()[-2000:]}", pytrace=False)
+            time.sleep(0.1)
+    return os.environ["FIFTYONE_DATABASE_URI"]
+
+
+@pytest.fixture
+def dataset(mongod):
+    """An empty, non-persistent fiftyone.Dataset of this test's own."""
+    import fiftyone as fo
+
+    dataset = fo.Dataset(f"test-{uuid.uuid4().hex}")
+    yield dataset
+    if not dataset.deleted:
+        dataset.delete()
+
+
+def shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder ../shared/{name} beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """The folder of outputs recorded from the reference implementation."""
+    return shared_folder("parity")
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of photos with annotated instances."""
+    return shared_folder("photos")
