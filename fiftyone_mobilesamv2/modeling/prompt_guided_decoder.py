@@ -117,12 +117,19 @@ class PromptGuidedDecoder(nn.Module):
             [N, T, C]; T = 2 for boxes, P + 1 for points (SAM pads points that come without a box), P + 2 for both.
         """
         with_points = None if points is None else (points, point_labels)
-        tokens, _ = self.prompt_encoder(points=with_points, boxes=boxes, masks=None)
+        with self._full_precision():
+            tokens, _ = self.prompt_encoder(points=with_points, boxes=boxes, masks=None)
         return tokens
+
+    def _full_precision(self) -> torch.autocast:
+        # A position is the sine of a product: the 8 bits of a bfloat16 are half a pixel off before the sine.
+        device = self.prompt_encoder.no_mask_embed.weight.device
+        return torch.autocast(device.type, enabled=False)
 
     def image_side(self, features: Tensor) -> ImageSide:
         """The part of decoding that all prompts of an image share. `features`: [C, G, G], one image's embedding."""
-        pe = self.prompt_encoder.get_dense_pe().to(features.dtype).flatten(2).transpose(1, 2)
+        with self._full_precision():
+            pe = self.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
         keys = features.unsqueeze(0).flatten(2).transpose(1, 2) + self.prompt_encoder.no_mask_embed.weight
         layer: TwoWayAttentionBlock = self.mask_decoder.transformer.layers[0]
         to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token

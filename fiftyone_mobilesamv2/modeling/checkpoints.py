@@ -1,0 +1,557 @@
+"""Which files a model needs, where they come from, how they are verified and read.
+
+Layouts that load (by content, not by name):
+
+- a whole SAM: ``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*`` (MobileSAM v1, Meta's SAM)
+- any of these inside ``{"state_dict": ...}`` or ``{"model": ...}`` (EfficientViT-SAM, MobileSAM v2)
+- an encoder's tensors under their own names
+- ``{"PromtEncoder": ..., "MaskDecoder": ...}`` (MobileSAMv2's prompt-guided decoder; the spelling is the file's own)
+- a pickled ultralytics detector, or the tensors of one
+- all of that as ``.safetensors``
+
+Nothing in a file is ever executed: tensors load with ``weights_only=True``, and where a pickle names classes (the
+detector's does), it gets inert stand-ins for those of torch and ultralytics, and is refused if it names any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from tqdm import tqdm
+
+from .image_encoders import encoder_config
+from .object_discovery import INPUT_SIZE
+from .prompt_guided_decoder import PromptGuidedDecoder
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_DIR_VARIABLE = "FIFTYONE_MOBILESAMV2_WEIGHTS_DIR"
+PACKAGED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
+_RELEASE = "34bbbfdface3c18e5221aa7de6032d7220c6c6a1"
+_RELEASE_URL = f"https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/{_RELEASE}"
+_META_URL = "https://dl.fbaipublicfiles.com/segment_anything"
+
+
+class CheckpointError(RuntimeError):
+    """A file of weights is missing, is not the one that was expected, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file on the Hugging Face hub."""
+
+    repo: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"https://huggingface.co/{self.repo}/resolve/main/{self.path}"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One file of weights.
+
+    Attributes:
+        filename: its name in the weights folder.
+        sources: where it can be downloaded, in the order in which they are tried: hub files and URLs.
+        megabytes: about how large it is.
+        size: its exact size in bytes, where known.
+        sha256: its hash, or the first digits of it where its publisher gives no more.
+        git_blob: its git blob id, sha1 of b"blob <size>\\0" + content, which pins it as well.
+    """
+
+    filename: str
+    sources: tuple[HubFile | str, ...]
+    megabytes: int
+    size: int | None = None
+    sha256: str | None = None
+    git_blob: str | None = None
+
+    def describe(self) -> str:
+        """What the file should be, for an error message."""
+        facts = [f"{self.size:,} bytes" if self.size else f"about {self.megabytes} MB"]
+        if self.sha256:
+            facts.append(f"sha256 {self.sha256}" + ("" if len(self.sha256) == 64 else "..."))
+        if self.git_blob:
+            facts.append(f"git blob {self.git_blob}")
+        return ", ".join(facts)
+
+
+MOBILE_SAM = Weights(
+    "mobile_sam.pt",
+    (f"{_RELEASE_URL}/weights/mobile_sam.pt", HubFile("dhkim2810/MobileSAM", "mobile_sam.pt")),
+    megabytes=41,
+    size=40_728_226,
+    sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    git_blob="7ef2d090979fd9853adf17b7a99c8b94a1c5a6a7",
+)
+PROMPT_GUIDED_DECODER = Weights(
+    "Prompt_guided_Mask_Decoder.pt",
+    (
+        f"{_RELEASE_URL}/MobileSAMv2/PromptGuidedDecoder/Prompt_guided_Mask_Decoder.pt",
+        HubFile("RogerQi/MobileSAMV2", "Prompt_guided_Mask_Decoder.pt"),
+    ),
+    megabytes=15,
+    git_blob="c13b15a3a4496dbcba5f4f0d3e8453f41d818420",
+)
+OBJECT_AWARE_MODEL = Weights(
+    "ObjectAwareModel.pt",
+    (
+        HubFile("yuwendu/MobileSAM_utils", "weight/ObjectAwareModel.pt"),
+        HubFile("RogerQi/MobileSAMV2", "ObjectAwareModel.pt"),
+    ),
+    megabytes=140,
+    sha256="4d99244a9c7a4d7330af28d1801ebee362fa469ac564b57c8eab48b43e4e64a1",
+)
+
+
+def _efficientvit(name: str, megabytes: int, size: int | None = None, sha256: str | None = None) -> Weights:
+    source = HubFile("mit-han-lab/efficientvit-sam", f"{name}.pt")
+    return Weights(f"{name}.pt", (source,), megabytes, size, sha256)
+
+
+def _meta_sam(name: str, megabytes: int, sha256: str) -> Weights:
+    filename = f"sam_{name}_{sha256}.pth"  # Meta's file names carry the first digits of the hash
+    return Weights(filename, (f"{_META_URL}/{filename}",), megabytes, sha256=sha256)
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A model of the zoo: an encoder of the registry and the files it runs with."""
+
+    encoder: str
+    encoder_weights: Weights
+    decoder_weights: Weights = PROMPT_GUIDED_DECODER
+    detector_weights: Weights = OBJECT_AWARE_MODEL
+    detector_size: int = INPUT_SIZE
+
+    @property
+    def weights(self) -> dict[str, Weights]:
+        """The files by the name of the argument that takes their path."""
+        return {
+            "encoder_checkpoint": self.encoder_weights,
+            "decoder_checkpoint": self.decoder_weights,
+            "detector_checkpoint": self.detector_weights,
+        }
+
+
+_DEMO_SAM = Weights("demo_sam.safetensors", (), megabytes=12)
+_DEMO_DETECTOR = Weights("demo_detector.safetensors", (), megabytes=6)
+
+MODELS: dict[str, PretrainedModel] = {
+    "mobilesamv2-tinyvit-torch": PretrainedModel("tiny_vit", MOBILE_SAM),
+    "mobilesamv2-efficientvit-l0-torch": PretrainedModel("efficientvit_l0", _efficientvit("l0", 140)),
+    "mobilesamv2-efficientvit-l1-torch": PretrainedModel("efficientvit_l1", _efficientvit("l1", 190)),
+    "mobilesamv2-efficientvit-l2-torch": PretrainedModel(
+        "efficientvit_l2",
+        _efficientvit("l2", 246, 245_724_244, "f087f8287d5b3791020be8b0346a35dae0849dd191bf165178bf947e0df868cc"),
+    ),
+    "mobilesamv2-vitb-torch": PretrainedModel("sam_vit_b", _meta_sam("vit_b", 375, "01ec64")),
+    "mobilesamv2-vitl-torch": PretrainedModel("sam_vit_l", _meta_sam("vit_l", 1250, "0b3195")),
+    "mobilesamv2-vith-torch": PretrainedModel("sam_vit_h", _meta_sam("vit_h", 2565, "4b8939")),
+    # Comes with the package; the detector was trained at this size (training/detector.py).
+    "mobilesamv2-demo-torch": PretrainedModel("resnet_demo", _DEMO_SAM, _DEMO_SAM, _DEMO_DETECTOR, detector_size=320),
+}
+
+
+def pretrained_model(name: str) -> PretrainedModel:
+    """The zoo's entry `name`.
+
+    Raises:
+        ValueError: no model has that name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}; choose one of {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+# Where files are ----------------------------------------------------------------------------------------------------
+
+
+def weights_dir() -> Path:
+    """The folder of downloaded weights: $FIFTYONE_MOBILESAMV2_WEIGHTS_DIR, else a folder of the user's cache."""
+    if folder := os.environ.get(WEIGHTS_DIR_VARIABLE):
+        return Path(folder).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "fiftyone_mobilesamv2"
+
+
+def local_path(weights: Weights) -> Path:
+    """Where the file is, or will be once downloaded."""
+    packaged = PACKAGED_WEIGHTS / weights.filename
+    return packaged if not weights.sources else weights_dir() / weights.filename
+
+
+def is_downloaded(name: str) -> bool:
+    """Whether all files of the model `name` are on this machine."""
+    return all(local_path(weights).is_file() for weights in pretrained_model(name).weights.values())
+
+
+def fetch_model(name: str, skip: Collection[str] = ()) -> dict[str, Path]:
+    """Makes sure of the files of the model `name`, downloading what is missing.
+
+    Args:
+        skip: arguments whose files the caller has: "encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint".
+
+    Returns:
+        argument -> verified path.
+
+    Raises:
+        CheckpointError: with all files that are missing and where to put them, or the file that is wrong.
+    """
+    needed = {key: weights for key, weights in pretrained_model(name).weights.items() if key not in skip}
+    paths, failures = {}, []
+    for key, weights in needed.items():
+        try:
+            paths[key] = fetch(weights)
+        except DownloadError as error:
+            failures.append((weights, error))
+    if failures:
+        lines = [f"Weights of {name} are missing and could not be downloaded. Put these files into {weights_dir()}"]
+        lines[0] += f" (or set {WEIGHTS_DIR_VARIABLE} to the folder that has them, or pass their paths):"
+        for weights, error in failures:
+            lines.append(f"- {weights.filename} ({weights.describe()})")
+            lines += [f"    from {source}: {reason}" for source, reason in error.reasons.items()]
+        raise CheckpointError("\n".join(lines))
+    return paths
+
+
+class DownloadError(CheckpointError):
+    """No source gave the file. `reasons`: source -> why not."""
+
+    def __init__(self, weights: Weights, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        tried = "; ".join(f"{source}: {reason}" for source, reason in reasons.items()) or "it has no source"
+        super().__init__(f"{weights.filename} could not be downloaded ({tried}).")
+
+
+def fetch(weights: Weights) -> Path:
+    """The verified path of a file, downloaded if it is not there.
+
+    Raises:
+        CheckpointError: the file that is there is not the expected one (it is left where it is).
+        DownloadError: it is not there, and no source gave the expected file.
+    """
+    path = local_path(weights)
+    if path.is_file():
+        verify(path, weights)
+        return path
+    if not weights.sources:
+        raise DownloadError(weights, {"the package": f"{path} is missing; reinstall fiftyone_mobilesamv2"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        reasons = {}
+        if path.is_file():  # another process was faster
+            verify(path, weights)
+            return path
+        for source in weights.sources:
+            try:
+                partial = _download(source, path)
+                verify(partial, weights)
+            except (OSError, CheckpointError, ValueError) as error:
+                # ValueError: huggingface_hub's answer to an unusable endpoint. A file that failed its check is
+                # removed by `verify`'s caller here; a broken transfer stays, to be resumed.
+                reasons[str(source)] = " ".join(str(error).split())
+                if isinstance(error, CheckpointError):
+                    partial.unlink()
+                continue
+            partial.replace(path)
+            record = _record_path(partial)
+            if record.exists():
+                record.replace(_record_path(path))
+            return path
+    raise DownloadError(weights, reasons)
+
+
+def _download(source: HubFile | str, path: Path) -> Path:
+    """Downloads to a file beside `path`, going on where an earlier attempt stopped."""
+    if isinstance(source, HubFile):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            found = hf_hub_download(source.repo, source.path, local_dir=path.parent / ".hub")
+        except HfHubHTTPError as error:
+            raise OSError(str(error)) from error
+        return Path(found)
+    return _download_url(source, path.with_name(path.name + ".partial"))
+
+
+def _download_url(url: str, partial: Path) -> Path:
+    start = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # all of it is here already
+            return partial
+        raise
+    with response:
+        if response.status != 206:  # the server sends the whole file whatever was asked
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with (
+            partial.open("ab" if start else "wb") as file,
+            tqdm(
+                initial=start, total=total, unit="B", unit_scale=True, desc=partial.stem, file=sys.stderr
+            ) as progress,
+        ):
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                progress.update(len(chunk))
+    if total is not None and partial.stat().st_size < total:
+        raise OSError(f"the connection broke after {partial.stat().st_size:,} of {total:,} bytes; try again to resume")
+    return partial
+
+
+# Whether they are the right ones ------------------------------------------------------------------------------------
+
+
+def verify(path: Path, weights: Weights) -> None:
+    """Checks that the file at `path` is `weights`: its size and hash where they are known, else the hash that was
+    recorded when it was first used. A file that has not changed since it was checked is not read again.
+
+    Raises:
+        CheckpointError: it is another file.
+    """
+    stat = path.stat()
+    if weights.size is not None and stat.st_size != weights.size:
+        raise CheckpointError(f"{path} has {stat.st_size:,} bytes; {weights.filename} should have {weights.size:,}.")
+    known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    record = _read_record(path)
+    if record and known.items() <= record.items() and _matches(weights, record.get("sha256"), record.get("git_blob")):
+        return
+    sha256, git_blob = file_hashes(path)
+    expected = weights.sha256 or weights.git_blob
+    if not _matches(weights, sha256, git_blob):
+        raise CheckpointError(f"{path} is not {weights.filename}: its sha256 is {sha256}, expected {weights.describe()}.")
+    if expected is None and record and record.get("sha256") != sha256:
+        raise CheckpointError(
+            f"{path} has changed since it was first used: its sha256 was {record.get('sha256')} and is {sha256} now. "
+            f"If you replaced it on purpose, delete {_record_path(path)}."
+        )
+    if weights.sources:  # the package's own files lie where nothing should be written
+        try:
+            _record_path(path).write_text(json.dumps({**known, "sha256": sha256, "git_blob": git_blob}))
+        except OSError as error:
+            logger.debug("Could not record the hash of %s: %s", path, error)
+
+
+def file_hashes(path: Path) -> tuple[str, str]:
+    """sha256 and git blob id of a file, as hex."""
+    sha256 = hashlib.sha256()
+    blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+            blob.update(chunk)
+    return sha256.hexdigest(), blob.hexdigest()
+
+
+def _matches(weights: Weights, sha256: str | None, git_blob: str | None) -> bool:
+    return (weights.sha256 is None or (sha256 or "").startswith(weights.sha256)) and (
+        weights.git_blob is None or git_blob == weights.git_blob
+    )
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".verified.json")
+
+
+def _read_record(path: Path) -> dict | None:
+    try:
+        record = json.loads(_record_path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{_record_path(path)} can't be read ({error}); delete it.") from error
+    return record if isinstance(record, dict) else None
+
+
+# What is in them ----------------------------------------------------------------------------------------------------
+
+
+def load_encoder(path: str | PathLike, name: str) -> nn.Module:
+    """The image encoder `name` with the weights of a file in any layout.
+
+    Raises:
+        CheckpointError: the file's tensors are not exactly the encoder's.
+    """
+    config = encoder_config(name)
+    tensors = read_tensors(path)
+    prefixed = [key for key in tensors if "image_encoder." in key]
+    if prefixed:
+        tensors = {key.split("image_encoder.", 1)[1]: tensors[key] for key in prefixed}
+    module = config.build()
+    tensors = {config.rename(key): tensor for key, tensor in tensors.items()}
+    _load_strictly(module, tensors, f"{path} does not fit the image encoder {name}")
+    return module
+
+
+def load_decoder(path: str | PathLike, encoder: str) -> PromptGuidedDecoder:
+    """The prompt-guided decoder that goes with `encoder`, with the weights of a file in any layout.
+
+    Raises:
+        CheckpointError: the file's tensors are not exactly the decoder's.
+    """
+    config = encoder_config(encoder)
+    parts = {"prompt_encoder": "prompt_encoder", "mask_decoder": "mask_decoder"}
+    parts |= {"PromtEncoder": "prompt_encoder", "MaskDecoder": "mask_decoder"}
+    tensors = {}
+    for key, tensor in read_tensors(path).items():
+        match = re.search(rf"(?:^|\.)({'|'.join(parts)})\.(.+)$", key)
+        if match:
+            tensors[f"{parts[match[1]]}.{match[2]}"] = tensor
+    decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
+    _load_strictly(decoder, tensors, f"{path} does not fit the prompt-guided decoder of {encoder}")
+    return decoder
+
+
+def load_detector(path: str | PathLike) -> nn.Module:
+    """The class-agnostic YOLOv8 whose tensors a file holds, fused for inference.
+
+    The architecture is ultralytics' own for the scale that the tensors have; nothing of the file but tensors is used.
+    The mask branch of a segmentation model (the release's detector is one) is left out: boxes don't depend on it.
+
+    Raises:
+        CheckpointError: the file holds no YOLOv8 with one class.
+    """
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+
+    mask_branch = ("model.22.cv4.", "model.22.proto.")
+    tensors = {key: tensor for key, tensor in read_tensors(path).items() if not key.startswith(mask_branch)}
+    scales = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}
+    stem, scores = tensors.get("model.0.conv.weight"), tensors.get("model.22.cv3.0.2.weight")
+    bins = tensors.get("model.22.dfl.conv.weight")
+    if stem is None or scores is None or bins is None or stem.shape[0] not in scales:
+        raise CheckpointError(f"{path} holds no YOLOv8 detector: found tensors {_some(tensors)}.")
+    if len(scores) != 1:
+        raise CheckpointError(f"{path} detects {len(scores)} classes; object discovery needs one class, 'object'.")
+    name = f"yolov8{scales[stem.shape[0]]}.yaml"
+    # The release regresses box sides over 26 bins (as FastSAM does), where YOLOv8 has 16.
+    config = yaml_model_load(name) | {"nc": 1, "reg_max": bins.shape[1]}
+    model = DetectionModel(config, verbose=False)
+    _load_strictly(model, tensors, f"{path} does not fit {name}")
+    return model.eval().fuse(verbose=False)
+
+
+def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
+    """All tensors of a file by name, nested names joined by dots; wrappers that say nothing are taken off.
+
+    Raises:
+        CheckpointError: the file is missing, is no checkpoint, or holds something other than tensors and plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            content: object = load_file(path)
+        except Exception as error:  # safetensors raises its own type, which derives from Exception alone
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    else:
+        content = _unpickle(path)
+    while isinstance(content, Mapping):
+        wrapper = next((key for key in ("model", "state_dict") if key in content and _is_container(content[key])), None)
+        if wrapper is None:
+            break
+        content = content[wrapper]
+    if isinstance(content, nn.Module):
+        content = nn.Module.state_dict(content)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, Mapping):
+            tensors |= {f"{key}.{name}": tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+    return tensors
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, Mapping | nn.Module)
+
+
+class _InertModule(nn.Module):
+    """Stands for every module class that a pickle names: it holds the tensors and can do nothing."""
+
+
+class _Inert:
+    """Stands for other harmless names in a pickle: takes whatever it is given and keeps nothing."""
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+# In the pickles of ultralytics: `Detect.forward`, kept as an attribute; the type of its settings; fitness, a scalar.
+_INERT_NAMES = re.compile(
+    r"(builtins|__builtin__)\.(getattr|set)|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)|"
+    r"pathlib\.(Posix|Windows)?Path|ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace"
+)
+_MODULE_NAMES = re.compile(r"(torch\.nn\.modules|ultralytics\.(yolo\.)?nn)\.[\w.]+")
+
+
+def _unpickle(path: Path) -> object:
+    try:
+        names = get_unsafe_globals_in_checkpoint(path)
+    except Exception as error:  # torch raises anything from RuntimeError to KeyError on a file that is no checkpoint
+        raise CheckpointError(f"{path} is not a checkpoint that PyTorch can read: {_first_line(error)}") from error
+    refused = [name for name in names if not _MODULE_NAMES.fullmatch(name) and not _INERT_NAMES.fullmatch(name)]
+    if refused:
+        raise CheckpointError(
+            f"{path} was not opened: its pickle names {', '.join(refused)}, and only classes of torch.nn and "
+            "ultralytics are allowed. It may try to run code; get the file from a source that you trust."
+        )
+    stand_ins = [(_InertModule if _MODULE_NAMES.fullmatch(name) else _Inert, name) for name in names]
+    try:
+        with safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be opened: {_first_line(error)}") from error
+
+
+def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in tensors]
+    surplus = [key for key in tensors if key not in expected]
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    problems = [("missing", missing), ("surplus", surplus), ("of the wrong shape", shapes)]
+    if any(found for _, found in problems):
+        raise CheckpointError(
+            f"{complaint}: " + "; ".join(f"{len(found)} {what}: {_some(found)}" for what, found in problems if found)
+        )
+    module.load_state_dict({key: tensors[key].to(value.dtype) for key, value in expected.items()})
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:3])
+    return f"{shown}, ..." if len(names) > 3 else shown or "none"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,198 @@
+"""Low-res logits -> binary masks, each cropped to its own tight box.
+
+The released code upsamples every mask of an image to full size at once. Here one mask is computed at a time, and only
+the region that can be inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as mask_utils
+from torch import Tensor
+
+# SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
+# automatic mask generator, `stability_score_offset`).
+STABILITY_OFFSET = 1.0
+
+
+@dataclass
+class Segmentation:
+    """The masks of one image.
+
+    Attributes:
+        boxes: int [N, 4], xyxy in pixels: the tight box of each mask, ends exclusive; zeros where a mask is empty.
+        masks: N bool arrays; mask i has the shape of box i.
+        confidence: float32 [N]: the detector's score of the box prompt; the predicted IoU where no detector took part.
+        predicted_iou: float32 [N]: the decoder's own estimate of the mask's IoU with the object.
+        stability: float32 [N]: IoU of the masks at logit +1 and -1.
+        size: (height, width) of the image.
+        points: float32 [N, 2], the point prompt of each mask, where the grid search found it; else None.
+    """
+
+    boxes: np.ndarray
+    masks: list[np.ndarray]
+    confidence: np.ndarray
+    predicted_iou: np.ndarray
+    stability: np.ndarray
+    size: tuple[int, int]
+    points: np.ndarray | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def areas(self) -> np.ndarray:
+        """int64 [N], pixels of each mask."""
+        return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Segmentation:
+        """The masks `indices`, in that order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return Segmentation(
+            boxes=self.boxes[indices],
+            masks=[self.masks[i] for i in indices],
+            confidence=self.confidence[indices],
+            predicted_iou=self.predicted_iou[indices],
+            stability=self.stability[indices],
+            size=self.size,
+            points=None if self.points is None else self.points[indices],
+        )
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """bool [H, W], mask `index` at its place in the image."""
+        full = np.zeros(self.size, bool)
+        x0, y0, x1, y1 = self.boxes[index]
+        full[y0:y1, x0:x1] = self.masks[index]
+        return full
+
+    def rle(self) -> list[dict]:
+        """The masks as compressed COCO RLE of the full image: `{"size": [H, W], "counts": bytes}`."""
+        return [rle_from_crop(mask, box, self.size) for mask, box in zip(self.masks, self.boxes)]
+
+
+def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> dict:
+    """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
+    height, width = size
+    x0, y0, x1, y1 = (int(v) for v in box)
+    columns = np.zeros((x1 - x0, height), bool)  # RLE runs down the columns
+    columns[:, y0:y1] = mask.T
+    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False)) + x0 * height
+    counts = np.diff(changes, prepend=0, append=height * width)
+    return mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+
+
+def upsample(low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """SAM's upsampling of whole logit maps: to the network input, less its padding, to the image.
+
+    This is the definition that :func:`crop_masks` reproduces; it holds N full-size float maps.
+
+    Args:
+        low_res_logits: [N, L, L].
+        image_size: side of the padded network input. input_size: (h, w) of the image in it. size: (h, w) of the image.
+
+    Returns:
+        float32 [N, H, W]
+    """
+    logits = F.interpolate(
+        low_res_logits[None].float(), (image_size, image_size), mode="bilinear", align_corners=False
+    )
+    logits = logits[..., : input_size[0], : input_size[1]]
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of :func:`upsample`, as a matrix: interpolation is linear and separable.
+
+    Attributes:
+        weights: float32 [n, L]; pixel i of the image is `weights[i] @ low_res`.
+        first, last: [n]: the range of low-res cells that pixel i depends on, inclusive.
+    """
+
+    weights: Tensor
+    first: Tensor
+    last: Tensor
+
+    def pixels_near(self, cells: slice) -> slice:
+        """The pixels that depend on any of these low-res cells."""
+        near = torch.nonzero((self.first < cells.stop) & (self.last >= cells.start)).flatten()
+        return slice(int(near[0]), int(near[-1]) + 1) if len(near) else slice(0, 0)
+
+    def cells_of(self, pixels: slice) -> slice:
+        """The low-res cells that these pixels depend on."""
+        return slice(int(self.first[pixels].min()), int(self.last[pixels].max()) + 1)
+
+
+def _bilinear_matrix(n_in: int, n_out: int) -> Tensor:
+    """float64 [n_out, n_in]: 1-D `F.interpolate(..., mode="bilinear", align_corners=False)`."""
+    return F.interpolate(
+        torch.eye(n_in, dtype=torch.float64)[None], n_out, mode="linear", align_corners=False
+    )[0].T.contiguous()
+
+
+def upsampling_axis(logit_size: int, image_size: int, input_length: int, length: int) -> Axis:
+    """The axis of an image of `length` pixels that takes `input_length` of the network input's `image_size`."""
+    matrix = _bilinear_matrix(input_length, length) @ _bilinear_matrix(logit_size, image_size)[:input_length]
+    used = matrix != 0
+    first = used.int().argmax(1)
+    last = logit_size - 1 - used.flip(1).int().argmax(1)
+    return Axis(matrix.float(), first, last)
+
+
+def crop_masks(
+    low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """`upsample(...) > 0`, each mask cropped to its tight box: the same pixels, without the full-size maps.
+
+    Arguments as for :func:`upsample`.
+
+    Returns:
+        boxes int32 [N, 4] xyxy with exclusive ends (zeros for an empty mask), masks (bool arrays), stability
+        float32 [N] (0 for an empty mask).
+    """
+    logits = low_res_logits.detach().float()
+    rows, columns = (
+        upsampling_axis(logits.shape[-1], image_size, n_in, n_out) for n_in, n_out in zip(input_size, size)
+    )
+    row_weights, column_weights = rows.weights.to(logits.device), columns.weights.T.contiguous().to(logits.device)
+    # The sums below and those of `upsample` differ by a few roundings of the largest logit. Where a logit is closer to
+    # the threshold than that, the two could disagree, and `upsample` decides.
+    tolerance = (logits.abs().amax((1, 2)) * 2**-20).tolist() if len(logits) else []
+    candidate = logits > -STABILITY_OFFSET
+    row_used, column_used = candidate.any(2).cpu(), candidate.any(1).cpu()
+
+    boxes = np.zeros((len(logits), 4), np.int32)
+    masks: list[np.ndarray] = [np.zeros((0, 0), bool)] * len(logits)
+    stability = np.zeros(len(logits), np.float32)
+    for i in range(len(logits)):
+        r, c = _extent(row_used[i]), _extent(column_used[i])
+        if r is None or c is None:
+            continue
+        r, c = rows.pixels_near(r), columns.pixels_near(c)
+        if r.start == r.stop or c.start == c.stop:  # all of it lies in the padding
+            continue
+        in_rows, in_columns = rows.cells_of(r), columns.cells_of(c)
+        values = row_weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
+        if bool((values.abs() <= tolerance[i]).any()):
+            values = upsample(logits[i : i + 1], image_size, input_size, size)[0, r, c]
+        above = int((values > STABILITY_OFFSET).sum())
+        stability[i] = above / max(int((values > -STABILITY_OFFSET).sum()), 1)
+        mask = (values > 0).cpu()
+        y, x = _extent(mask.any(1)), _extent(mask.any(0))
+        if y is None or x is None:
+            stability[i] = 0
+            continue
+        boxes[i] = c.start + x.start, r.start + y.start, c.start + x.stop, r.start + y.stop
+        masks[i] = mask[y, x].numpy().copy()
+    return boxes, masks, stability
+
+
+def _extent(used: Tensor) -> slice | None:
+    """The range of the true entries of a bool vector."""
+    indices = torch.nonzero(used)
+    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else None

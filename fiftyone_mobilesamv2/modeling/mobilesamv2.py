@@ -1,0 +1,451 @@
+"""MobileSAMv2: segment everything by discovering objects first, or segment what prompts point at.
+
+image -> encode (once) -> discover boxes -> decode all prompts of the image against that one encoding -> crop
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoints, object_discovery
+from .grid_prompts import POINTS_PER_BATCH, POINTS_PER_SIDE, GridFilter, grid_points, suppress_duplicates
+from .image_encoders import EncoderConfig, encoder_config, preprocess
+from .masks import Segmentation, crop_masks
+from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
+from .prompt_guided_decoder import ImageSide, PromptGuidedDecoder
+
+PROMPTINGS = ("object_aware", "grid")
+
+# Logits of this many prompts exist at a time: 64 x 256 x 256 float32 are 16 MiB, and a grid's three masks each 48.
+_PROMPTS_PER_PASS = POINTS_PER_BATCH
+
+
+@dataclass(frozen=True)
+class ImageEmbeddings:
+    """Encoded images.
+
+    Attributes:
+        features: [B, C, G, G].
+        original_sizes, input_sizes: (h, w) of each image, and of the resized image in the network input.
+    """
+
+    features: Tensor
+    original_sizes: list[tuple[int, int]]
+    input_sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.original_sizes)
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class MobileSAMv2(nn.Module):
+    """An image encoder, a prompt-guided decoder and, for object-aware prompting, a detector.
+
+    Make one with :meth:`from_pretrained` or :meth:`from_checkpoints`.
+
+    Args:
+        image_encoder: images [B, 3, S, S] -> embeddings [B, C, G, G].
+        decoder: fits the encoder's embedding.
+        config: the encoder's sizes.
+        discovery: the detector, or None: then only the grid and SegAny work.
+        device: where to run; None takes :func:`default_device`.
+        dtype: of the heavy computation. Weights, prompts and final masks stay float32.
+
+    Attributes:
+        seconds: wall time spent per stage ("encode", "discover", "decode", "crop") since it was last cleared.
+    """
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        decoder: PromptGuidedDecoder,
+        config: EncoderConfig,
+        discovery: ObjectDiscovery | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = image_encoder
+        self.decoder = decoder
+        self.discovery = discovery
+        self.device = torch.device(device) if device is not None else default_device()
+        self.dtype = dtype
+        self.seconds: Counter[str] = Counter()
+        # `eval` after the weights are in: TinyViT caches its attention biases at this call.
+        self.to(self.device).requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        **files: str | PathLike,
+    ) -> MobileSAMv2:
+        """A model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies what is missing.
+
+        Args:
+            name: see :data:`fiftyone_mobilesamv2.modeling.checkpoints.MODELS`.
+            files: `encoder_checkpoint`, `decoder_checkpoint`, `detector_checkpoint`: a path to use instead.
+
+        Raises:
+            ValueError: no model has that name.
+            checkpoints.CheckpointError: a file is neither here nor to be had, or is not what it should be.
+        """
+        model = checkpoints.pretrained_model(name)
+        return cls.from_checkpoints(
+            encoder=model.encoder,
+            detector_size=model.detector_size,
+            device=device,
+            dtype=dtype,
+            **(checkpoints.fetch_model(name, skip=files) | files),
+        )
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        encoder: str,
+        encoder_checkpoint: str | PathLike,
+        decoder_checkpoint: str | PathLike,
+        detector_checkpoint: str | PathLike | None = None,
+        detector_size: int = object_discovery.INPUT_SIZE,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> MobileSAMv2:
+        """A model from files in any released layout (see :mod:`.checkpoints`).
+
+        Args:
+            encoder: name in the encoder registry.
+            detector_size: pixels of the long side that the detector sees.
+
+        Raises:
+            ValueError: no encoder has that name.
+            checkpoints.CheckpointError: a file does not fit; the message names it and the first offending tensors.
+        """
+        config = encoder_config(encoder)
+        discovery = None
+        if detector_checkpoint is not None:
+            discovery = ObjectDiscovery(checkpoints.load_detector(detector_checkpoint), detector_size)
+        return cls(
+            checkpoints.load_encoder(encoder_checkpoint, encoder),
+            checkpoints.load_decoder(decoder_checkpoint, encoder),
+            config,
+            discovery,
+            device,
+            dtype,
+        )
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[np.ndarray]) -> ImageEmbeddings:
+        """Encodes images of any sizes.
+
+        Args:
+            images: uint8 RGB arrays [H, W, 3].
+
+        Raises:
+            ValueError: an image is something else; the message says which one.
+        """
+        _check_images(images)
+        features, input_sizes = [], []
+        with self._timed("encode"):
+            # One at a time: kernels are chosen by batch size, and with them the last bits of an embedding. At 1024 px
+            # a single image fills the device.
+            for image in images:
+                pixels, input_size = preprocess(image, self.config.image_size)
+                with self._autocast():
+                    features.append(self.image_encoder(pixels[None].to(self.device)).float())
+                input_sizes.append(input_size)
+        if not features:
+            size = self.config.embed_size
+            features = [torch.zeros(0, self.config.embed_dim, size, size, device=self.device)]
+        return ImageEmbeddings(torch.cat(features), [image.shape[:2] for image in images], input_sizes)
+
+    @torch.inference_mode()
+    def discover(
+        self,
+        images: Sequence[np.ndarray],
+        conf: float = CONFIDENCE,
+        iou: float = NMS_IOU,
+        max_prompts: int = MAX_PROMPTS,
+    ) -> list[BoxPrompts]:
+        """Finds the objects of each image.
+
+        Args:
+            images: uint8 RGB arrays [H, W, 3].
+            conf: least confidence. iou: boxes that overlap more are the same object. max_prompts: most boxes an image.
+
+        Raises:
+            RuntimeError: the model has no detector.
+        """
+        if self.discovery is None:
+            raise RuntimeError(
+                "Object-aware prompting needs a detector and this model was made without one: pass "
+                'detector_checkpoint=..., or use prompting="grid".'
+            )
+        _check_images(images)
+        with self._timed("discover"), self._autocast():
+            return [self.discovery(image, conf, iou, max_prompts) for image in images]
+
+    @torch.inference_mode()
+    def decode(
+        self, embeddings: ImageEmbeddings, boxes: Sequence[Tensor | np.ndarray]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Decodes box prompts, each against the encoding of its own image.
+
+        Args:
+            embeddings: of B images.
+            boxes: B arrays [N, 4], xyxy in pixels of the image.
+
+        Returns:
+            per image, the low-res logits float32 [N, L, L] and predicted IoU float32 [N].
+        """
+        _check_count("boxes", boxes, len(embeddings))
+        logits, ious = [], []
+        for i, image_boxes in enumerate(boxes):
+            prompts = self._embed(embeddings, i, boxes=torch.as_tensor(image_boxes))
+            image_logits, image_iou = self._decode(self._image_side(embeddings, i), prompts)
+            logits.append(image_logits[:, 0])
+            ious.append(image_iou[:, 0])
+        return logits, ious
+
+    @torch.inference_mode()
+    def segment_everything(
+        self,
+        images: Sequence[np.ndarray],
+        prompting: str = "object_aware",
+        conf: float = CONFIDENCE,
+        iou: float = NMS_IOU,
+        max_prompts: int = MAX_PROMPTS,
+        points_per_side: int = POINTS_PER_SIDE,
+        grid_filter: GridFilter = GridFilter(),
+    ) -> list[Segmentation]:
+        """Masks of all objects of each image.
+
+        Object-aware: one mask for each box that :meth:`discover` finds, most confident first, nothing filtered but
+        masks without a pixel. Grid: SAM's grid search, by predicted IoU.
+
+        Args:
+            images: uint8 RGB arrays [H, W, 3].
+            prompting: "object_aware" or "grid".
+            conf, iou, max_prompts: of :meth:`discover`; object-aware prompting only.
+            points_per_side, grid_filter: of the grid only.
+        """
+        if prompting not in PROMPTINGS:
+            raise ValueError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
+        embeddings = self.encode(images)
+        if prompting == "grid":
+            return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
+        found = []
+        for i, prompts in enumerate(self.discover(images, conf, iou, max_prompts)):
+            segmentation = self._segment(embeddings, i, self._embed(embeddings, i, boxes=prompts.boxes))
+            segmentation.confidence = prompts.scores.float().numpy()
+            found.append(segmentation.select(np.flatnonzero(segmentation.areas)))
+        return found
+
+    @torch.inference_mode()
+    def segment_anything(
+        self,
+        images: Sequence[np.ndarray],
+        boxes: Sequence[Tensor | np.ndarray] | None = None,
+        points: Sequence[Sequence[np.ndarray]] | None = None,
+        point_labels: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> list[Segmentation]:
+        """SegAny: one mask a prompt, in the order of the prompts; an empty mask where the decoder finds nothing.
+
+        A prompt is a box, or points, or both. A lone point is ambiguous: of its three masks it takes the one with the
+        best predicted IoU. A box, or several points, takes the single-mask token.
+
+        Args:
+            images: B uint8 RGB arrays [H, W, 3].
+            boxes: for each image [N, 4], xyxy in pixels.
+            points: for each image N arrays [P, 2], xy in pixels; P may differ from prompt to prompt.
+            point_labels: for each image N arrays [P], 1 inside the object and 0 outside; None: all inside.
+
+        Raises:
+            ValueError: no prompts, or prompts that don't fit each other or the images.
+        """
+        if boxes is None and points is None:
+            raise ValueError("segment_anything needs prompts: boxes, points, or both.")
+        for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
+            if prompts is not None:
+                _check_count(name, prompts, len(images))
+        embeddings = self.encode(images)
+        return [
+            self._segment_prompted(
+                embeddings,
+                i,
+                None if boxes is None else torch.as_tensor(np.asarray(boxes[i], np.float32).reshape(-1, 4)),
+                None if points is None else points[i],
+                None if point_labels is None else point_labels[i],
+            )
+            for i in range(len(images))
+        ]
+
+    def _segment_prompted(
+        self,
+        embeddings: ImageEmbeddings,
+        index: int,
+        boxes: Tensor | None,
+        points: Sequence[np.ndarray] | None,
+        point_labels: Sequence[np.ndarray] | None,
+    ) -> Segmentation:
+        count = len(boxes) if boxes is not None else len(points)
+        if points is None:
+            return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
+        points = [np.asarray(p, np.float32).reshape(-1, 2) for p in points]
+        if point_labels is None:
+            point_labels = [np.ones(len(p), np.int64) for p in points]
+        if len(points) != count or [len(p) for p in points] != [len(np.atleast_1d(v)) for v in point_labels]:
+            raise ValueError(
+                f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
+                f"box; got {count} prompts, {len(points)} arrays of points, {len(point_labels)} of labels."
+            )
+        # Prompts with the same number of points have the same number of tokens and are decoded together.
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, p in enumerate(points):
+            groups[len(p)].append(i)
+        parts: list[Segmentation] = []
+        for num_points, members in groups.items():
+            if num_points == 0 and boxes is None:
+                raise ValueError(f"Image {index}: prompt {members[0]} has neither a box nor a point.")
+            prompts = self._embed(
+                embeddings,
+                index,
+                boxes=None if boxes is None else boxes[members],
+                points=torch.from_numpy(np.stack([points[i] for i in members])) if num_points else None,
+                point_labels=torch.from_numpy(np.stack([np.atleast_1d(point_labels[i]) for i in members]))
+                if num_points
+                else None,
+            )
+            parts.append(self._segment(embeddings, index, prompts, ambiguous=boxes is None and num_points == 1))
+        order = np.argsort([i for members in groups.values() for i in members], kind="stable")
+        return concatenate(parts, embeddings.original_sizes[index]).select(order)
+
+    def _grid_search(
+        self, embeddings: ImageEmbeddings, index: int, points_per_side: int, grid_filter: GridFilter
+    ) -> Segmentation:
+        size = embeddings.original_sizes[index]
+        grid = grid_points(points_per_side, size)
+        points = torch.from_numpy(grid)[:, None]
+        prompts = self._embed(embeddings, index, points=points, point_labels=torch.ones(points.shape[:2]))
+        side = self._image_side(embeddings, index)
+        found = []
+        for start in range(0, len(prompts), _PROMPTS_PER_PASS):
+            logits, iou = self._decode(side, prompts[start : start + _PROMPTS_PER_PASS], multimask=True)
+            of_point = np.repeat(grid[start : start + _PROMPTS_PER_PASS], iou.shape[1], axis=0)
+            logits, iou = logits.flatten(0, 1), iou.flatten()
+            good = torch.ones_like(iou, dtype=torch.bool)
+            if grid_filter.pred_iou_thresh > 0:
+                good = iou > grid_filter.pred_iou_thresh
+            batch = self._crop(embeddings, index, logits[good], iou[good])
+            batch.points = of_point[good.cpu().numpy()]
+            keep = batch.areas > 0
+            if grid_filter.stability_score_thresh > 0:
+                keep &= batch.stability >= grid_filter.stability_score_thresh
+            found.append(batch.select(np.flatnonzero(keep)))
+        return suppress_duplicates(concatenate(found, size), grid_filter.box_nms_thresh)
+
+    def _segment(
+        self, embeddings: ImageEmbeddings, index: int, prompts: Tensor, ambiguous: bool = False
+    ) -> Segmentation:
+        """One mask for each of the prompts [N, T, C] of image `index`."""
+        side = self._image_side(embeddings, index)
+        found = []
+        for some in prompts.split(_PROMPTS_PER_PASS):
+            logits, iou = self._decode(side, some, multimask=ambiguous)
+            best = iou.argmax(1)
+            rows = torch.arange(len(iou), device=iou.device)
+            found.append(self._crop(embeddings, index, logits[rows, best], iou[rows, best]))
+        return concatenate(found, embeddings.original_sizes[index])
+
+    def _embed(
+        self,
+        embeddings: ImageEmbeddings,
+        index: int,
+        boxes: Tensor | None = None,
+        points: Tensor | None = None,
+        point_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Prompts in pixels of image `index` -> tokens [N, T, C]."""
+        (height, width), (input_height, input_width) = embeddings.original_sizes[index], embeddings.input_sizes[index]
+        scale = torch.tensor([input_width / width, input_height / height], dtype=torch.float32)
+        if boxes is not None:
+            boxes = (boxes.cpu().float().reshape(-1, 2, 2) * scale).reshape(-1, 4).to(self.device)
+        if points is not None:
+            points = (points.float() * scale).to(self.device)
+            point_labels = point_labels.to(self.device)
+        with self._timed("decode"):
+            return self.decoder.embed_prompts(boxes, points, point_labels)
+
+    def _image_side(self, embeddings: ImageEmbeddings, index: int) -> ImageSide:
+        with self._timed("decode"), self._autocast():
+            return self.decoder.image_side(embeddings.features[index])
+
+    def _decode(self, side: ImageSide, prompts: Tensor, multimask: bool = False) -> tuple[Tensor, Tensor]:
+        with self._timed("decode"), self._autocast():
+            logits, iou = self.decoder(side, prompts, multimask)
+            return logits.float(), iou.float()
+
+    def _crop(self, embeddings: ImageEmbeddings, index: int, logits: Tensor, iou: Tensor) -> Segmentation:
+        size = embeddings.original_sizes[index]
+        with self._timed("crop"):
+            boxes, masks, stability = crop_masks(
+                logits, self.config.image_size, embeddings.input_sizes[index], size
+            )
+        predicted_iou = iou.cpu().numpy()
+        return Segmentation(boxes, masks, predicted_iou.copy(), predicted_iou, stability, size)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else the time would be charged to whoever waits next
+        self.seconds[stage] += time.perf_counter() - start
+
+
+def concatenate(parts: Sequence[Segmentation], size: tuple[int, int]) -> Segmentation:
+    """The masks of several segmentations of one image of `size` (h, w), in order."""
+    with_points = bool(parts) and all(part.points is not None for part in parts)
+    return Segmentation(
+        boxes=np.concatenate([np.zeros((0, 4), np.int32), *(part.boxes for part in parts)]),
+        masks=[mask for part in parts for mask in part.masks],
+        confidence=np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in parts)]),
+        predicted_iou=np.concatenate([np.zeros(0, np.float32), *(part.predicted_iou for part in parts)]),
+        stability=np.concatenate([np.zeros(0, np.float32), *(part.stability for part in parts)]),
+        size=size,
+        points=np.concatenate([part.points for part in parts]) if with_points else None,
+    )
+
+
+def _check_images(images: Sequence[np.ndarray]) -> None:
+    for i, image in enumerate(images):
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
+        if not image.size:
+            raise ValueError(f"Image {i} has no pixels: its shape is {image.shape}.")
+
+
+def _check_count(name: str, prompts: Sequence, images: int) -> None:
+    if len(prompts) != images:
+        raise ValueError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")

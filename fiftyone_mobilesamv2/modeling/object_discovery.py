@@ -1,0 +1,118 @@
+"""Images -> boxes to prompt with: a class-agnostic ultralytics YOLO detector, as MobileSAMv2 runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+from ultralytics.data.augment import LetterBox
+from ultralytics.utils.ops import xywh2xyxy
+
+# The release's settings, and the paper's limit on prompts (table 6; the release stays at ultralytics' default of 300).
+CONFIDENCE = 0.4
+NMS_IOU = 0.9
+MAX_PROMPTS = 320
+INPUT_SIZE = 1024
+
+# Boxes that end this close to the border of the network input are extended to it (the release's value, in its pixels).
+BORDER_SNAPPING = 20
+
+# ultralytics' `max_nms`: the most confident candidates that enter NMS.
+MAX_NMS_CANDIDATES = 30000
+
+_STRIDE = 32
+
+
+@dataclass(frozen=True)
+class BoxPrompts:
+    """Boxes of one image, most confident first.
+
+    Attributes:
+        boxes: float32 [N, 4], xyxy in pixels of the image.
+        scores: float32 [N], the detector's confidence.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+def letterbox(image: np.ndarray, input_size: int) -> Tensor:
+    """uint8 RGB [H, W, 3] -> float32 [1, 3, h, w] in 0..1, long side `input_size`, sides multiples of 32.
+
+    The shape depends on the image alone, so an image is seen the same way in every batch.
+    """
+    resized = LetterBox((input_size, input_size), auto=True, stride=_STRIDE)(image=image)
+    return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))[None].float() / 255
+
+
+def snap_to_border(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Moves the ends of `boxes` ([N, 4] xyxy) that lie within 20 px of the border of `size` (h, w) onto it."""
+    height, width = size
+    ends = torch.tensor([width, height], dtype=boxes.dtype, device=boxes.device)
+    starts, stops = boxes[:, :2], boxes[:, 2:]
+    starts = torch.where(starts < BORDER_SNAPPING, torch.zeros_like(starts), starts)
+    stops = torch.where(stops > ends - BORDER_SNAPPING, ends.expand_as(stops), stops)
+    return torch.cat([starts, stops], dim=1)
+
+
+def to_image(boxes: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Boxes [N, 4] in pixels of the letterboxed network input -> pixels of the image, clipped to it.
+
+    Sizes are (h, w). As in the release (ultralytics 8.0.120): one gain for both axes and the padding in whole pixels.
+    Later versions take the rounded size of each axis, which moves boxes by up to a quarter of a pixel.
+    """
+    gain = min(network_size[0] / size[0], network_size[1] / size[1])
+    pad = torch.tensor([round((n - s * gain) / 2 - 0.1) for n, s in zip(network_size[::-1], size[::-1])], device=boxes.device)
+    ends = torch.tensor(size[::-1], dtype=boxes.dtype, device=boxes.device)
+    corners = (boxes.reshape(-1, 2, 2) - pad) / gain
+    return torch.minimum(corners.clamp(min=0), ends).reshape(-1, 4)
+
+
+def boxes_from_raw(
+    raw: Tensor, network_size: tuple[int, int], size: tuple[int, int], conf: float, iou: float, max_prompts: int
+) -> BoxPrompts:
+    """NMS, border snapping and scaling back, for one image.
+
+    Args:
+        raw: [4 + 1 or more, anchors], the detector's output: cx, cy, w, h in network pixels, score, ...
+        network_size: (h, w) of the network input. size: (h, w) of the image.
+        conf, iou, max_prompts: least score, NMS threshold, most boxes kept.
+    """
+    candidates = raw[:5].T.float()
+    candidates = candidates[candidates[:, 4] > conf]
+    order = candidates[:, 4].argsort(descending=True, stable=True)[:MAX_NMS_CANDIDATES]
+    boxes, scores = xywh2xyxy(candidates[order, :4]), candidates[order, 4]
+    kept = batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou)[:max_prompts]
+    boxes = to_image(snap_to_border(boxes[kept], network_size), network_size, size)
+    return BoxPrompts(boxes.cpu(), scores[kept].cpu())
+
+
+class ObjectDiscovery(nn.Module):
+    """A detector and the size of image it takes.
+
+    Args:
+        detector: an ultralytics detection or segmentation model with one class.
+        input_size: pixels of the long side of the network input.
+    """
+
+    def __init__(self, detector: nn.Module, input_size: int = INPUT_SIZE) -> None:
+        super().__init__()
+        self.detector = detector
+        self.input_size = input_size
+
+    def forward(
+        self, image: np.ndarray, conf: float = CONFIDENCE, iou: float = NMS_IOU, max_prompts: int = MAX_PROMPTS
+    ) -> BoxPrompts:
+        """Boxes of the objects of one uint8 RGB image [H, W, 3]; possibly none."""
+        device = next(self.detector.parameters()).device
+        pixels = letterbox(image, self.input_size).to(device)
+        raw = self.detector(pixels)[0]
+        if isinstance(raw, tuple):  # a segmentation model: predictions and mask prototypes
+            raw = raw[0]
+        return boxes_from_raw(raw[0], tuple(pixels.shape[-2:]), image.shape[:2], conf, iou, max_prompts)
