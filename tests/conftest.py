@@ -67,8 +67,8 @@ def mongod():
             stderr=subprocess.STDOUT,
         )
 
-    # At exit and not in the fixture's teardown: FiftyOne cleans its database up at exit, and would wait for
-    # one that is gone. Functions run in reverse order, so this one, registered before FiftyOne's, comes after it.
+    # At exit and not in the fixture's teardown: FiftyOne cleans its database up at exit, and would wait for one
+    # that is gone. Functions run in reverse order, so this one, registered before FiftyOne's, comes after it.
     @atexit.register
     def stop() -> None:
         process.kill()
