@@ -1,0 +1,66 @@
+"""MobileSAMv2 for FiftyOne: segment everything in a dataset by discovering the objects first.
+
+The package is at once a Python API, a source of zoo models, and an App plugin. Names are imported when they are used,
+so importing the package costs next to nothing.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MobileSAMv2": "fiftyone_mobilesamv2.modeling.mobilesamv2",
+    "Segmentation": "fiftyone_mobilesamv2.modeling.masks",
+}
+
+__all__ = ["MobileSAMv2", "Segmentation", "download_model", "load_model", "parse_parameters", "resolve_input"]
+
+
+def _package(name):
+    # FiftyOne imports a plugin, or a source of models, by file path and under a name of its own. Everything but this
+    # file is imported absolutely, so that there is one set of classes, which workers can unpickle by name.
+    folder = Path(__file__).resolve().parent
+    if importlib.util.find_spec("fiftyone_mobilesamv2") is None:
+        sys.path.append(str(folder.parent))
+    return importlib.import_module(name)
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(_package(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def download_model(model_name, model_path):
+    """FiftyOne's zoo: makes sure of a model's files."""
+    zoo = _package("fiftyone_mobilesamv2.zoo")
+    # Once it finds a note at `model_path`, FiftyOne no longer imports this file. A copy that only this file puts on
+    # Python's path must therefore leave none.
+    is_the_package = Path(sys.modules["fiftyone_mobilesamv2"].__file__) == Path(__file__)
+    zoo.download_model(model_name, None if is_the_package else model_path)
+
+
+def load_model(model_name, model_path, **kwargs):
+    """FiftyOne's zoo: loads a model."""
+    return _package("fiftyone_mobilesamv2.zoo").load_model(model_name, **kwargs)
+
+
+def register(plugin):
+    """FiftyOne's plugins: registers the operators and panels; importing the package offers its zoo models."""
+    _package("fiftyone_mobilesamv2")
+
+
+def resolve_input(model_name, ctx):
+    """FiftyOne's zoo: the form of a model's parameters."""
+    return _package("fiftyone_mobilesamv2.zoo").resolve_input(model_name, ctx)
+
+
+def parse_parameters(model_name, ctx, params):
+    """FiftyOne's zoo: what the form gave -> what `load_model` takes."""
+    _package("fiftyone_mobilesamv2.zoo").parse_parameters(model_name, ctx, params)
+
+
+if __name__ == "fiftyone_mobilesamv2":
+    _package("fiftyone_mobilesamv2.registration").offer_zoo_models()

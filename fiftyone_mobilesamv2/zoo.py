@@ -1,0 +1,443 @@
+"""MobileSAMv2 as a FiftyOne model: samples -> MobileSAMv2 -> labels with masks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import eta.core.utils as etau
+import fiftyone as fo
+import fiftyone.core.config as foc
+import fiftyone.core.labels as fol
+import fiftyone.core.models as fom
+import fiftyone.core.utils as fou
+import fiftyone.utils.torch as fout
+import fiftyone.zoo.models as fozm
+import numpy as np
+import torch
+from bson import ObjectId
+
+from .images import read_image
+from .modeling import checkpoints
+from .modeling.grid_prompts import POINTS_PER_SIDE
+from .modeling.masks import Segmentation
+from .modeling.mobilesamv2 import PROMPTINGS, MobileSAMv2
+from .modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
+
+if TYPE_CHECKING:
+    from fiftyone.operators import types
+    from fiftyone.operators.executor import ExecutionContext
+
+logger = logging.getLogger(__name__)
+
+LABEL = "object"
+
+# MongoDB takes documents of at most 16,793,600 bytes. Masks of a field get half of that, which leaves room for a second
+# field like it, or for the attributes that an evaluation adds.
+MASK_BYTES_PER_SAMPLE = 8 * 2**20
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
+    """Parameters of a :class:`MobileSAMv2Model`; all can be given to `load_zoo_model`.
+
+    Args:
+        name: the zoo model.
+        device (None): "cuda", "mps", "cpu"; None takes what there is, in this order.
+        dtype ("float32"): "float32", "bfloat16" or "float16", for the heavy computation.
+        prompting ("object_aware"): "object_aware", or "grid" for SAM's grid search.
+        confidence_thresh (None): least confidence of a mask. Object-aware, None means the paper's 0.4 of the detector;
+            with the grid or with prompts of your own the confidence is the predicted IoU, and None keeps all.
+        iou (0.9): boxes of the detector that overlap more are the same object.
+        max_prompts (320): most boxes of an image.
+        points_per_side (32): points of the grid along each side.
+        max_masks (None): most masks stored for an image, most confident first.
+        mask_dir (None): folder for masks that don't fit into the database; None: "mobilesamv2_masks" in FiftyOne's
+            `default_dataset_dir`.
+        encoder_checkpoint, decoder_checkpoint, detector_checkpoint (None): files to use instead of the zoo's.
+    """
+
+    def __init__(self, d: dict) -> None:
+        d = self.init(d)
+        self.name = self.parse_string(d, "name")
+        self.device = self.parse_raw(d, "device", default=None)
+        self.dtype = self.parse_string(d, "dtype", default="float32")
+        self.prompting = self.parse_categorical(d, "prompting", PROMPTINGS, default="object_aware")
+        self.confidence_thresh = self.parse_number(d, "confidence_thresh", default=None)
+        self.iou = self.parse_number(d, "iou", default=NMS_IOU)
+        self.max_prompts = self.parse_int(d, "max_prompts", default=MAX_PROMPTS)
+        self.points_per_side = self.parse_int(d, "points_per_side", default=POINTS_PER_SIDE)
+        self.max_masks = self.parse_int(d, "max_masks", default=None)
+        self.mask_dir = self.parse_string(d, "mask_dir", default=None)
+        self.encoder_checkpoint = self.parse_string(d, "encoder_checkpoint", default=None)
+        self.decoder_checkpoint = self.parse_string(d, "decoder_checkpoint", default=None)
+        self.detector_checkpoint = self.parse_string(d, "detector_checkpoint", default=None)
+        if unknown := [key for key in d if key not in vars(self)]:
+            known = [key for key in vars(self) if key not in ("model_name", "model_path")]
+            raise ValueError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        for key, least in (("max_prompts", 1), ("points_per_side", 1), ("max_masks", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{key} must be at least {least}, not {value}.")
+        for key in ("confidence_thresh", "iou"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{key} must be between 0 and 1, not {value}.")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be segmented."""
+
+    sample_id: str | None
+    filepath: str | None
+    error: str
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """What a data loader's worker hands over: an image and its prompts, or why there is none."""
+
+    sample_id: str | None = None
+    filepath: str | None = None
+    image: np.ndarray | None = None
+    prompts: fol.Label | None = None
+    error: str | None = None
+
+
+class ImageGetItem(fout.GetItem):
+    """Reads the image of a sample, and its prompts where a `prompt_field` is mapped.
+
+    Args:
+        field_mapping: may map "prompt_field" to a field of detections or keypoints.
+        skip_failures: hand an unreadable image over as an error of its own. Raised, it would cost its whole batch.
+    """
+
+    def __init__(self, field_mapping: dict | None = None, skip_failures: bool = True) -> None:
+        self.has_prompts = "prompt_field" in (field_mapping or {})
+        self.skip_failures = skip_failures
+        super().__init__(field_mapping=field_mapping)
+
+    @property
+    def required_keys(self) -> list[str]:
+        return ["id", "filepath"] + (["prompt_field"] if self.has_prompts else [])
+
+    def __call__(self, d: dict) -> ImageItem:
+        try:
+            if self.has_prompts:
+                check_prompts(d["prompt_field"])
+            return ImageItem(d["id"], d["filepath"], read_image(d["filepath"]), d.get("prompt_field"))
+        except (OSError, ValueError, MemoryError) as error:
+            if not self.skip_failures:
+                raise
+            return ImageItem(d["id"], d["filepath"], error=f"{type(error).__name__}: {error}")
+
+
+class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
+    """MobileSAMv2 for `apply_model`.
+
+    Without prompts, every image gets :class:`fiftyone.core.labels.Detections` of all its objects, labelled "object".
+    With ``apply_model(..., prompt_field="ground_truth")`` the boxes or keypoints of that field become masks and keep
+    label, id and attributes.
+
+    An image that can't be read or segmented is logged, listed in :attr:`failures`, and its field is left as it was;
+    the others of its batch are stored. With ``apply_model(..., skip_failures=False)`` it raises.
+    """
+
+    def __init__(self, config: MobileSAMv2ModelConfig) -> None:
+        self.config = config
+        files = {
+            key: value
+            for key in ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
+            if (value := getattr(config, key)) is not None
+        }
+        self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **files)
+        self.failures: list[Failure] = []
+        self._skip_failures = True
+        self._with_prompts = False
+        self._preprocess = True
+
+    def __enter__(self) -> MobileSAMv2Model:
+        self.failures = []
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self.failures:
+            logger.warning("%d images were not segmented; model.failures lists them", len(self.failures))
+        self._skip_failures, self._with_prompts = True, False
+
+    @property
+    def media_type(self) -> str:
+        return "image"
+
+    @property
+    def ragged_batches(self) -> bool:
+        # True would make FiftyOne run batches of one: images of several sizes come as a list, see `collate_fn`.
+        return False
+
+    @property
+    def has_collate_fn(self) -> bool:
+        return True
+
+    @staticmethod
+    def collate_fn(batch: list[ImageItem]) -> list[ImageItem]:
+        return batch
+
+    @property
+    def transforms(self) -> None:
+        return None
+
+    @property
+    def preprocess(self) -> bool:
+        return self._preprocess
+
+    @preprocess.setter
+    def preprocess(self, value: bool) -> None:
+        self._preprocess = value
+
+    @property
+    def _using_gpu(self) -> bool:
+        return self.model.device.type == "cuda"
+
+    def build_get_item(self, field_mapping: dict | None = None) -> ImageGetItem:
+        # `apply_model` tells nobody whether it skips failures, but its own data loader: this method's caller.
+        self._skip_failures = bool(sys._getframe(1).f_locals.get("skip_failures", True))
+        get_item = ImageGetItem(field_mapping, self._skip_failures)
+        self._with_prompts = get_item.has_prompts
+        return get_item
+
+    def predict(self, arg: np.ndarray | ImageItem) -> fol.Label | None:
+        """Labels of one image; None where it has no prompts or failed."""
+        return self.predict_all([arg])[0]
+
+    def predict_all(self, args: Sequence[np.ndarray | ImageItem]) -> list[fol.Label | None]:
+        """Labels of images: uint8 RGB arrays [H, W, 3] of any sizes, or items of a data loader."""
+        items = [arg if isinstance(arg, ImageItem) else ImageItem(image=np.asarray(arg)) for arg in args]
+        labels: list[fol.Label | None] = [None] * len(items)
+        good = [i for i, item in enumerate(items) if item.error is None]
+        for item in items:
+            if item.error is not None:
+                self._record(item, item.error)
+        try:
+            predicted = self._predict([items[i] for i in good])
+        except Exception:
+            if not self._skip_failures:
+                raise
+            # One image may have failed the others: each gets a try of its own.
+            predicted = [self._predict_or_record(items[i]) for i in good]
+        for i, label in zip(good, predicted):
+            labels[i] = label
+        return labels
+
+    def _predict_or_record(self, item: ImageItem) -> fol.Label | None:
+        try:
+            return self._predict([item])[0]
+        except Exception as error:
+            self._record(item, f"{type(error).__name__}: {error}")
+            return None
+
+    def _record(self, item: ImageItem, error: str) -> None:
+        self.failures.append(Failure(item.sample_id, item.filepath, error))
+        logger.warning("%s (sample %s) was not segmented: %s", item.filepath, item.sample_id, error)
+
+    def _predict(self, items: Sequence[ImageItem]) -> list[fol.Label | None]:
+        if self._with_prompts:
+            return [self._segment_anything(item) for item in items]
+        config = self.config
+        found = self.model.segment_everything(
+            [item.image for item in items],
+            prompting=config.prompting,
+            conf=CONFIDENCE if config.confidence_thresh is None else config.confidence_thresh,
+            iou=config.iou,
+            max_prompts=config.max_prompts,
+            points_per_side=config.points_per_side,
+        )
+        return [self._to_labels(segmentation) for segmentation in found]
+
+    def _to_labels(self, found: Segmentation) -> fol.Detections:
+        if self.config.confidence_thresh is not None:
+            found = found.select(np.flatnonzero(found.confidence >= self.config.confidence_thresh))
+        if self.config.max_masks is not None:
+            found = found.select(np.argsort(-found.confidence, kind="stable")[: self.config.max_masks])
+        detections = [
+            fol.Detection(label=LABEL, confidence=float(found.confidence[i]), **mask_attributes(found, i))
+            for i in range(len(found))
+        ]
+        return self._within_budget(fol.Detections(detections=detections))
+
+    def _segment_anything(self, item: ImageItem) -> fol.Detections | None:
+        prompts = labels_of(item.prompts)
+        if not prompts:
+            return None
+        height, width = item.image.shape[:2]
+        scale = np.array([width, height], np.float32)
+        if isinstance(prompts[0], fol.Detection):
+            boxes = np.array([prompt.bounding_box for prompt in prompts], np.float32).reshape(-1, 2, 2)
+            boxes = (np.stack([boxes[:, 0], boxes[:, 0] + boxes[:, 1]], 1) * scale).reshape(-1, 4)
+            found = self.model.segment_anything([item.image], boxes=[boxes])[0]
+        else:
+            points, point_labels = zip(*(keypoint_prompt(prompt) for prompt in prompts))
+            points = [p * scale for p in points]
+            found = self.model.segment_anything([item.image], points=[points], point_labels=[point_labels])[0]
+        detections = [prompted_detection(prompt, found, i) for i, prompt in enumerate(prompts)]
+        thresh = self.config.confidence_thresh
+        if thresh is not None:
+            detections = [d for d, iou in zip(detections, found.predicted_iou) if iou >= thresh]
+        return self._within_budget(fol.Detections(detections=detections))
+
+    def _within_budget(self, labels: fol.Detections) -> fol.Detections:
+        """Moves the largest masks to disk until the rest fits into the sample's document."""
+        with_masks = [d for d in labels.detections if d.mask is not None]
+        # A bit per pixel, which is what zlib makes of noise, and an array's header: an upper bound that costs nothing.
+        if sum(d.mask.size / 8 + 300 for d in with_masks) <= MASK_BYTES_PER_SAMPLE:
+            return labels
+        sizes = {d.id: len(fou.serialize_numpy_array(d.mask)) for d in with_masks}
+        total, moved = sum(sizes.values()), 0
+        folder = self.config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks")
+        for detection in sorted(with_masks, key=lambda d: sizes[d.id], reverse=True):
+            if total <= MASK_BYTES_PER_SAMPLE:
+                break
+            total -= sizes[detection.id]
+            # Ids end in a counter: 256 folders that fill evenly.
+            path = os.path.join(folder, detection.id[-2:], f"{detection.id}.png")
+            detection.export_mask(path, update=True)
+            moved += 1
+        if moved:
+            logger.info(
+                "Stored %d of %d masks of an image in %s: they don't fit into its document", moved, len(sizes), folder
+            )
+        return labels
+
+
+def mask_attributes(found: Segmentation, index: int) -> dict:
+    """The attributes that every mask is stored with; the box is relative, [x, y, width, height]."""
+    height, width = found.size
+    x0, y0, x1, y1 = (int(v) for v in found.boxes[index])
+    mask = found.masks[index]
+    return {
+        "bounding_box": [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height],
+        "mask": mask,
+        "predicted_iou": float(found.predicted_iou[index]),
+        "stability": float(found.stability[index]),
+        "area_px": int(np.count_nonzero(mask)),
+    }
+
+
+def prompted_detection(prompt: fol.Detection | fol.Keypoint, found: Segmentation, index: int) -> fol.Detection:
+    """The detection that a prompt becomes: its mask, and the prompt's own label, id and attributes.
+
+    Where the decoder finds nothing, the mask is None and a box stays as it was.
+    """
+    attributes = mask_attributes(found, index)
+    if isinstance(prompt, fol.Detection):
+        detection = prompt.copy()
+    else:
+        kept = {name: value for name, value in prompt.iter_fields() if name in ("label", "tags", "index")}
+        kept |= {name: value for name, value in prompt.iter_attributes() if name != "sam_labels"}
+        detection = fol.Detection(bounding_box=[0, 0, 0, 0], **kept)
+    detection._id = ObjectId(prompt.id)
+    if not found.masks[index].size:
+        attributes["bounding_box"] = detection.bounding_box
+        attributes["mask"] = None
+    for name, value in attributes.items():
+        detection[name] = value
+    detection.mask_path = None
+    if detection.confidence is None:
+        detection.confidence = attributes["predicted_iou"]
+    return detection
+
+
+def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypoint]:
+    """The single labels of a field of prompts."""
+    if prompts is None:
+        return []
+    if isinstance(prompts, fol.Detections):
+        return prompts.detections
+    return prompts.keypoints if isinstance(prompts, fol.Keypoints) else [prompts]
+
+
+def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
+    """Relative points [P, 2] and their labels [P]: 1 inside the object, 0 outside (the attribute "sam_labels", as with
+    FiftyOne's own SAM). Points that are not visible (NaN) are left out.
+    """
+    points = np.array(keypoint.points, np.float32).reshape(-1, 2)
+    inside = np.array(keypoint["sam_labels"] if keypoint.has_field("sam_labels") else np.ones(len(points)), np.int64)
+    visible = np.isfinite(points).all(1)
+    return points[visible], inside[visible]
+
+
+def check_prompts(prompts: fol.Label | None) -> None:
+    """Raises ValueError for labels that can't be prompts."""
+    if not isinstance(prompts, fol.Detections | fol.Keypoints | fol.Detection | fol.Keypoint | None):
+        raise ValueError(f"prompts must be detections or keypoints, not {type(prompts).__name__}")
+    for prompt in labels_of(prompts):
+        if isinstance(prompt, fol.Detection):
+            box = np.array(prompt.bounding_box, np.float64)
+            if box.shape != (4,) or not np.isfinite(box).all():
+                raise ValueError(f"detection {prompt.id} has no usable bounding box: {prompt.bounding_box}")
+        else:
+            points, inside = keypoint_prompt(prompt)
+            if len(points) == 0 or len(points) != len(inside):
+                raise ValueError(f"keypoint {prompt.id} has no visible point, or not one sam_label a point")
+
+
+# FiftyOne's interface to a source of zoo models ---------------------------------------------------------------------
+
+
+def download_model(name: str, path: str | None) -> None:
+    """Makes sure of a model's files. `path` gets a note of them: FiftyOne takes a model for downloaded if it exists."""
+    files = checkpoints.fetch_model(name)
+    if path is None:
+        return
+    try:
+        etau.write_json({key: str(file) for key, file in files.items()}, path)
+    except OSError as error:  # an installed package may be read-only; the files are verified again at every load
+        logger.debug("Could not write %s: %s", path, error)
+
+
+def load_model(name: str, **parameters: object) -> MobileSAMv2Model:
+    """The zoo model `name` with :class:`MobileSAMv2ModelConfig`'s parameters."""
+    return MobileSAMv2Model(MobileSAMv2ModelConfig({"name": name, **parameters}))
+
+
+def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
+    """The form of a model's parameters in the App's "apply zoo model"."""
+    from fiftyone.operators import types
+
+    inputs = types.Object()
+    inputs.enum(
+        "prompting",
+        list(PROMPTINGS),
+        default="object_aware",
+        label="Prompting",
+        description="object_aware finds the objects first; grid is SAM's search, many times slower",
+    )
+    inputs.float(
+        "confidence_thresh",
+        min=0,
+        max=1,
+        label="Least confidence",
+        description=f"Of the detector; {CONFIDENCE} where empty",
+    )
+    inputs.int("max_prompts", min=1, default=MAX_PROMPTS, label="Most objects an image")
+    inputs.float(
+        "iou", min=0, max=1, default=NMS_IOU, label="NMS IoU", description="Boxes that overlap more are one object"
+    )
+    inputs.int("points_per_side", min=1, default=POINTS_PER_SIDE, label="Grid points per side", description="grid only")
+    inputs.int("max_masks", min=1, label="Most masks stored an image", description="All where empty")
+    inputs.str("device", label="Device", description="cuda, mps or cpu; the best there is where empty")
+    inputs.enum("dtype", list(DTYPES), default="float32", label="Precision")
+    return types.Property(inputs)
+
+
+def parse_parameters(name: str, ctx: ExecutionContext, params: Mapping) -> None:
+    """Drops what the form left empty, so that the defaults apply."""
+    for key in [key for key, value in params.items() if value is None or value == ""]:
+        del params[key]
