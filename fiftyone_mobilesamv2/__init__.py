@@ -38,8 +38,9 @@ def download_model(model_name, model_path):
     zoo = _package("fiftyone_mobilesamv2.zoo")
     # Once it finds a note at `model_path`, FiftyOne no longer imports this file. A copy that only this file puts on
     # Python's path must therefore leave none.
-    is_the_package = Path(sys.modules["fiftyone_mobilesamv2"].__file__) == Path(__file__)
-    zoo.download_model(model_name, None if is_the_package else model_path)
+    here = Path(__file__).parent
+    is_copy = not here.is_symlink() and here.samefile(Path(sys.modules["fiftyone_mobilesamv2"].__file__).parent)
+    zoo.download_model(model_name, None if is_copy else model_path)
 
 
 def load_model(model_name, model_path, **kwargs):

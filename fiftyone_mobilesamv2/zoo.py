@@ -149,6 +149,10 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
 
     An image that can't be read or segmented is logged, listed in :attr:`failures`, and its field is left as it was;
     the others of its batch are stored. With ``apply_model(..., skip_failures=False)`` it raises.
+
+    Attributes:
+        failures: the images of the current or last run that were not segmented.
+        num_labels: how many objects that run has found.
     """
 
     def __init__(self, config: MobileSAMv2ModelConfig) -> None:
@@ -160,18 +164,26 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         }
         self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **files)
         self.failures: list[Failure] = []
+        self.num_labels = 0
         self._skip_failures = True
         self._with_prompts = False
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
         self.failures = []
+        self.num_labels = 0
+        self.model.seconds.clear()
         return self
 
     def __exit__(self, *args: object) -> None:
         if self.failures:
             logger.warning("%d images were not segmented; model.failures lists them", len(self.failures))
         self._skip_failures, self._with_prompts = True, False
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall time per stage ("discover", "encode", "decode", "crop") of the current or last run."""
+        return self.model.seconds
 
     @property
     def media_type(self) -> str:
@@ -234,6 +246,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             predicted = [self._predict_or_record(items[i]) for i in good]
         for i, label in zip(good, predicted):
             labels[i] = label
+            self.num_labels += 0 if label is None else len(label.detections)
         return labels
 
     def _predict_or_record(self, item: ImageItem) -> fol.Label | None:

@@ -11,6 +11,7 @@ Layouts that load (by content, not by name):
 
 Nothing in a file is ever executed: tensors load with ``weights_only=True``, and where a pickle names classes (the
 detector's does), it gets inert stand-ins for those of torch and ultralytics, and is refused if it names any other.
+What other code of the process has told torch to trust does not count.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import sys
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -33,7 +35,12 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+)
 from tqdm import tqdm
 
 from .image_encoders import encoder_config
@@ -251,76 +258,71 @@ def fetch(weights: Weights) -> Path:
         DownloadError: it is not there, and no source gave the expected file.
     """
     path = local_path(weights)
-    if path.is_file():
-        verify(path, weights)
-        return path
-    if not weights.sources:
-        raise DownloadError(weights, {"the package": f"{path} is missing; reinstall fiftyone_mobilesamv2"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        reasons = {}
-        if path.is_file():  # another process was faster
-            verify(path, weights)
-            return path
-        for source in weights.sources:
-            try:
-                partial = _download(source, path)
-                verify(partial, weights)
-            except (OSError, CheckpointError, ValueError) as error:
-                # ValueError: huggingface_hub's answer to an unusable endpoint. A file that failed its check is
-                # removed by `verify`'s caller here; a broken transfer stays, to be resumed.
-                reasons[str(source)] = " ".join(str(error).split())
-                if isinstance(error, CheckpointError):
-                    partial.unlink()
-                continue
-            partial.replace(path)
-            record = _record_path(partial)
-            if record.exists():
-                record.replace(_record_path(path))
-            return path
+    if not path.is_file():
+        if not weights.sources:
+            raise CheckpointError(f"{path} is part of the package and is missing: reinstall fiftyone_mobilesamv2.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not path.is_file():  # else another process was faster
+                    _download(weights, path)
+        except OSError as error:
+            raise DownloadError(weights, {"nowhere": f"{path.parent} can't be written to: {error}"}) from error
+    verify(path, weights)
+    return path
+
+
+def _download(weights: Weights, path: Path) -> None:
+    """Downloads to a file beside `path`, which takes its place only when it is the right one."""
+    partial = path.with_name(path.name + ".partial")
+    reasons = {}
+    for source in weights.sources:
+        try:
+            _transfer(_url(source), partial)
+        except Exception as error:  # from OSError to the types of the hub's HTTP client, which share no other base
+            reasons[str(source)] = " ".join(f"{type(error).__name__}: {error}".split())
+            continue  # what has come stays, to be resumed
+        if problem := _problem(partial, weights, _record_path(path)):
+            partial.unlink()
+            reasons[str(source)] = f"the file there {problem}"
+            continue
+        partial.replace(path)
+        return
     raise DownloadError(weights, reasons)
 
 
-def _download(source: HubFile | str, path: Path) -> Path:
-    """Downloads to a file beside `path`, going on where an earlier attempt stopped."""
-    if isinstance(source, HubFile):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+def _url(source: HubFile | str) -> str:
+    if isinstance(source, str):
+        return source
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        try:
-            found = hf_hub_download(source.repo, source.path, local_dir=path.parent / ".hub")
-        except HfHubHTTPError as error:
-            raise OSError(str(error)) from error
-        return Path(found)
-    return _download_url(source, path.with_name(path.name + ".partial"))
+    # The hub's library answers where a file is (mirrors, offline mode, tokens). Its own downloader would try a dead
+    # network for 23 seconds a file, and keep a folder beside the weights.
+    return get_hf_file_metadata(hf_hub_url(source.repo, source.path)).location
 
 
-def _download_url(url: str, partial: Path) -> Path:
+def _transfer(url: str, partial: Path) -> None:
+    """Downloads `url` to `partial`, going on where an earlier attempt stopped."""
     start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # all of it is here already
-            return partial
+        if start and error.code == 416:  # all of it is here already
+            return
         raise
     with response:
         if response.status != 206:  # the server sends the whole file whatever was asked
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        with (
-            partial.open("ab" if start else "wb") as file,
-            tqdm(
-                initial=start, total=total, unit="B", unit_scale=True, desc=partial.stem, file=sys.stderr
-            ) as progress,
-        ):
+        bar = tqdm(initial=start, total=total, unit="B", unit_scale=True, desc=partial.stem, file=sys.stderr)
+        with partial.open("ab" if start else "wb") as file, bar as progress:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 progress.update(len(chunk))
     if total is not None and partial.stat().st_size < total:
         raise OSError(f"the connection broke after {partial.stat().st_size:,} of {total:,} bytes; try again to resume")
-    return partial
 
 
 # Whether they are the right ones ------------------------------------------------------------------------------------
@@ -333,27 +335,41 @@ def verify(path: Path, weights: Weights) -> None:
     Raises:
         CheckpointError: it is another file.
     """
-    stat = path.stat()
-    if weights.size is not None and stat.st_size != weights.size:
-        raise CheckpointError(f"{path} has {stat.st_size:,} bytes; {weights.filename} should have {weights.size:,}.")
-    known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    record = _read_record(path)
-    if record and known.items() <= record.items() and _matches(weights, record.get("sha256"), record.get("git_blob")):
-        return
-    sha256, git_blob = file_hashes(path)
-    expected = weights.sha256 or weights.git_blob
+    if problem := _problem(path, weights, _record_path(path)):
+        remedy = "delete the file to have it downloaded again" if weights.sources else "reinstall fiftyone_mobilesamv2"
+        raise CheckpointError(f"{path} {problem}; {remedy}.")
+
+
+def _problem(path: Path, weights: Weights, record_path: Path) -> str | None:
+    """What is wrong with the file at `path`, if anything; what was found of a good one is recorded."""
+    try:
+        stat = path.stat()
+        if weights.size is not None and stat.st_size != weights.size:
+            return f"is not {weights.filename}: it has {stat.st_size:,} bytes, expected {weights.describe()}"
+        known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        record = _read_record(record_path)
+        recorded = record.get("sha256"), record.get("git_blob")
+        if known.items() <= record.items() and _matches(weights, *recorded):
+            return None
+        sha256, git_blob = file_hashes(path)
+    except OSError as error:
+        return f"can't be read ({error})"
     if not _matches(weights, sha256, git_blob):
-        raise CheckpointError(f"{path} is not {weights.filename}: its sha256 is {sha256}, expected {weights.describe()}.")
-    if expected is None and record and record.get("sha256") != sha256:
-        raise CheckpointError(
-            f"{path} has changed since it was first used: its sha256 was {record.get('sha256')} and is {sha256} now. "
-            f"If you replaced it on purpose, delete {_record_path(path)}."
+        return f"is not {weights.filename}: its sha256 is {sha256}, expected {weights.describe()}"
+    if not (weights.sha256 or weights.git_blob) and record and recorded[0] != sha256:
+        return (
+            f"has changed since {weights.filename} was first used: its sha256 was {recorded[0]} and is {sha256} now. "
+            f"If that is as it should be, delete {record_path}; else"
         )
     if weights.sources:  # the package's own files lie where nothing should be written
         try:
-            _record_path(path).write_text(json.dumps({**known, "sha256": sha256, "git_blob": git_blob}))
+            # Written aside and moved: another process may be reading.
+            aside = record_path.with_name(f"{record_path.name}.{os.getpid()}-{threading.get_ident()}")
+            aside.write_text(json.dumps({**known, "sha256": sha256, "git_blob": git_blob}))
+            aside.replace(record_path)
         except OSError as error:
             logger.debug("Could not record the hash of %s: %s", path, error)
+    return None
 
 
 def file_hashes(path: Path) -> tuple[str, str]:
@@ -377,14 +393,14 @@ def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".verified.json")
 
 
-def _read_record(path: Path) -> dict | None:
+def _read_record(record_path: Path) -> dict:
     try:
-        record = json.loads(_record_path(path).read_text())
+        record = json.loads(record_path.read_text())
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{_record_path(path)} can't be read ({error}); delete it.") from error
-    return record if isinstance(record, dict) else None
+        raise CheckpointError(f"{record_path} can't be read ({error}); delete it.") from error
+    return record if isinstance(record, dict) else {}
 
 
 # What is in them ----------------------------------------------------------------------------------------------------
@@ -400,7 +416,10 @@ def load_encoder(path: str | PathLike, name: str) -> nn.Module:
     tensors = read_tensors(path)
     prefixed = [key for key in tensors if "image_encoder." in key]
     if prefixed:
-        tensors = {key.split("image_encoder.", 1)[1]: tensors[key] for key in prefixed}
+        inner = {key.split("image_encoder.", 1)[1]: tensors[key] for key in prefixed}
+        if len(inner) < len(prefixed):
+            raise CheckpointError(f"{path} holds more than one image encoder: {_some(prefixed)}.")
+        tensors = inner
     module = config.build()
     tensors = {config.rename(key): tensor for key, tensor in tensors.items()}
     _load_strictly(module, tensors, f"{path} does not fit the image encoder {name}")
@@ -442,7 +461,8 @@ def load_detector(path: str | PathLike) -> nn.Module:
     scales = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}
     stem, scores = tensors.get("model.0.conv.weight"), tensors.get("model.22.cv3.0.2.weight")
     bins = tensors.get("model.22.dfl.conv.weight")
-    if stem is None or scores is None or bins is None or stem.shape[0] not in scales:
+    convolutions = [tensor is not None and tensor.ndim == 4 for tensor in (stem, scores, bins)]
+    if not all(convolutions) or stem.shape[0] not in scales or not 1 <= bins.shape[1] <= 64:
         raise CheckpointError(f"{path} holds no YOLOv8 detector: found tensors {_some(tensors)}.")
     if len(scores) != 1:
         raise CheckpointError(f"{path} detects {len(scores)} classes; object discovery needs one class, 'object'.")
@@ -470,30 +490,49 @@ def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     else:
         content = _unpickle(path)
-    while isinstance(content, Mapping):
-        wrapper = next((key for key in ("model", "state_dict") if key in content and _is_container(content[key])), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
-    if isinstance(content, nn.Module):
-        content = nn.Module.state_dict(content)
-    if not isinstance(content, Mapping):
+    for _ in range(3):  # {"model": {"state_dict": ...}}; not for ever, a file can hold itself
+        if isinstance(content, Mapping):
+            inside = (content.get(key) for key in ("model", "state_dict"))
+            content = next((value for value in inside if isinstance(value, Mapping | _InertModule)), content)
+    if not isinstance(content, Mapping | _InertModule):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
-    tensors: dict[str, Tensor] = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        elif isinstance(value, Mapping):
-            tensors |= {f"{key}.{name}": tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-    return tensors
+    try:
+        return dict(_named_tensors(content))
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply.") from error
 
 
-def _is_container(value: object) -> bool:
-    return isinstance(value, Mapping | nn.Module)
+def _named_tensors(content: Mapping | _InertModule, prefix: str = "", seen: set[int] | None = None):
+    """The tensors within `content`, as (name, tensor), each container once: a file can hold itself."""
+    seen = set() if seen is None else seen
+    items = content.children if isinstance(content, _InertModule) else content
+    if id(content) in seen:
+        return
+    seen.add(id(content))
+    for key, value in items.items():
+        if isinstance(value, Mapping | _InertModule):
+            yield from _named_tensors(value, f"{prefix}{key}.", seen)
+        # Neither sparse, quantized or on "meta", nor a subclass, nor with attributes of its own (hence `detach`).
+        elif type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu":
+            if not value.is_quantized:
+                yield f"{prefix}{key}", Tensor.detach(value)
 
 
-class _InertModule(nn.Module):
-    """Stands for every module class that a pickle names: it holds the tensors and can do nothing."""
+class _InertModule:
+    """Stands for every module class that a pickle names: it holds tensors and other modules and can do nothing."""
+
+    def __init__(self, *args: object) -> None:
+        self.children: dict[object, object] = {}
+
+    def __new__(cls, *args: object) -> _InertModule:
+        module = super().__new__(cls)
+        module.__init__()
+        return module
+
+    def __setstate__(self, state: Mapping) -> None:
+        left_out = state.get("_non_persistent_buffers_set", ())
+        buffers = {key: value for key, value in state.get("_buffers", {}).items() if key not in left_out}
+        self.children = {**state.get("_parameters", {}), **buffers, **state.get("_modules", {})}
 
 
 class _Inert:
@@ -506,28 +545,49 @@ class _Inert:
 
 # In the pickles of ultralytics: `Detect.forward`, kept as an attribute; the type of its settings; fitness, a scalar.
 _INERT_NAMES = re.compile(
-    r"(builtins|__builtin__)\.(getattr|set)|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)|"
+    r"builtins\.getattr|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)|"
     r"pathlib\.(Posix|Windows)?Path|ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace"
 )
 _MODULE_NAMES = re.compile(r"(torch\.nn\.modules|ultralytics\.(yolo\.)?nn)\.[\w.]+")
 
 
+_ALLOWLIST = threading.Lock()
+
+
+@contextmanager
+def _allowed(stand_ins: Sequence[tuple[type, str]]) -> Iterator[None]:
+    """torch's own allowlist and these, less what other code has allowed: ultralytics allows its real classes for good,
+    and those evaluate strings of the file. The list is one for the process, hence the lock."""
+    with _ALLOWLIST:
+        others = get_safe_globals()
+        clear_safe_globals()
+        add_safe_globals(list(stand_ins))
+        try:
+            yield
+        finally:
+            others += [name for name in get_safe_globals() if name not in stand_ins]  # allowed meanwhile
+            clear_safe_globals()
+            add_safe_globals(others)
+
+
 def _unpickle(path: Path) -> object:
     try:
-        names = get_unsafe_globals_in_checkpoint(path)
+        with _allowed([]):
+            names = get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # torch raises anything from RuntimeError to KeyError on a file that is no checkpoint
         raise CheckpointError(f"{path} is not a checkpoint that PyTorch can read: {_first_line(error)}") from error
     refused = [name for name in names if not _MODULE_NAMES.fullmatch(name) and not _INERT_NAMES.fullmatch(name)]
     if refused:
         raise CheckpointError(
-            f"{path} was not opened: its pickle names {', '.join(refused)}, and only classes of torch.nn and "
+            f"{path} was not opened: its pickle names {', '.join(sorted(refused))}, and only classes of torch.nn and "
             "ultralytics are allowed. It may try to run code; get the file from a source that you trust."
         )
     stand_ins = [(_InertModule if _MODULE_NAMES.fullmatch(name) else _Inert, name) for name in names]
     try:
-        with safe_globals(stand_ins):
+        # Whole models are unpickled under the lock; files of tensors name nothing, and can be read side by side.
+        with _allowed(stand_ins) if stand_ins else nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
+    except Exception as error:  # likewise
         raise CheckpointError(f"{path} is not a checkpoint that can be opened: {_first_line(error)}") from error
 
 

@@ -1,0 +1,164 @@
+"""The quickstart: segment every object of a folder of images, or of synthetic scenes, and keep the dataset for the App."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import cv2
+import fiftyone as fo
+import fiftyone.core.labels as fol
+import fiftyone.core.utils as fou
+import fiftyone.utils.image as foui
+import numpy as np
+from tqdm import tqdm
+
+from . import zoo
+from .evaluation.average_recall import average_recall
+from .images import read_image
+from .modeling.masks import rle_from_crop
+from .training.scenes import TEST_SEED, make_scene
+
+DATASET_NAME = "mobilesamv2-quickstart"
+DEMO_MODEL = "mobilesamv2-demo-torch"
+LABEL_FIELD = "segmentations"
+GROUND_TRUTH_FIELD = "ground_truth"
+
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+
+def run(images: Path | None, model_name: str, scenes: int, batch_size: int, output: Path) -> fo.Dataset:
+    """Makes the dataset, segments it, prints a summary, and writes `overlays.png`.
+
+    Args:
+        images: folder of images; None makes `scenes` synthetic scenes, whose masks are known.
+        output: folder for the scenes and the picture.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    dataset = scene_dataset(output / "scenes", scenes) if images is None else image_dataset(images)
+    print(f"Loading {model_name} ...")
+    # Its parameters are the zoo's; made here without the zoo, so that neither registration nor requirements matter.
+    model = zoo.load_model(model_name)
+    seconds = segment(dataset, model, batch_size)
+    print(summary(dataset, model, seconds))
+    picture = output / "overlays.png"
+    cv2.imwrite(str(picture), overlays(dataset)[:, :, ::-1])
+    print(f"\nOverlays: {picture}\nIn the App: fiftyone app launch {dataset.name}")
+    return dataset
+
+
+def scene_dataset(folder: Path, count: int) -> fo.Dataset:
+    """A dataset of scenes that the demo model never saw, with the masks of their objects as ground truth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for index in tqdm(range(count), desc="Making scenes"):
+        scene = make_scene(TEST_SEED, index)
+        path = folder / f"{index:03d}.png"
+        if not path.exists():
+            cv2.imwrite(str(path), scene.image[:, :, ::-1])
+        size = np.array(scene.labels.shape[::-1])
+        detections = []
+        for mask, (x0, y0, x1, y1) in zip(scene.masks(), scene.boxes().astype(int)):
+            box = [*((x0, y0) / size), *((x1 - x0, y1 - y0) / size)]
+            detections.append(fol.Detection(label=zoo.LABEL, bounding_box=box, mask=mask[y0:y1, x0:x1]))
+        sample = fo.Sample(str(path.resolve()))
+        sample[GROUND_TRUTH_FIELD] = fol.Detections(detections=detections)
+        samples.append(sample)
+    dataset = fo.Dataset(DATASET_NAME, overwrite=True, persistent=True)
+    dataset.add_samples(samples, progress=False)
+    return dataset
+
+
+def image_dataset(folder: Path) -> fo.Dataset:
+    """A dataset of the images below `folder`.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
+    dataset = fo.Dataset(f"{DATASET_NAME}-{folder.resolve().name}", overwrite=True, persistent=True)
+    dataset.add_samples([fo.Sample(str(path.resolve())) for path in paths], progress=False)
+    return dataset
+
+
+def segment(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, batch_size: int) -> float:
+    """Runs the model over the dataset with a progress bar. Returns the seconds it took."""
+    start = time.perf_counter()
+    # One bar, which also counts objects, in place of FiftyOne's.
+    own_bar_only = fou.SetAttributes(fo.config, show_progress_bars=False)
+    with own_bar_only, tqdm(total=len(dataset), desc="Segmenting", unit="images") as bar:
+
+        def report(progress: fo.ProgressBar) -> None:
+            bar.set_postfix(objects=model.num_labels, refresh=False)
+            bar.update(progress.iteration - bar.n)
+
+        dataset.apply_model(model, LABEL_FIELD, batch_size=batch_size, num_workers=1, progress=report)
+    return time.perf_counter() - start
+
+
+def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) -> str:
+    """What was found, how long each stage took and, where the dataset has ground truth, mask AR@K."""
+    counts = np.array([n or 0 for n in dataset.values(fo.ViewField(f"{LABEL_FIELD}.detections").length())])
+    images = len(dataset)
+    lines = [
+        "",
+        f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s), {len(model.failures)} failed",
+        f"{counts.sum()} objects: {counts.mean():.1f} an image, median {np.median(counts):.0f}, at most {counts.max()}",
+        "Time per image: " + ", ".join(f"{stage} {1000 * t / images:.0f} ms" for stage, t in model.seconds.items()),
+    ]
+    if dataset.has_field(GROUND_TRUTH_FIELD):
+        dataset.compute_metadata(progress=False)
+        recall = average_recall(
+            (detection_rles(sample, LABEL_FIELD), detection_rles(sample, GROUND_TRUTH_FIELD)) for sample in dataset
+        )
+        lines.append("Mask " + ", ".join(f"{name} {value:.3f}" for name, value in recall.items()))
+    return "\n".join(lines)
+
+
+def detection_rles(sample: fo.Sample, field: str) -> list[dict]:
+    """The masks of a sample's detections as COCO RLE, most confident first."""
+    if sample[field] is None:
+        return []
+    size = sample.metadata.height, sample.metadata.width
+    ranked = sorted(sample[field].detections, key=lambda d: -(d.confidence or 0))
+    return [rle_from_crop(mask, box, size) for mask, box in (cropped_mask(d, size) for d in ranked)]
+
+
+def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A stored detection's mask, wherever it is stored, and its box: xyxy in pixels of an image of `size` (h, w)."""
+    mask = detection.mask if detection.mask is not None else foui.read(detection.mask_path)[..., 0] > 0
+    height, width = size
+    x, y = round(detection.bounding_box[0] * width), round(detection.bounding_box[1] * height)
+    return mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]])
+
+
+def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> np.ndarray:
+    """uint8 RGB: the first images of the dataset with their masks in colour, least confident first."""
+    sheet = np.full((rows * tile, columns * tile, 3), 30, np.uint8)
+    for number, sample in enumerate(dataset.match(fo.ViewField(LABEL_FIELD) != None).limit(rows * columns)):  # noqa: E711
+        image = read_image(sample.filepath)
+        ranked = sorted(sample[LABEL_FIELD].detections, key=lambda d: d.confidence)
+        drawn = draw_masks(image, [cropped_mask(d, image.shape[:2]) for d in ranked])
+        scale = (tile - 4) / max(image.shape[:2])
+        size = [max(1, int(side * scale)) for side in image.shape[1::-1]]
+        small = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        y, x = (number // columns) * tile, (number % columns) * tile
+        sheet[y : y + small.shape[0], x : x + small.shape[1]] = small
+    return sheet
+
+
+def draw_masks(image: np.ndarray, masks: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """A copy of uint8 RGB `image` with each (bool mask, xyxy box) filled half-transparently and outlined."""
+    drawn = image.copy()
+    for index, (mask, (x0, y0, x1, y1)) in enumerate(masks):
+        hue = int(180 * ((index * 0.618034) % 1))  # golden ratio: neighbours in the list get hues far apart
+        color = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
+        region = drawn[y0:y1, x0:x1]
+        region[mask] = (region[mask] * 0.5 + color * 0.5).astype(np.uint8)
+        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(drawn, outlines, -1, color.tolist(), 1, offset=(int(x0), int(y0)))
+    return drawn

@@ -1,0 +1,59 @@
+"""Writes the trained demo model as the package ships it: half precision, safetensors, nothing but tensors.
+
+    python -m fiftyone_mobilesamv2.training.export --runs runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..modeling.checkpoints import PACKAGED_WEIGHTS, load_decoder, load_detector, load_encoder, read_tensors
+from .decoder import ENCODER
+
+
+def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors in half precision, each with storage of its own."""
+    return {
+        key: (tensor.half() if tensor.is_floating_point() else tensor).clone().contiguous()
+        for key, tensor in tensors.items()
+    }
+
+
+def export(runs: Path, output: Path) -> list[Path]:
+    """Exports the averaged weights of both trainings and checks that they load.
+
+    Args:
+        runs: the folder that holds `decoder/` and `detector/`.
+        output: where the files go.
+    """
+    trained = torch.load(runs / "decoder" / "last.pt", map_location="cpu", weights_only=True)["ema"]
+    # The layout of a whole SAM: image_encoder.*, prompt_encoder.*, mask_decoder.*
+    sam = {key.removeprefix("decoder."): tensor for key, tensor in trained.items()}
+    detector = read_tensors(runs / "detector" / "train" / "weights" / "last.pt")
+
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / "demo_sam.safetensors", output / "demo_detector.safetensors"]
+    save_file(half(sam), files[0])
+    save_file(half(detector), files[1])
+    load_encoder(files[0], ENCODER)
+    load_decoder(files[0], ENCODER)
+    load_detector(files[1])
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output", type=Path, default=PACKAGED_WEIGHTS)
+    args = parser.parse_args()
+    for file in export(args.runs, args.output):
+        print(f"{file} {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
