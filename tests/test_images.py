@@ -1,0 +1,140 @@
+"""Files of every kind that curators have, read as the App shows them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fiftyone_mobilesamv2.images import read_image
+
+
+def picture(height=40, width=60):
+    """A dark picture with a bright red rectangle in the upper left: it shows orientation, channels and brightness."""
+    pixels = np.full((height, width, 3), 20, np.uint8)
+    pixels[5:15, 10:30] = (230, 40, 40)
+    return pixels
+
+
+def red_box(pixels):
+    """xyxy of the pixels that are much redder than green."""
+    rows, columns = np.nonzero(pixels[..., 0].astype(int) - pixels[..., 1] > 80)
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+# Options that make `Image.save` keep colours: all of them, or for JPEG as well as it can.
+FAITHFUL = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "jpg"])
+def test_rgb(tmp_path, suffix):
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(picture()).save(path, **FAITHFUL.get(suffix, {}))
+    pixels = read_image(path)
+    assert pixels.dtype == np.uint8 and pixels.shape == (40, 60, 3)
+    assert np.abs(pixels.astype(int) - picture()).max() <= (20 if suffix == "jpg" else 0)
+
+
+# The transposition that a viewer applies for each EXIF orientation, on a [H, W, 3] array.
+ORIENTATIONS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_exif_orientation(tmp_path, orientation, suffix):
+    image = Image.fromarray(picture())
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"image.{suffix}"
+    image.save(path, exif=exif, **FAITHFUL.get(suffix, {}))
+    shown = ORIENTATIONS[orientation](picture())
+    pixels = read_image(path)
+    assert pixels.shape == shown.shape
+    assert red_box(pixels) == red_box(shown)
+
+
+def test_palette_alpha_and_grey(tmp_path):
+    rgb = Image.fromarray(picture())
+    transparent = Image.merge("RGBA", (*rgb.split(), Image.new("L", rgb.size, 0)))
+    palette = rgb.quantize(8)
+    palette_alpha = palette.copy()
+    palette_alpha.info["transparency"] = palette.getpixel((0, 0))  # the background's colour
+    for name, image in {"palette": palette, "rgba": transparent, "palette-alpha": palette_alpha}.items():
+        image.save(tmp_path / f"{name}.png")
+        assert red_box(read_image(tmp_path / f"{name}.png")) == red_box(picture()), name
+    for mode in ("L", "LA", "1"):
+        rgb.convert(mode).save(tmp_path / f"{mode}.png")
+        pixels = read_image(tmp_path / f"{mode}.png")
+        assert pixels.shape == (40, 60, 3)
+        np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+    np.testing.assert_array_equal(read_image(tmp_path / "L.png")[..., 0], np.asarray(rgb.convert("L")))
+
+
+def test_cmyk(tmp_path):
+    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "image.jpg", quality=95)
+    pixels = read_image(tmp_path / "image.jpg")
+    np.testing.assert_allclose(red_box(pixels), red_box(picture()), atol=1)
+    assert pixels[10, 20, 0] > 150 > 100 > pixels[30, 50].max()
+
+
+def test_16_bit_keeps_its_upper_half(tmp_path):
+    values = (np.arange(40 * 60).reshape(40, 60) * 27).astype(np.uint16)
+    for name in ("image.png", "image.tiff"):
+        Image.fromarray(values).save(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name)[..., 0], values >> 8)
+
+
+def test_float_is_stretched(tmp_path):
+    values = np.linspace(-3, 5, 40 * 60, dtype=np.float32).reshape(40, 60)
+    values[0, 1] = np.nan
+    Image.fromarray(values).save(tmp_path / "image.tiff")
+    pixels = read_image(tmp_path / "image.tiff")[..., 0]
+    assert pixels[0, 0] == 0 and pixels[0, 1] == 0 and pixels[-1, -1] == 255
+    assert (np.diff(pixels.ravel()[2:].astype(int)) >= 0).all()
+
+
+def test_animation_shows_its_first_frame(tmp_path):
+    frames = [Image.fromarray(picture()), Image.new("RGB", (60, 40), "blue")]
+    for suffix in ("gif", "webp"):
+        frames[0].save(tmp_path / f"image.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+        assert red_box(read_image(tmp_path / f"image.{suffix}")) == red_box(picture())
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_what_is_no_image_is_an_error(tmp_path, content):
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises((OSError, ValueError), match="image.png"):
+        read_image(path)
+
+
+def test_truncated_and_flipped_files_read_or_fail_cleanly(tmp_path):
+    rng = np.random.default_rng(0)
+    for suffix in ("jpg", "png", "webp", "tiff", "gif", "bmp"):
+        path = tmp_path / f"image.{suffix}"
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
+        whole = path.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+            for position in rng.integers(0, len(damaged), 4):
+                damaged[position] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged)
+            try:
+                pixels = read_image(path)
+            except (OSError, ValueError, MemoryError):
+                continue
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+def test_decompression_bomb_is_refused(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20000, 10000)).save(path)
+    with pytest.raises(ValueError, match=r"bomb\.png.*exceeds limit"):
+        read_image(path)
