@@ -30,6 +30,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from filelock import FileLock
@@ -267,7 +268,7 @@ def fetch(weights: Weights) -> Path:
                 if not path.is_file():  # else another process was faster
                     _download(weights, path)
         except OSError as error:
-            raise DownloadError(weights, {"nowhere": f"{path.parent} can't be written to: {error}"}) from error
+            raise DownloadError(weights, {str(path.parent): f"can't be written to: {error}"}) from error
     verify(path, weights)
     return path
 
@@ -275,6 +276,7 @@ def fetch(weights: Weights) -> Path:
 def _download(weights: Weights, path: Path) -> None:
     """Downloads to a file beside `path`, which takes its place only when it is the right one."""
     partial = path.with_name(path.name + ".partial")
+    left_over = partial.exists()
     reasons = {}
     for source in weights.sources:
         try:
@@ -284,6 +286,8 @@ def _download(weights: Weights, path: Path) -> None:
             continue  # what has come stays, to be resumed
         if problem := _problem(partial, weights, _record_path(path)):
             partial.unlink()
+            if left_over:  # by an earlier attempt, perhaps of another file: once more from the start
+                return _download(weights, path)
             reasons[str(source)] = f"the file there {problem}"
             continue
         partial.replace(path)
@@ -502,7 +506,9 @@ def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is nested too deeply.") from error
 
 
-def _named_tensors(content: Mapping | _InertModule, prefix: str = "", seen: set[int] | None = None):
+def _named_tensors(
+    content: Mapping | _InertModule, prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors within `content`, as (name, tensor), each container once: a file can hold itself."""
     seen = set() if seen is None else seen
     items = content.children if isinstance(content, _InertModule) else content
@@ -521,13 +527,9 @@ def _named_tensors(content: Mapping | _InertModule, prefix: str = "", seen: set[
 class _InertModule:
     """Stands for every module class that a pickle names: it holds tensors and other modules and can do nothing."""
 
-    def __init__(self, *args: object) -> None:
-        self.children: dict[object, object] = {}
+    children: Mapping[object, object] = MappingProxyType({})
 
-    def __new__(cls, *args: object) -> _InertModule:
-        module = super().__new__(cls)
-        module.__init__()
-        return module
+    def __init__(self, *args: object) -> None: ...
 
     def __setstate__(self, state: Mapping) -> None:
         left_out = state.get("_non_persistent_buffers_set", ())
