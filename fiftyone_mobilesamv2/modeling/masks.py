@@ -80,8 +80,9 @@ def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> d
     """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
     height, width = size
     x0, y0, x1, y1 = (int(v) for v in box)
-    columns = np.zeros((x1 - x0, height), bool)  # RLE runs down the columns
-    columns[:, y0:y1] = mask.T
+    # RLE runs down the columns. The column after the box, where there is one, ends a run at the bottom of the last.
+    columns = np.zeros((min(x1 + 1, width) - x0, height), bool)
+    columns[: x1 - x0, y0:y1] = mask.T
     changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False)) + x0 * height
     counts = np.diff(changes, prepend=0, append=height * width)
     return mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
