@@ -21,9 +21,9 @@ __all__ = ["MobileSAMv2", "Segmentation", "download_model", "load_model", "parse
 def _package(name):
     # FiftyOne imports a plugin, or a source of models, by file path and under a name of its own. Everything but this
     # file is imported absolutely, so that there is one set of classes, which workers can unpickle by name.
-    folder = Path(__file__).resolve().parent
-    if importlib.util.find_spec("fiftyone_mobilesamv2") is None:
-        sys.path.append(str(folder.parent))
+    spec = importlib.util.find_spec("fiftyone_mobilesamv2")
+    if spec is None or spec.origin is None:  # or only a folder of that name is in sight, such as a clone's
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
     return importlib.import_module(name)
 
 
@@ -33,14 +33,18 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__():
+    return sorted(globals() | _EXPORTS)
+
+
 def download_model(model_name, model_path):
     """FiftyOne's zoo: makes sure of a model's files."""
-    zoo = _package("fiftyone_mobilesamv2.zoo")
-    # Once it finds a note at `model_path`, FiftyOne no longer imports this file. A copy that only this file puts on
-    # Python's path must therefore leave none.
-    here = Path(__file__).parent
-    is_copy = not here.is_symlink() and here.samefile(Path(sys.modules["fiftyone_mobilesamv2"].__file__).parent)
-    zoo.download_model(model_name, None if is_copy else model_path)
+    from importlib.metadata import distributions
+
+    # Once it finds a note at `model_path`, FiftyOne no longer imports this file, but the package by name. That works in
+    # every process only if pip has installed it (a source tree may have metadata too, but no RECORD): else leave none.
+    is_installed = any(found.read_text("RECORD") for found in distributions(name="fiftyone-mobilesamv2"))
+    _package("fiftyone_mobilesamv2.zoo").download_model(model_name, model_path if is_installed else None)
 
 
 def load_model(model_name, model_path, **kwargs):

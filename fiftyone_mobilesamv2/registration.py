@@ -28,51 +28,69 @@ def offer_zoo_models() -> None:
         return
     paths = _setting("model_zoo_manifest_paths", _MANIFESTS_VARIABLE) or []
     paths = paths.split(":") if isinstance(paths, str) else list(paths)
-    if str(MANIFEST) not in paths:
-        # The variable replaces what the config file says, so it carries that along.
-        os.environ[_MANIFESTS_VARIABLE] = ":".join([*paths, str(MANIFEST)])
-    if fiftyone := sys.modules.get("fiftyone"):
-        known = fiftyone.config.model_zoo_manifest_paths or []
-        if str(MANIFEST) not in known:
-            fiftyone.config.model_zoo_manifest_paths = [*known, str(MANIFEST)]
+    if str(MANIFEST) in paths:
+        return
+    paths.append(str(MANIFEST))
+    # The variable replaces what the config file says, so it carries that along.
+    os.environ[_MANIFESTS_VARIABLE] = ":".join(paths)
+    if config := _fiftyone_config():
+        config.model_zoo_manifest_paths = paths
 
 
 def install() -> list[Path]:
     """Registers the models and the plugin for every FiftyOne of this user, by links to this package.
 
+    FiftyOne keeps its notes of downloaded models beside the links, so these are in a folder of their own.
+
     Returns:
         the links; each that was there before is made anew.
 
     Raises:
-        FileExistsError: something that is no link is in the place of one.
+        FileExistsError: something that is no link is in the place of one. Nothing has been changed then.
     """
-    links = _links()
+    source, links = _source_folder(), _links()
+    if source.is_symlink():  # to the whole package, made by hand: FiftyOne would write into the package
+        source.unlink()
+    for link in links:
+        if link.exists() and not link.is_symlink():
+            raise FileExistsError(f"{link} is in the way: it is no link that this command made. Move it elsewhere.")
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
-        if link.is_symlink():
-            link.unlink()
-        elif link.exists():
-            raise FileExistsError(f"{link} is in the way: it is no link that this command made. Move it elsewhere.")
-        link.symlink_to(target, target_is_directory=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=target.is_dir())
     return list(links)
 
 
 def uninstall() -> list[Path]:
-    """Undoes :func:`install`. Returns the links that were removed."""
-    removed = [link for link in _links() if link.is_symlink()]
+    """Undoes :func:`install`; weights stay where they are. Returns the links that were removed."""
+    source = _source_folder()
+    removed = [link for link in (source, *_links()) if link.is_symlink()]
     for link in removed:
         link.unlink()
-        if not any(link.parent.iterdir()):
-            link.parent.rmdir()
+    if any(link.is_relative_to(source) for link in removed):
+        for model in json.loads(MANIFEST.read_text())["models"]:
+            (source / model["base_filename"]).unlink(missing_ok=True)
+        for folder in (source, source.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     return removed
+
+
+def _source_folder() -> Path:
+    import fiftyone as fo
+
+    return Path(fo.config.model_zoo_dir) / SOURCE_NAME
 
 
 def _links() -> dict[Path, Path]:
     import fiftyone as fo
 
-    plugin = PACKAGE.parent if (PACKAGE.parent / "fiftyone.yml").exists() else PACKAGE
+    # A wheel carries the plugin's manifest inside the package (setup.py), a checkout beside it.
+    plugin = PACKAGE if (PACKAGE / "fiftyone.yml").exists() else PACKAGE.parent
+    source = _source_folder()
     return {
-        Path(fo.config.model_zoo_dir) / SOURCE_NAME: PACKAGE,
+        source / "__init__.py": PACKAGE / "__init__.py",
+        source / MANIFEST.name: MANIFEST,
         Path(fo.config.plugins_dir) / "fiftyone_mobilesamv2": plugin,
     }
 
@@ -85,11 +103,18 @@ def _model_zoo_dir() -> Path:
 
 
 def _setting(key: str, variable: str) -> str | list[str] | None:
-    """A setting as FiftyOne reads it, without the second that importing FiftyOne takes."""
-    if variable in os.environ:
-        return os.environ[variable]
+    """A setting as FiftyOne reads it, without the seconds that importing FiftyOne takes."""
+    if config := _fiftyone_config():
+        return getattr(config, key)
+    if value := os.environ.get(variable):
+        return value
     path = Path(os.environ.get("FIFTYONE_CONFIG_PATH", "~/.fiftyone/config.json")).expanduser()
     try:
         return json.loads(path.read_text()).get(key)
-    except FileNotFoundError:
+    except (OSError, ValueError):  # there is none, or FiftyOne will complain of it
         return None
+
+
+def _fiftyone_config():
+    # None while FiftyOne is being imported, too: its setting `module_path` imports packages from within.
+    return getattr(sys.modules.get("fiftyone"), "config", None)
