@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import eta.core.utils as etau
 import fiftyone as fo
 import fiftyone.core.config as foc
 import fiftyone.core.labels as fol
@@ -67,7 +68,7 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         self.name = self.parse_string(d, "name")
         self.device = self.parse_raw(d, "device", default=None)
         self.dtype = self.parse_string(d, "dtype", default="float32")
-        self.prompting = self.parse_categorical(d, "prompting", PROMPTINGS, default="object_aware")
+        self.prompting = self.parse_string(d, "prompting", default="object_aware")
         self.confidence_thresh = self.parse_number(d, "confidence_thresh", default=None)
         self.iou = self.parse_number(d, "iou", default=NMS_IOU)
         self.max_prompts = self.parse_int(d, "max_prompts", default=MAX_PROMPTS)
@@ -80,8 +81,10 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         if unknown := [key for key in d if key not in vars(self)]:
             known = [key for key in vars(self) if key not in ("model_name", "model_path")]
             raise ValueError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        for key, choices in (("prompting", PROMPTINGS), ("dtype", DTYPES)):
+            value = getattr(self, key)
+            if value not in choices:
+                raise ValueError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
         for key, least in (("max_prompts", 1), ("points_per_side", 1), ("max_masks", 1)):
             value = getattr(self, key)
             if value is not None and value < least:
@@ -410,8 +413,8 @@ def download_model(name: str, path: str | None) -> None:
     if path is None:
         return
     try:
-        etau.write_json({key: str(file) for key, file in files.items()}, path)
-    except OSError as error:  # an installed package may be read-only; the files are verified again at every load
+        Path(path).write_text(json.dumps({key: str(file) for key, file in files.items()}))
+    except OSError as error:  # the zoo may be read-only; the files are verified again at every load
         logger.debug("Could not write %s: %s", path, error)
 
 

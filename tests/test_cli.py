@@ -1,0 +1,210 @@
+"""The command line, from the outside: exit statuses, messages, and what a quickstart leaves behind."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import cv2
+import fiftyone as fo
+import numpy as np
+import pytest
+from PIL import Image
+
+from fiftyone_mobilesamv2 import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-m", "fiftyone_mobilesamv2.cli"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+DATASET = "mobilesamv2-quickstart"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["install", "--help"]])
+def test_help_needs_neither_torch_nor_fiftyone(arguments):
+    code = f"""
+import sys
+from fiftyone_mobilesamv2 import cli
+try:
+    cli.main({arguments!r})
+finally:
+    print(sorted({{"torch", "fiftyone", "numpy"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: fiftyone-mobilesamv2")
+    assert result.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "mobilesamv2-huge-torch"], "Unknown model 'mobilesamv2-huge-torch'; choose one of .*-demo-torch"),
+        (["--images", "missing"], "missing is not a folder"),
+        (["--images", "empty"], r"empty holds no images \(.*\.jpg"),
+        (["--output", "file"], "file"),
+    ],
+    ids=["model", "missing folder", "empty folder", "output"],
+)
+def test_mistakes_cost_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    (tmp_path / "file").write_text("in the way")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["quickstart", *arguments]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert re.search(f"^fiftyone-mobilesamv2: .*{message}", line)
+    assert sorted(tmp_path.rglob("*")) == before  # and nothing was made
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["quickstart", "--scenes", "0"], ["quickstart", "--batch-size", "-1"]], ids=" ".join
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert "usage: fiftyone-mobilesamv2" in capsys.readouterr().err
+
+
+def test_install_and_uninstall(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fo.config, "model_zoo_dir", str(tmp_path / "zoo"))
+    monkeypatch.setattr(fo.config, "plugins_dir", str(tmp_path / "plugins"))
+    assert cli.main(["uninstall"]) == 0
+    assert capsys.readouterr().out == "Nothing was installed.\n"
+    assert cli.main(["install"]) == 0
+    linked = capsys.readouterr().out
+    assert f"Linked {tmp_path / 'plugins' / 'fiftyone_mobilesamv2'}\n" in linked
+    assert cli.main(["uninstall"]) == 0
+    assert capsys.readouterr().out == linked.replace("Linked", "Removed")
+
+    (tmp_path / "plugins" / "fiftyone_mobilesamv2").mkdir()
+    assert cli.main(["install"]) == 1
+    captured = capsys.readouterr()
+    assert "is in the way" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.fixture
+def quickstart_dataset(mongod):
+    """The name of the dataset that a quickstart leaves, which goes after the test."""
+    yield DATASET
+    for name in fo.list_datasets(f"{DATASET}*"):
+        fo.delete_dataset(name)
+
+
+def test_quickstart_with_scenes(quickstart_dataset, tmp_path, capsys):
+    output = tmp_path / "new" / "output"
+    command = ["quickstart", "--scenes", "5", "--batch-size", "2", "--output", str(output)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+
+    dataset = fo.load_dataset(quickstart_dataset)
+    assert dataset.persistent
+    assert len(dataset) == 5
+    assert len(set(dataset.values("filepath"))) == 5
+    assert all(Path(path).is_file() for path in dataset.values("filepath"))
+    counts = [len(sample["segmentations"].detections) for sample in dataset]
+    assert min(counts) > 0
+    assert min(len(sample["ground_truth"].detections) for sample in dataset) > 0
+    assert all(detection.mask.any() for sample in dataset for detection in sample["segmentations"].detections)
+
+    assert re.search(r"^5 images in \d+\.\d s \(\d+\.\d+ images/s\), 0 failed$", printed, re.M)
+    assert re.search(rf"^{sum(counts)} objects: .* at most {max(counts)}$", printed, re.M)
+    stages = re.search(r"^Time per image: (.*)$", printed, re.M)[1]
+    assert sorted(re.findall(r"(\w+) \d+ ms", stages)) == ["crop", "decode", "discover", "encode"]
+    recall = {name: float(value) for name, value in re.findall(r"(AR@\d+) (-?[\d.]+|nan)", printed)}
+    assert list(recall) == ["AR@10", "AR@100", "AR@1000"]
+    assert all(0 <= value <= 1 for value in recall.values())
+    assert 0.2 < recall["AR@1000"]  # the demo model is trained on such scenes
+    assert recall["AR@10"] <= recall["AR@100"] <= recall["AR@1000"]
+    assert f"fiftyone app launch {quickstart_dataset}" in printed
+
+    picture = cv2.imread(str(output / "overlays.png"))
+    assert f"Overlays: {output / 'overlays.png'}" in printed
+    tiles = [picture[:320, 320 * column : 320 * (column + 1)] for column in range(4)]
+    assert all(tile.std() > 10 for tile in tiles)
+    for tile, sample in zip(tiles, dataset):  # masks are drawn: it is not just the image
+        scene = cv2.resize(cv2.imread(sample.filepath), (316, 316), interpolation=cv2.INTER_AREA)
+        assert np.abs(tile[:316, :316].astype(int) - scene).mean() > 5
+
+    # A second run replaces the first one's dataset; what is wrong about a third is seen before it does.
+    assert cli.main([*command[:2], "2", *command[3:]]) == 0
+    assert cli.main([*command, "--model", "mobilesamv2-huge-torch"]) == 1
+    assert len(fo.load_dataset(quickstart_dataset)) == 2
+
+
+def test_quickstart_with_images(quickstart_dataset, tmp_path, capsys):
+    from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+
+    folder = tmp_path / "my images"
+    (folder / "deeper").mkdir(parents=True)
+    scene = make_scene(TEST_SEED, 1).image
+    Image.fromarray(scene).save(folder / "colour.JPG", format="JPEG", quality=95)
+    Image.fromarray(scene).resize((400, 260)).convert("RGBA").save(folder / "deeper" / "alpha.png")
+    sixteen_bit = scene.mean(axis=2).astype(np.uint16) * 257
+    Image.fromarray(sixteen_bit).save(folder / "sixteen_bit.tiff")
+    (folder / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    (folder / "notes.txt").write_text("no image")
+
+    output = tmp_path / "output"
+    assert cli.main(["quickstart", "--images", str(folder), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^4 images in .*, 1 failed$", printed, re.M)
+    assert "AR@" not in printed  # there is no ground truth
+
+    dataset = fo.load_dataset(f"{quickstart_dataset}-my images")
+    assert dataset.persistent
+    found = {Path(sample.filepath).name: sample["segmentations"] for sample in dataset}
+    assert found.pop("damaged.png") is None
+    assert sorted(found) == ["alpha.png", "colour.JPG", "sixteen_bit.tiff"]
+    assert all(labels.detections for labels in found.values())
+    picture = cv2.imread(str(output / "overlays.png"))
+    tiles = [picture[:320, 320 * column : 320 * (column + 1)] for column in range(4)]
+    assert [tile.std() > 10 for tile in tiles] == [True, True, True, False]
+
+
+def test_interrupted_quickstart(quickstart_dataset, tmp_path):
+    """Ctrl-C reaches all processes of the terminal's foreground group, workers too."""
+    command = [*COMMAND, "quickstart", "--scenes", "60", "--batch-size", "2", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = threading.Timer(120, process.kill)
+    deadline.start()
+    output = b""
+    while not re.search(rb"Segmenting: +[1-9]\d*%", output):  # bars end in \r, so no lines to wait for
+        piece = process.stdout.read1()
+        assert piece, output.decode()
+        output += piece
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=20)
+    deadline.cancel()
+    output = (output + rest).decode()
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert output.rstrip().endswith("fiftyone-mobilesamv2: interrupted")
+
+    dataset = fo.load_dataset(quickstart_dataset)
+    assert len(dataset) == 60
+    done = len(dataset.exists("segmentations"))
+    assert 0 < done < 60
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_quickstart_passes_its_arguments_on():
+    def printed(*arguments):
+        result = subprocess.run(
+            ["make", "-n", "quickstart", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return result.stdout.splitlines()[-1]
+
+    command = ".venv/bin/python -m fiftyone_mobilesamv2.cli quickstart"
+    assert printed().strip() == command
+    assert printed("IMAGES=a b", "MODEL=x") == f'{command} --images "a b" --model "x"'
