@@ -1,4 +1,4 @@
-"""The quickstart: segment every object of a folder of images, or of synthetic scenes, and keep the dataset for the App."""
+"""The quickstart: segment all objects of your images, or of synthetic scenes, and keep the dataset for the App."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ def run(images: Path | None, model_name: str, scenes: int, batch_size: int, outp
         images: folder of images; None makes `scenes` synthetic scenes, whose masks are known.
         output: folder for the scenes and the picture.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    dataset = scene_dataset(output / "scenes", scenes) if images is None else image_dataset(images)
+    paths = None if images is None else find_images(images)
     print(f"Loading {model_name} ...")
     # Its parameters are the zoo's; made here without the zoo, so that neither registration nor requirements matter.
     model = zoo.load_model(model_name)
+    # An earlier run's dataset is replaced only now, when nothing that was typed can be wrong any more.
+    output.mkdir(parents=True, exist_ok=True)
+    dataset = scene_dataset(output / "scenes", scenes) if paths is None else image_dataset(images.resolve().name, paths)
     seconds = segment(dataset, model, batch_size)
     print(summary(dataset, model, seconds))
     picture = output / "overlays.png"
@@ -69,8 +71,8 @@ def scene_dataset(folder: Path, count: int) -> fo.Dataset:
     return dataset
 
 
-def image_dataset(folder: Path) -> fo.Dataset:
-    """A dataset of the images below `folder`.
+def find_images(folder: Path) -> list[Path]:
+    """The image files below `folder`.
 
     Raises:
         ValueError: there is no such folder, or no image in it.
@@ -80,7 +82,12 @@ def image_dataset(folder: Path) -> fo.Dataset:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
-    dataset = fo.Dataset(f"{DATASET_NAME}-{folder.resolve().name}", overwrite=True, persistent=True)
+    return paths
+
+
+def image_dataset(name: str, paths: list[Path]) -> fo.Dataset:
+    """A dataset of images, which replaces that of an earlier run over a folder of this name."""
+    dataset = fo.Dataset(f"{DATASET_NAME}-{name}", overwrite=True, persistent=True)
     dataset.add_samples([fo.Sample(str(path.resolve())) for path in paths], progress=False)
     return dataset
 
