@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from os import PathLike
 
 import numpy as np
@@ -22,7 +23,7 @@ def read_image(path: str | PathLike) -> np.ndarray:
         ValueError: the image is too large to be decoded safely (see `PIL.Image.MAX_IMAGE_PIXELS`).
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip to white
                 pixels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
@@ -37,6 +38,13 @@ def read_image(path: str | PathLike) -> np.ndarray:
     except (SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         # What PIL's decoders raise on files that are damaged in ways they did not foresee.
         raise OSError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _open(path: str | PathLike) -> Image.Image:
+    # Where it is imported, ultralytics has replaced PIL's `open` by one that installs a package from the network when
+    # it meets a file that is no image.
+    patches = sys.modules.get("ultralytics.utils.patches")
+    return getattr(patches, "_image_open", Image.open)(path)
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:

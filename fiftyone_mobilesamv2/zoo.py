@@ -37,9 +37,10 @@ logger = logging.getLogger(__name__)
 
 LABEL = "object"
 
-# MongoDB takes documents of at most 16,793,600 bytes. Masks of a field get half of that, which leaves room for a second
-# field like it, or for the attributes that an evaluation adds.
-MASK_BYTES_PER_SAMPLE = 8 * 2**20
+# MongoDB takes documents of at most 16,793,600 bytes. The labels of a field get 7 MiB, which leaves room for a second
+# field like it and for the attributes that an evaluation adds.
+LABEL_BYTES_PER_SAMPLE = 7 * 2**20
+DETECTION_BYTES = 600  # of a detection without its mask: names and values of its attributes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -311,14 +312,15 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     def _within_budget(self, labels: fol.Detections) -> fol.Detections:
         """Moves the largest masks to disk until the rest fits into the sample's document."""
         with_masks = [d for d in labels.detections if d.mask is not None]
-        # A bit per pixel, which is what zlib makes of noise, and an array's header: an upper bound that costs nothing.
-        if sum(d.mask.size / 8 + 300 for d in with_masks) <= MASK_BYTES_PER_SAMPLE:
+        rest = DETECTION_BYTES * len(labels.detections)
+        # zlib makes a little over a bit per pixel of noise, and the array has a header: a bound that costs nothing.
+        if rest + sum(d.mask.size / 7 + 200 for d in with_masks) <= LABEL_BYTES_PER_SAMPLE:
             return labels
         sizes = {d.id: len(fou.serialize_numpy_array(d.mask)) for d in with_masks}
-        total, moved = sum(sizes.values()), 0
+        total, moved = rest + sum(sizes.values()), 0
         folder = self.config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks")
         for detection in sorted(with_masks, key=lambda d: sizes[d.id], reverse=True):
-            if total <= MASK_BYTES_PER_SAMPLE:
+            if total <= LABEL_BYTES_PER_SAMPLE:
                 break
             total -= sizes[detection.id]
             # Ids end in a counter: 256 folders that fill evenly.

@@ -109,9 +109,11 @@ def test_animation_shows_its_first_frame(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_what_is_no_image_is_an_error(tmp_path, content):
+    import ultralytics.utils.patches  # noqa: F401  its `Image.open` would install a package at this point
+
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    with pytest.raises((OSError, ValueError), match="image.png"):
+    with pytest.raises((OSError, ValueError), match=r"image\.png"):
         read_image(path)
 
 

@@ -37,9 +37,7 @@ def match_ranks(ious: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def average_recall(
-    images: Iterable[tuple[Sequence[dict], Sequence[dict]]], ks: Sequence[int] = KS
-) -> dict[str, float]:
+def average_recall(images: Iterable[tuple[Sequence[dict], Sequence[dict]]], ks: Sequence[int] = KS) -> dict[str, float]:
     """AR@K: the share of objects that the K best-ranked proposals of their image find, averaged over IoU thresholds.
 
     Args:

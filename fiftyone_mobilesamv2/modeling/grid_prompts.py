@@ -33,6 +33,9 @@ class GridFilter:
     box_nms_thresh: float = 0.7
 
 
+SAM_GRID_FILTER = GridFilter()
+
+
 def grid_points(points_per_side: int, size: tuple[int, int]) -> np.ndarray:
     """float32 [points_per_side ** 2, 2], xy in pixels of an image of `size` (h, w), row by row, cells' centres."""
     offset = 0.5 / points_per_side

@@ -95,9 +95,7 @@ def _rename_efficientvit(key: str) -> str:
     key = re.sub(r"^(neck\.(?:input|output)_ops\.\d+)\.op_list\.0\.", r"\1.", key)
     key = re.sub(r"^neck\.middle\.op_list\.", "neck.middle.", key)
     key = re.sub(r"^backbone\.stages\.0\.op_list\.0\.", "backbone.stem_in_conv.", key)
-    key = re.sub(
-        r"^backbone\.stages\.0\.op_list\.(\d+)\.", lambda m: f"backbone.stem_res{int(m[1]) - 1}.", key
-    )
+    key = re.sub(r"^backbone\.stages\.0\.op_list\.(\d+)\.", lambda m: f"backbone.stem_res{int(m[1]) - 1}.", key)
     return re.sub(
         r"^backbone\.stages\.([1-9]\d*)\.op_list\.",
         lambda m: f"backbone.stages_{int(m[1]) - 1}.blocks.",

@@ -100,9 +100,7 @@ def upsample(low_res_logits: Tensor, image_size: int, input_size: tuple[int, int
     Returns:
         float32 [N, H, W]
     """
-    logits = F.interpolate(
-        low_res_logits[None].float(), (image_size, image_size), mode="bilinear", align_corners=False
-    )
+    logits = F.interpolate(low_res_logits[None].float(), (image_size, image_size), mode="bilinear", align_corners=False)
     logits = logits[..., : input_size[0], : input_size[1]]
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0]
 

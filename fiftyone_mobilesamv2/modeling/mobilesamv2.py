@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoints, object_discovery
-from .grid_prompts import POINTS_PER_BATCH, POINTS_PER_SIDE, GridFilter, grid_points, suppress_duplicates
+from .grid_prompts import (
+    POINTS_PER_BATCH,
+    POINTS_PER_SIDE,
+    SAM_GRID_FILTER,
+    GridFilter,
+    grid_points,
+    suppress_duplicates,
+)
 from .image_encoders import EncoderConfig, encoder_config, preprocess
 from .masks import Segmentation, crop_masks
 from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
@@ -218,7 +225,7 @@ class MobileSAMv2(nn.Module):
         _check_count("boxes", boxes, len(embeddings))
         logits, ious = [], []
         for i, image_boxes in enumerate(boxes):
-            prompts = self._embed(embeddings, i, boxes=torch.as_tensor(image_boxes))
+            prompts = self._embed(embeddings, i, boxes=_coordinates(i, "boxes", image_boxes, 4))
             image_logits, image_iou = self._decode(self._image_side(embeddings, i), prompts)
             logits.append(image_logits[:, 0])
             ious.append(image_iou[:, 0])
@@ -233,7 +240,7 @@ class MobileSAMv2(nn.Module):
         iou: float = NMS_IOU,
         max_prompts: int = MAX_PROMPTS,
         points_per_side: int = POINTS_PER_SIDE,
-        grid_filter: GridFilter = GridFilter(),
+        grid_filter: GridFilter = SAM_GRID_FILTER,
     ) -> list[Segmentation]:
         """Masks of all objects of each image.
 
@@ -282,6 +289,8 @@ class MobileSAMv2(nn.Module):
         """
         if boxes is None and points is None:
             raise ValueError("segment_anything needs prompts: boxes, points, or both.")
+        if point_labels is not None and points is None:
+            raise ValueError("point_labels without points.")
         for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
             if prompts is not None:
                 _check_count(name, prompts, len(images))
@@ -290,7 +299,7 @@ class MobileSAMv2(nn.Module):
             self._segment_prompted(
                 embeddings,
                 i,
-                None if boxes is None else torch.as_tensor(np.asarray(boxes[i], np.float32).reshape(-1, 4)),
+                None if boxes is None else _coordinates(i, "boxes", boxes[i], 4),
                 None if points is None else points[i],
                 None if point_labels is None else point_labels[i],
             )
@@ -308,14 +317,17 @@ class MobileSAMv2(nn.Module):
         count = len(boxes) if boxes is not None else len(points)
         if points is None:
             return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
-        points = [np.asarray(p, np.float32).reshape(-1, 2) for p in points]
+        points = [_coordinates(index, "points", p, 2) for p in points]
         if point_labels is None:
             point_labels = [np.ones(len(p), np.int64) for p in points]
-        if len(points) != count or [len(p) for p in points] != [len(np.atleast_1d(v)) for v in point_labels]:
+        point_labels = [np.atleast_1d(np.asarray(labels)) for labels in point_labels]
+        if len(points) != count or [len(p) for p in points] != [len(labels) for labels in point_labels]:
             raise ValueError(
                 f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
                 f"box; got {count} prompts, {len(points)} arrays of points, {len(point_labels)} of labels."
             )
+        if not all(np.isin(labels, (0, 1)).all() for labels in point_labels):
+            raise ValueError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
         # Prompts with the same number of points have the same number of tokens and are decoded together.
         groups: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(points):
@@ -328,10 +340,8 @@ class MobileSAMv2(nn.Module):
                 embeddings,
                 index,
                 boxes=None if boxes is None else boxes[members],
-                points=torch.from_numpy(np.stack([points[i] for i in members])) if num_points else None,
-                point_labels=torch.from_numpy(np.stack([np.atleast_1d(point_labels[i]) for i in members]))
-                if num_points
-                else None,
+                points=torch.stack([points[i] for i in members]) if num_points else None,
+                point_labels=torch.from_numpy(np.stack([point_labels[i] for i in members])) if num_points else None,
             )
             parts.append(self._segment(embeddings, index, prompts, ambiguous=boxes is None and num_points == 1))
         order = np.argsort([i for members in groups.values() for i in members], kind="stable")
@@ -405,9 +415,7 @@ class MobileSAMv2(nn.Module):
     def _crop(self, embeddings: ImageEmbeddings, index: int, logits: Tensor, iou: Tensor) -> Segmentation:
         size = embeddings.original_sizes[index]
         with self._timed("crop"):
-            boxes, masks, stability = crop_masks(
-                logits, self.config.image_size, embeddings.input_sizes[index], size
-            )
+            boxes, masks, stability = crop_masks(logits, self.config.image_size, embeddings.input_sizes[index], size)
         predicted_iou = iou.cpu().numpy()
         return Segmentation(boxes, masks, predicted_iou.copy(), predicted_iou, stability, size)
 
@@ -444,6 +452,17 @@ def _check_images(images: Sequence[np.ndarray]) -> None:
             raise ValueError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
         if not image.size:
             raise ValueError(f"Image {i} has no pixels: its shape is {image.shape}.")
+
+
+def _coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
+    """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
+    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.size == 0:
+        return torch.zeros(0, width)
+    array = np.atleast_2d(array)
+    if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
+        raise ValueError(f"Image {index}: {name} must be finite numbers [N, {width}], not an array {array.shape}.")
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def _check_count(name: str, prompts: Sequence, images: int) -> None:

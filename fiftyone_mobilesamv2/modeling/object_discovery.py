@@ -68,7 +68,9 @@ def to_image(boxes: Tensor, network_size: tuple[int, int], size: tuple[int, int]
     Later versions take the rounded size of each axis, which moves boxes by up to a quarter of a pixel.
     """
     gain = min(network_size[0] / size[0], network_size[1] / size[1])
-    pad = torch.tensor([round((n - s * gain) / 2 - 0.1) for n, s in zip(network_size[::-1], size[::-1])], device=boxes.device)
+    pad = torch.tensor(
+        [round((n - s * gain) / 2 - 0.1) for n, s in zip(network_size[::-1], size[::-1])], device=boxes.device
+    )
     ends = torch.tensor(size[::-1], dtype=boxes.dtype, device=boxes.device)
     corners = (boxes.reshape(-1, 2, 2) - pad) / gain
     return torch.minimum(corners.clamp(min=0), ends).reshape(-1, 4)

@@ -33,8 +33,9 @@ SAVE_EVERY = 100
 class PromptedScenes(Dataset):
     """Scenes with prompts drawn for them; item i is always the same.
 
-    Each item: network input [3, S, S]; target masks [P, L, L] in 0..1 at the resolution of the low-res logits;
-    outlines of all objects [L, L]; boxes [P / 2, 4] for the first half of them and points [P / 2, 1, 2] for the second, in network-input pixels.
+    Each item: network input [3, S, S]; target masks [P, L, L] in 0..1 at the resolution of the low-res logits; outlines
+    of all objects [L, L]; boxes [P / 2, 4] for the first half of the masks and points [P / 2, 1, 2] for the second, in
+    network-input pixels.
     """
 
     def __init__(self, length: int, image_size: int, logit_size: int) -> None:
@@ -216,7 +217,7 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo/decoder"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--device", default="cpu")

@@ -1,6 +1,6 @@
 """Writes the trained demo model as the package ships it: half precision, safetensors, nothing but tensors.
 
-    python -m fiftyone_mobilesamv2.training.export --runs runs/demo
+python -m fiftyone_mobilesamv2.training.export --runs runs/demo
 """
 
 from __future__ import annotations

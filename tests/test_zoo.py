@@ -1,0 +1,377 @@
+"""`apply_model` over real datasets in a real database."""
+
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import fiftyone as fo
+import numpy as np
+import pytest
+from PIL import Image
+
+from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+
+MODEL = "mobilesamv2-demo-torch"
+FIELD = "segmentations"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.load_model(MODEL, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [make_scene(TEST_SEED, index) for index in range(6)]
+
+
+@pytest.fixture
+def files(tmp_path, scenes):
+    paths = [str(tmp_path / f"scene{i}.png") for i in range(len(scenes))]
+    for path, scene in zip(paths, scenes):
+        Image.fromarray(scene.image).save(path)
+    return paths
+
+
+@pytest.fixture
+def filled(dataset, files):
+    dataset.add_samples([fo.Sample(path) for path in files])
+    return dataset
+
+
+def content(labels):
+    """What is stored, but for ids, in a form that compares."""
+    return [
+        (d.label, d.confidence, d.predicted_iou, d.stability, d.area_px, tuple(d.bounding_box), d.mask.tobytes())
+        for d in labels.detections
+    ]
+
+
+def full_mask(detection, image):
+    """bool [H, W], placed as the App places it: the mask stretched over the relative box."""
+    height, width = image.shape[:2]
+    x, y, w, h = detection.bounding_box
+    x0, y0, x1, y1 = (round(v) for v in (x * width, y * height, (x + w) * width, (y + h) * height))
+    assert detection.mask.shape == (y1 - y0, x1 - x0)  # stretched by nothing
+    full = np.zeros((height, width), bool)
+    full[y0:y1, x0:x1] = detection.mask
+    return full
+
+
+def test_stored_detections_are_what_the_model_finds(filled, model, scenes):
+    filled.apply_model(model, FIELD, batch_size=4, num_workers=0)
+    for sample, scene in zip(filled, scenes):
+        (found,) = model.model.segment_everything([scene.image])
+        stored = sample[FIELD].detections
+        assert len(stored) == len(found) > 0
+        for i, detection in enumerate(stored):
+            assert detection.label == "object"
+            assert detection.confidence == pytest.approx(found.confidence[i])
+            assert detection.predicted_iou == pytest.approx(found.predicted_iou[i])
+            assert detection.stability == pytest.approx(found.stability[i])
+            assert detection.area_px == found.areas[i] == detection.mask.sum()
+            assert detection.mask.dtype == bool
+            np.testing.assert_array_equal(full_mask(detection, scene.image), found.full_mask(i))
+    assert model.failures == []
+    assert model.num_labels == filled.count(f"{FIELD}.detections")
+
+
+@pytest.mark.parametrize("batch_size, num_workers", [(None, 0), (1, 0), (4, 2), (8, 2)])
+def test_batches_and_workers_change_nothing(filled, model, batch_size, num_workers):
+    filled.apply_model(model, FIELD, batch_size=4, num_workers=0)
+    filled.apply_model(model, "again", batch_size=batch_size, num_workers=num_workers)
+    for sample in filled:
+        assert content(sample["again"]) == content(sample[FIELD])
+
+
+def test_spawned_workers(filled, model):
+    import torch.multiprocessing as multiprocessing
+
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        filled.limit(2).apply_model(model, FIELD, batch_size=2, num_workers=2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert all(sample[FIELD].detections for sample in filled.limit(2))
+
+
+def test_view_and_max_masks_and_confidence(filled, model):
+    view = filled.limit(2)
+    view.apply_model(model, FIELD, batch_size=2, num_workers=0)
+    assert [sample[FIELD] is not None for sample in filled] == [True, True, False, False, False, False]
+
+    capped = zoo.load_model(MODEL, device="cpu", max_masks=3)
+    view.apply_model(capped, "capped", num_workers=0)
+    view.apply_model(model, "sure", num_workers=0, confidence_thresh=0.7)
+    view.apply_model(model, "any", num_workers=0, confidence_thresh=0.1)
+    for sample in view:
+        confidences = [d.confidence for d in sample[FIELD].detections]
+        assert [d.confidence for d in sample["capped"].detections] == confidences[:3]
+        assert [d.confidence for d in sample["sure"].detections] == [c for c in confidences if c >= 0.7]
+        # 0.4 is only the default: a lower threshold reaches the detector.
+        assert len(sample["any"].detections) > len(confidences)
+    assert model.config.confidence_thresh is None
+
+
+def test_grid_prompting(filled, scenes):
+    model = zoo.load_model(MODEL, device="cpu", prompting="grid", points_per_side=4)
+    filled.limit(1).apply_model(model, FIELD, num_workers=0)
+    (found,) = model.model.segment_everything([scenes[0].image], prompting="grid", points_per_side=4)
+    assert [d.confidence for d in filled.first()[FIELD].detections] == pytest.approx(found.predicted_iou.tolist())
+
+
+def test_mixed_kinds_of_files_lie_where_the_app_shows_the_object(dataset, model, scenes, tmp_path):
+    image = Image.fromarray(scenes[0].image)
+    exif = image.getexif()
+    exif[0x0112] = 6  # shown turned clockwise by 90 degrees
+    image.save(tmp_path / "rotated.png", exif=exif)
+    image.save(tmp_path / "plain.png")
+    image.convert("L").save(tmp_path / "grey.png")
+    image.convert("RGBA").save(tmp_path / "rgba.png")
+    image.quantize(64).save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    grey16 = np.asarray(image.convert("L")).astype(np.uint16) << 8
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    Image.fromarray(scenes[1].image).resize((1000, 30)).save(tmp_path / "wide.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    paths = sorted(tmp_path.iterdir())
+    dataset.add_samples([fo.Sample(str(path)) for path in paths])
+    dataset.apply_model(model, FIELD, batch_size=5, num_workers=0, skip_failures=False)
+    found = {Path(sample.filepath).stem: sample[FIELD] for sample in dataset}
+
+    turned = np.ascontiguousarray(np.rot90(scenes[0].image, -1))
+    (expected,) = model.model.segment_everything([turned])
+    masks = [full_mask(d, turned) for d in found["rotated"].detections]
+    assert len(masks) == len(expected) > 0
+    assert all(np.array_equal(mask, expected.full_mask(i)) for i, mask in enumerate(masks))
+    assert content(found["rgba"]) == content(found["plain"])
+    assert content(found["grey16"]) == content(found["grey"])
+    for name in ("palette", "cmyk"):  # other colours, the same objects
+        union = [np.any([full_mask(d, scenes[0].image) for d in found[k].detections], axis=0) for k in (name, "plain")]
+        assert (union[0] & union[1]).sum() / (union[0] | union[1]).sum() > 0.7
+    assert found["wide"] is not None and found["pixel"] is not None
+
+
+def test_a_bad_file_costs_its_own_sample_alone(filled, model, files, tmp_path, caplog):
+    filled.apply_model(model, FIELD, batch_size=6, num_workers=0)
+    before = {sample.id: content(sample[FIELD]) for sample in filled}
+    Path(files[1]).write_bytes(Path(files[1]).read_bytes()[:2000])
+    Path(files[3]).unlink()
+    Path(files[4]).write_text("no image")
+    bad = {files[1], files[3], files[4]}
+    filled.clear_sample_field(FIELD)
+    keeps = filled.match(fo.ViewField("filepath") == files[3]).first()
+    keeps[FIELD] = fo.Detections(detections=[fo.Detection(label="mine", bounding_box=[0, 0, 1, 1])])
+    keeps.save()
+    with caplog.at_level(logging.WARNING):
+        filled.apply_model(model, FIELD, batch_size=6, num_workers=2)
+    assert {failure.filepath for failure in model.failures} == bad
+    for failure in model.failures:
+        assert filled[failure.sample_id].filepath == failure.filepath
+        assert failure.filepath in caplog.text and failure.error
+    for sample in filled:
+        if sample.filepath not in bad:
+            assert content(sample[FIELD]) == before[sample.id]
+    keeps.reload()
+    assert [d.label for d in keeps[FIELD].detections] == ["mine"]
+    # The next run starts with a clean slate.
+    filled.limit(1).apply_model(model, FIELD, num_workers=0)
+    assert model.failures == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_failures_raise_where_they_are_not_skipped(filled, model, files, num_workers):
+    Path(files[1]).write_text("no image")
+    with pytest.raises(Exception, match=r"scene1\.png"):
+        filled.apply_model(model, FIELD, batch_size=3, num_workers=num_workers, skip_failures=False)
+    filled.apply_model(model, FIELD, batch_size=3, num_workers=num_workers)
+    assert sum(sample[FIELD] is not None for sample in filled) == 5
+
+
+def test_output_dir(filled, model, scenes, tmp_path):
+    folder = tmp_path / "masks"
+    filled.limit(1).apply_model(model, FIELD, num_workers=0, output_dir=str(folder))
+    (found,) = model.model.segment_everything([scenes[0].image])
+    stored = filled.first()[FIELD].detections
+    assert len(stored) == len(found) == len(list(folder.iterdir()))
+    for i, detection in enumerate(stored):
+        assert detection.mask is None
+        np.testing.assert_array_equal(cv2.imread(detection.mask_path, 0) > 0, found.masks[i])
+
+
+def test_masks_beyond_the_budget_go_to_disk(filled, model, scenes, tmp_path, monkeypatch, caplog):
+    filled.apply_model(model, FIELD, num_workers=0)
+    monkeypatch.setattr(zoo, "LABEL_BYTES_PER_SAMPLE", zoo.DETECTION_BYTES * 16 + 1500)
+    small = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "masks"))
+    with caplog.at_level(logging.INFO):
+        filled.limit(1).apply_model(small, "small", num_workers=0)
+    sample = filled.first()
+    stored, reference = sample["small"].detections, sample[FIELD].detections
+    on_disk = [d.mask is None for d in stored]
+    assert any(on_disk) and not all(on_disk)
+    for detection, expected in zip(stored, reference):
+        mask = detection.mask if detection.mask is not None else cv2.imread(detection.mask_path, 0) > 0
+        np.testing.assert_array_equal(mask, expected.mask)
+    assert sum("don't fit into its document" in message for message in caplog.messages) == 1
+
+
+def test_a_document_stays_below_mongodbs_limit(filled, tmp_path):
+    """400 noise masks of 640x640: 20 MB compressed."""
+    rng = np.random.default_rng(0)
+    model = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "masks"))
+    noise = fo.Detections(
+        detections=[
+            fo.Detection(label="object", bounding_box=[0, 0, 1, 1], mask=rng.random((640, 640)) > 0.5)
+            for _ in range(400)
+        ]
+    )
+    sample = filled.first()
+    sample[FIELD] = model._within_budget(noise)
+    sample.save()
+    sample["second"] = sample[FIELD].copy()
+    sample.save()
+    places = Counter(d.mask is None for d in sample[FIELD].detections)
+    assert places[True] and places[False]
+
+
+def test_boxes_become_masks_and_keep_what_they_were(filled, model, scenes):
+    for sample, scene in zip(filled, scenes):
+        size = np.array(scene.labels.shape[::-1])
+        sample["ground_truth"] = fo.Detections(
+            detections=[
+                fo.Detection(
+                    label=f"thing{i}",
+                    bounding_box=[*(box[:2] / size), *((box[2:] - box[:2]) / size)],
+                    tags=["checked"],
+                    mood="good",
+                    iscrowd=0,
+                )
+                for i, box in enumerate(scene.boxes())
+            ]
+        )
+        sample.save()
+    without = filled.last()
+    without["ground_truth"] = None
+    without.save()
+    filled.apply_model(model, FIELD, prompt_field="ground_truth", batch_size=4, num_workers=0)
+    for sample, scene in list(zip(filled, scenes))[:-1]:
+        (found,) = model.model.segment_anything([scene.image], boxes=[scene.boxes()])
+        prompts, stored = sample["ground_truth"].detections, sample[FIELD].detections
+        assert [(d.id, d.label, d.tags, d.mood, d.iscrowd) for d in stored] == [
+            (d.id, d.label, d.tags, d.mood, d.iscrowd) for d in prompts
+        ]
+        for i, detection in enumerate(stored):
+            if found.masks[i].size:
+                np.testing.assert_array_equal(full_mask(detection, scene.image), found.full_mask(i))
+                assert detection.area_px == found.areas[i]
+                assert detection.confidence == pytest.approx(float(found.predicted_iou[i]))
+        assert all(d.mask is None for d in prompts)
+    without.reload()
+    assert without[FIELD] is None
+    # Without prompts again, the same model finds everything.
+    filled.limit(1).apply_model(model, "everything", num_workers=0)
+    assert {d.label for d in filled.first()["everything"].detections} == {"object"}
+
+
+def test_keypoints_become_masks(filled, model, scenes):
+    sample, scene = filled.first(), scenes[0]
+    size = np.array(scene.labels.shape[::-1])
+    inside = [np.argwhere(mask)[len(np.argwhere(mask)) // 2][::-1] + 0.5 for mask in scene.masks()[:3]]
+    outside = np.array([1.5, 1.5])
+    prompts = [
+        fo.Keypoint(label="lone", points=[tuple(inside[0] / size)]),
+        fo.Keypoint(
+            label="pair", points=[tuple(inside[1] / size), tuple(outside / size)], sam_labels=[1, 0], mood="ok"
+        ),
+        fo.Keypoint(label="hidden", points=[tuple(inside[2] / size), (float("nan"), float("nan"))]),
+    ]
+    sample["clicks"] = fo.Keypoints(keypoints=prompts)
+    sample.save()
+    filled.limit(1).apply_model(model, FIELD, prompt_field="clicks", num_workers=0)
+    sample.reload()
+    (found,) = model.model.segment_anything(
+        [scene.image],
+        points=[[inside[0][None], np.stack([inside[1], outside]), inside[2][None]]],
+        point_labels=[[np.array([1]), np.array([1, 0]), np.array([1])]],
+    )
+    stored = sample[FIELD].detections
+    assert [d.label for d in stored] == ["lone", "pair", "hidden"]
+    assert [d.id for d in stored] == [k.id for k in prompts]
+    assert stored[1].mood == "ok"
+    for i, detection in enumerate(stored):
+        if found.masks[i].size:
+            np.testing.assert_array_equal(full_mask(detection, scene.image), found.full_mask(i))
+
+
+def test_bad_prompts_cost_their_own_sample_alone(filled, model):
+    values = [
+        fo.Detections(detections=[fo.Detection(label="ok", bounding_box=[0.1, 0.1, 0.5, 0.5])]),
+        fo.Detections(detections=[fo.Detection(label="nan", bounding_box=[float("nan"), 0.1, 0.5, 0.5])]),
+        fo.Detections(detections=[]),
+        fo.Detections(detections=[fo.Detection(label="outside", bounding_box=[-0.5, 0.9, 2, 2])]),
+        fo.Detections(detections=[fo.Detection(label="empty", bounding_box=[0.5, 0.5, 0, 0])]),
+        fo.Detections(detections=[fo.Detection(label="none", bounding_box=None)]),
+    ]
+    filled.set_values("prompts", values)
+    filled.apply_model(model, FIELD, prompt_field="prompts", batch_size=6, num_workers=0)
+    samples = list(filled)
+    assert {f.sample_id for f in model.failures} == {samples[1].id, samples[5].id}
+    assert all("bounding box" in f.error for f in model.failures)
+    assert samples[0][FIELD].detections[0].label == "ok"
+    assert samples[3][FIELD].detections[0].label == "outside"
+    assert samples[4][FIELD].detections[0].label == "empty"
+
+
+def test_grouped_slices(mongod, model, files):
+    dataset = fo.Dataset()
+    try:
+        dataset.add_group_field("group", default="left")
+        group = fo.Group()
+        left = fo.Sample(files[0], group=group.element("left"))
+        right = fo.Sample(files[1], group=group.element("right"))
+        dataset.add_samples([left, right])
+        dataset.select_group_slices(["left", "right"]).apply_model(model, FIELD, num_workers=0)
+        stored = dataset.select_group_slices(["left", "right"])
+        assert all(sample[FIELD].detections for sample in stored)
+    finally:
+        dataset.delete()
+
+
+@pytest.fixture
+def video(dataset, scenes, tmp_path):
+    """A dataset of one video of three frames, and the frames as files."""
+    path, frames = str(tmp_path / "video.mp4"), []
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 5, (320, 256))
+    sample = fo.Sample(path)
+    for number, scene in enumerate(scenes[:3], 1):
+        image = cv2.resize(scene.image, (320, 256))
+        writer.write(image[:, :, ::-1])
+        frames.append(str(tmp_path / f"frame{number}.png"))
+        Image.fromarray(image).save(frames[-1])
+        sample.frames[number] = fo.Frame(filepath=frames[-1])
+    writer.release()
+    dataset.add_sample(sample)
+    return dataset
+
+
+def test_sampled_frames(video, model):
+    frames = video.to_frames()
+    # Without workers FiftyOne 1.22 loses track of the new field of a frames view, whatever the model.
+    frames.apply_model(model, FIELD, batch_size=2, num_workers=1)
+    for frame in frames:
+        (found,) = model.model.segment_everything([np.asarray(Image.open(frame.filepath))])
+        assert len(frame[FIELD].detections) == len(found) > 0
+    video.reload()
+    stored = video.first().frames  # a frames view writes through to the video's dataset
+    assert [len(stored[n][FIELD].detections) for n in (1, 2, 3)] == [len(f[FIELD].detections) for f in frames]
+
+
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="FiftyOne reads videos by ffmpeg")
+def test_video(video, model):
+    video.apply_model(model, f"frames.{FIELD}", batch_size=2)
+    stored = video.first().frames
+    assert all(stored[number][FIELD].detections for number in (1, 2, 3))
