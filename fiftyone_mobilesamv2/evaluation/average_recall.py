@@ -1,4 +1,4 @@
-"""Average recall of class-agnostic proposals, by COCO's rules (`COCOeval` with `useCats=0`). numpy and pycocotools only."""
+"""Average recall of class-agnostic proposals, by COCO's rules (`COCOeval` with `useCats=0`): numpy and pycocotools."""
 
 from __future__ import annotations
 

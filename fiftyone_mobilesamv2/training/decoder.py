@@ -97,9 +97,9 @@ def mask_losses(logits: Tensor, iou: Tensor, targets: Tensor) -> Tensor:
     p = torch.sigmoid(logits)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     wrong = (p - targets).abs()
-    weight = 0.25 * targets + 0.75 * (1 - targets)
-    # RetinaNet's alpha 0.25 favours the background; objects are small here, so they get the larger weight.
-    focal = ((1 - weight) * wrong**2 * cross_entropy).mean((2, 3))
+    # RetinaNet's alpha of 0.25 favours the background; objects are small here, so they get the larger weight.
+    alpha = 0.75 * targets + 0.25 * (1 - targets)
+    focal = (alpha * wrong**2 * cross_entropy).mean((2, 3))
     dice = 1 - (2 * (p * targets).sum((2, 3)) + 1) / (p.sum((2, 3)) + targets.sum((2, 3)) + 1)
     found, true = logits.detach() > 0, targets > 0.5
     actual = (found & true).sum((2, 3)) / (found | true).sum((2, 3)).clamp(min=1)

@@ -1,0 +1,43 @@
+"""Scenes are reproducible and their masks exact."""
+
+import numpy as np
+
+from fiftyone_mobilesamv2.training.scenes import MIN_OBJECT_AREA, TEST_SEED, TRAIN_SEED, make_scene
+
+
+def test_seed_and_index_decide_everything():
+    first, again, other = make_scene(TRAIN_SEED, 7), make_scene(TRAIN_SEED, 7), make_scene(TEST_SEED, 7)
+    np.testing.assert_array_equal(first.image, again.image)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert first.image.shape != other.image.shape or (first.image != other.image).any()
+
+
+def test_masks_and_boxes_of_the_visible_parts():
+    for index in range(20):
+        scene = make_scene(TEST_SEED, index)
+        height, width = scene.labels.shape
+        assert scene.image.shape == (height, width, 3) and scene.image.dtype == np.uint8
+        assert 256 <= height <= 512 and 256 <= width <= 512 and scene.num_objects >= 1
+        masks = scene.masks()
+        assert masks.sum(0).max() == 1  # of overlapping objects the upper one has the pixel
+        assert (masks.sum((1, 2)) >= MIN_OBJECT_AREA).all()
+        for mask, (x0, y0, x1, y1) in zip(masks, scene.boxes().astype(int)):
+            rows, columns = np.nonzero(mask)
+            assert (x0, y0, x1, y1) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_objects_can_be_seen():
+    """Most outlines are edges of the image too: the masks belong to what is drawn."""
+    from cv2 import CV_32F, Sobel
+
+    inside, outside = [], []
+    for index in range(10):
+        scene = make_scene(TEST_SEED, index)
+        grey = scene.image.mean(2).astype(np.float32)
+        edges = np.hypot(Sobel(grey, CV_32F, 1, 0), Sobel(grey, CV_32F, 0, 1))
+        outline = np.zeros(scene.labels.shape, bool)
+        outline[:, 1:] |= scene.labels[:, 1:] != scene.labels[:, :-1]
+        outline[1:] |= scene.labels[1:] != scene.labels[:-1]
+        inside.append(np.median(edges[outline]))
+        outside.append(np.median(edges[~outline]))
+    assert np.median(inside) > 3 * np.median(outside)
