@@ -1,0 +1,61 @@
+"""128 real photos through `apply_model`: the demo model, and two released architectures with seeded weights."""
+
+import json
+
+import fiftyone as fo
+import numpy as np
+import pytest
+
+from fiftyone_mobilesamv2 import quickstart, zoo
+
+FIELD = quickstart.LABEL_FIELD
+
+
+@pytest.fixture
+def photo_dataset(dataset, photos):
+    names = [entry["file_name"] for entry in json.loads((photos / "instances.json").read_text())["images"]]
+    dataset.add_samples([fo.Sample(str(photos / "images" / name)) for name in names])
+    dataset.compute_metadata()
+    return dataset
+
+
+def check_stored(dataset):
+    for sample in dataset:
+        size = sample.metadata.height, sample.metadata.width
+        for detection in sample[FIELD].detections:
+            mask, (x0, y0, x1, y1) = quickstart.cropped_mask(detection, size)
+            assert 0 <= x0 < x1 <= size[1] and 0 <= y0 < y1 <= size[0]
+            np.testing.assert_allclose(
+                detection.bounding_box, [x0 / size[1], y0 / size[0], (x1 - x0) / size[1], (y1 - y0) / size[0]]
+            )
+            assert mask[0].any() and mask[-1].any() and mask[:, 0].any() and mask[:, -1].any()  # tight
+            assert detection.area_px == mask.sum()
+
+
+@pytest.mark.slow
+def test_demo_model(photo_dataset):
+    model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
+    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2, skip_failures=False)
+    assert len(photo_dataset) == 128 and photo_dataset.exists(FIELD).count() == 128
+    assert photo_dataset.count(f"{FIELD}.detections") > 128
+    check_stored(photo_dataset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, encoder",
+    [("mobilesamv2-tinyvit-torch", "tiny_vit"), ("mobilesamv2-efficientvit-l0-torch", "efficientvit_l0")],
+)
+def test_released_architectures(photo_dataset, seeded, name, encoder):
+    # Seeded detectors find hundreds of boxes, and seeded decoders noise that covers the image: a few show as much.
+    model = zoo.load_model(
+        name,
+        device="cpu",
+        max_prompts=8,
+        encoder_checkpoint=str(seeded.encoder_checkpoint(encoder)),
+        decoder_checkpoint=str(seeded.decoder_checkpoint()),
+        detector_checkpoint=str(seeded.detector_checkpoint),
+    )
+    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2, skip_failures=False)
+    assert photo_dataset.exists(FIELD).count() == 128
+    check_stored(photo_dataset)
