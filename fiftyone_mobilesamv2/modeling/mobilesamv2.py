@@ -328,6 +328,7 @@ class MobileSAMv2(nn.Module):
             )
         if not all(np.isin(labels, (0, 1)).all() for labels in point_labels):
             raise ValueError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
+        labels = [values.astype(np.int64) for values in point_labels]
         # Prompts with the same number of points have the same number of tokens and are decoded together.
         groups: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(points):
@@ -341,7 +342,7 @@ class MobileSAMv2(nn.Module):
                 index,
                 boxes=None if boxes is None else boxes[members],
                 points=torch.stack([points[i] for i in members]) if num_points else None,
-                point_labels=torch.from_numpy(np.stack([point_labels[i] for i in members])) if num_points else None,
+                point_labels=torch.from_numpy(np.stack([labels[i] for i in members])) if num_points else None,
             )
             parts.append(self._segment(embeddings, index, prompts, ambiguous=boxes is None and num_points == 1))
         order = np.argsort([i for members in groups.values() for i in members], kind="stable")

@@ -1,0 +1,182 @@
+"""Letterboxing, NMS, border snapping and scaling back, by cases computed by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fiftyone_mobilesamv2.modeling.object_discovery import (
+    BORDER_SNAPPING,
+    ObjectDiscovery,
+    boxes_from_raw,
+    letterbox,
+    snap_to_border,
+    to_image,
+)
+
+
+class FixedDetector(nn.Module):
+    """A detector that answers with the same raw boxes whatever it sees, and keeps what it saw."""
+
+    def __init__(self, raw: torch.Tensor) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(raw[None], requires_grad=False)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.seen.append(pixels)
+        return self.raw, None
+
+
+def raw_output(*boxes: tuple[float, float, float, float, float]) -> torch.Tensor:
+    """(x0, y0, x1, y1, score) in network pixels -> [5, anchors] as the detector gives it."""
+    x0, y0, x1, y1, score = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 5).T
+    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, score])
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((480, 640), (256, 320)),  # 240 rows and two times 8 of padding
+        ((640, 480), (320, 256)),
+        ((320, 320), (320, 320)),
+        ((100, 100), (320, 320)),
+        ((1, 1), (320, 320)),
+        ((1, 3000), (32, 320)),
+        ((3000, 1), (320, 32)),
+    ],
+    ids=str,
+)
+def test_letterbox_depends_on_the_image_alone(size, expected):
+    pixels = letterbox(np.full((*size, 3), 255, np.uint8), 320)
+    assert pixels.shape == (1, 3, *expected) and pixels.dtype == torch.float32
+    assert pixels.max() == 1
+    # Padding is grey, 114 of 255, as the detectors were trained with; half of it on either side.
+    seen = pixels[0, 0] == 1
+    for axis in (0, 1):
+        rows = torch.nonzero(seen.any(1 - axis)).flatten()
+        before, after = int(rows[0]), expected[axis] - 1 - int(rows[-1])
+        assert abs(before - after) <= 1
+        if before:
+            torch.testing.assert_close(
+                pixels.select(axis + 2, 0), torch.full_like(pixels.select(axis + 2, 0), 114 / 255)
+            )
+
+
+def test_letterbox_keeps_the_channels_in_order():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:] = (255, 51, 0)
+    torch.testing.assert_close(letterbox(image, 32)[0, :, 5, 5], torch.tensor([1, 0.2, 0]))
+
+
+@pytest.mark.parametrize(
+    "box, expected",
+    [
+        ((19.9, 19.9, 300, 150), (0, 0, 300, 150)),
+        ((20, 20, 300, 150), (20, 20, 300, 150)),  # exactly 20 px away stays
+        ((50, 60, 380, 180), (50, 60, 380, 180)),
+        ((50, 60, 380.1, 180.1), (50, 60, 400, 200)),
+        ((-5, -7, 410, 205), (0, 0, 400, 200)),
+        ((5, 50, 10, 60), (0, 50, 10, 60)),  # only the end that faces its border moves
+        ((390, 190, 395, 195), (390, 190, 400, 200)),
+        ((30, 30, 30, 30), (30, 30, 30, 30)),  # a point
+        ((300, 150, 50, 60), (300, 150, 50, 60)),  # inverted
+        ((10, 10, 395, 195), (0, 0, 400, 200)),
+    ],
+    ids=str,
+)
+def test_snapping(box, expected):
+    boxes = torch.tensor([box], dtype=torch.float32)
+    before = boxes.clone()
+    assert snap_to_border(boxes, (200, 400)).tolist() == [list(expected)]
+    assert torch.equal(boxes, before)
+    assert BORDER_SNAPPING == 20
+
+
+def test_snapping_of_nothing():
+    assert snap_to_border(torch.zeros(0, 4), (200, 400)).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "size, box, expected",
+    [
+        # 480 x 640 -> 240 x 320 and 8 rows of padding above: half the pixels.
+        ((480, 640), (10, 18, 110, 68), (20, 20, 220, 120)),
+        ((480, 640), (0, 0, 320, 256), (0, 0, 640, 480)),  # the padding is cut off
+        ((480, 640), (-9, 2, 400, 300), (0, 0, 640, 480)),
+        ((480, 640), (50, 0, 60, 6), (100, 0, 120, 0)),  # all in the padding: nothing of the image
+        # 640 x 480: padding left and right.
+        ((640, 480), (18, 10, 68, 110), (20, 20, 120, 220)),
+    ],
+    ids=str,
+)
+def test_scaling_back(size, box, expected):
+    network_size = (256, 320) if size == (480, 640) else (320, 256)
+    found = to_image(torch.tensor([box], dtype=torch.float32), network_size, size)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
+
+
+def test_confidence_order_nms_and_limit():
+    raw = raw_output(
+        (100, 100, 140, 140, 0.5),
+        (30, 30, 70, 70, 0.9),
+        (30, 30, 70, 71, 0.8),  # IoU 40 / 41 with the one above
+        (30, 30, 70, 50, 0.7),  # IoU 0.5
+        (100, 30, 140, 70, 0.4),  # not above the threshold
+    )
+    geometry = (256, 320), (480, 640)
+
+    def scores(conf: float = 0.4, iou: float = 0.9, max_prompts: int = 320) -> list[float]:
+        return [round(score, 3) for score in boxes_from_raw(raw, *geometry, conf, iou, max_prompts).scores.tolist()]
+
+    assert scores() == [0.9, 0.7, 0.5]
+    assert scores(iou=0.99) == [0.9, 0.8, 0.7, 0.5]
+    assert scores(iou=0.45) == [0.9, 0.5]
+    assert scores(conf=0.3) == [0.9, 0.7, 0.5, 0.4]
+    assert scores(max_prompts=2) == [0.9, 0.7]
+    assert scores(max_prompts=0) == []
+    best = boxes_from_raw(raw, *geometry, 0.4, 0.9, 1)
+    torch.testing.assert_close(best.boxes, torch.tensor([[60.0, 44, 140, 124]]))
+    assert len(best) == 1 and best.boxes.dtype == best.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("raw", [raw_output((30, 30, 70, 70, 0.2)), raw_output()], ids=["unsure", "no anchors"])
+def test_nothing_found(raw):
+    found = ObjectDiscovery(FixedDetector(raw), 320)(np.zeros((480, 640, 3), np.uint8))
+    assert len(found) == 0 and found.boxes.shape == (0, 4) and found.scores.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((480, 640), (200, 144, 400, 304)),  # 8 rows of padding, half the pixels
+        ((1, 640), (200, 1, 400, 1)),  # the box lies below the image's only row
+        ((640, 1), (1, 160, 1, 320)),
+    ],
+    ids=str,
+)
+def test_image_to_boxes(size, expected):
+    """The network's output for another size of image is scaled by that image alone."""
+    detector = FixedDetector(raw_output((100, 80, 200, 160, 0.9)))
+    discovery = ObjectDiscovery(detector, 320)
+    image = np.zeros((*size, 3), np.uint8)
+    found = discovery(image)
+    torch.testing.assert_close(detector.seen[0], letterbox(image, 320))
+    height, width = size
+    assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([width, height, width, height])).all()
+    torch.testing.assert_close(found.boxes, torch.tensor([expected], dtype=torch.float32))
+    discovery(np.zeros((50, 70, 3), np.uint8))
+    assert torch.equal(discovery(image).boxes, found.boxes)
+
+
+def test_mask_branch_is_ignored():
+    """A segmentation model answers with more rows (mask coefficients) and a tuple."""
+
+    class Segmenter(FixedDetector):
+        def forward(self, pixels):
+            return (torch.cat([self.raw, torch.full((1, 32, self.raw.shape[2]), 9.0)], 1), None), None
+
+    raw = raw_output((100, 80, 200, 160, 0.9))
+    image = np.zeros((480, 640, 3), np.uint8)
+    found = ObjectDiscovery(Segmenter(raw), 320)(image)
+    assert torch.equal(found.boxes, ObjectDiscovery(FixedDetector(raw), 320)(image).boxes)

@@ -1,0 +1,100 @@
+"""Decoding prompts of one image together gives what SAM's modules give, called plainly."""
+
+import pytest
+import torch
+
+from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PROMPTS_PER_CHUNK, PromptGuidedDecoder
+
+GEOMETRIES = {"release": (256, 64, 1024), "demo": (128, 32, 256)}  # channels and side of the embedding, network input
+
+
+def decoder_and_features(geometry: str) -> tuple[PromptGuidedDecoder, torch.Tensor]:
+    channels, side, image_size = GEOMETRIES[geometry]
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    decoder = PromptGuidedDecoder(channels, side, image_size).eval().requires_grad_(False)
+    for parameter in decoder.parameters():  # norms start as the identity, which would hide one left out
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return decoder, torch.randn(channels, side, side, generator=generator)
+
+
+def some_prompts(count: int, points: int, image_size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    corners = torch.rand(count, 2, 2, generator=generator) * image_size
+    return {
+        "boxes": torch.cat([corners.amin(1), corners.amax(1)], 1),
+        "points": torch.rand(count, points, 2, generator=generator) * image_size,
+        "point_labels": torch.randint(0, 2, (count, points), generator=generator),
+    }
+
+
+def plainly(decoder, features, multimask, boxes=None, points=None, point_labels=None):
+    """The released way: a copy of the embedding for every prompt."""
+    with_points = None if points is None else (points, point_labels)
+    sparse, dense = decoder.prompt_encoder(points=with_points, boxes=boxes, masks=None)
+    return decoder.mask_decoder(features[None], decoder.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-4 * expected.std()
+
+
+PROMPTS = {
+    "boxes": (["boxes"], 1),
+    "a point": (["points", "point_labels"], 1),
+    "points": (["points", "point_labels"], 3),
+    "boxes and points": (["boxes", "points", "point_labels"], 2),
+}
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_same_as_sams_modules(geometry, prompts, multimask):
+    decoder, features = decoder_and_features(geometry)
+    names, points = PROMPTS[prompts]
+    given = {key: value for key, value in some_prompts(3, points, GEOMETRIES[geometry][2]).items() if key in names}
+    expected_logits, expected_iou = plainly(decoder, features, multimask, **given)
+    logits, iou = decoder(decoder.image_side(features), decoder.embed_prompts(**given), multimask)
+    assert logits.shape[:2] == iou.shape == (3, 3 if multimask else 1)
+    assert_close(logits, expected_logits)
+    torch.testing.assert_close(iou, expected_iou, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, PROMPTS_PER_CHUNK, 2 * PROMPTS_PER_CHUNK + 3])
+def test_chunks_do_not_show(count):
+    decoder, features = decoder_and_features("demo")
+    side = decoder.image_side(features)
+    prompts = decoder.embed_prompts(boxes=some_prompts(count, 1, 256)["boxes"])
+    logits, iou = decoder(side, prompts)
+    at_once, iou_at_once = decoder.decode_chunk(side, prompts, slice(0, 1))
+    assert_close(logits, at_once)
+    torch.testing.assert_close(iou, iou_at_once, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+def test_no_prompts(multimask):
+    decoder, features = decoder_and_features("demo")
+    logits, iou = decoder(decoder.image_side(features), decoder.embed_prompts(boxes=torch.zeros(0, 4)), multimask)
+    masks = 3 if multimask else 1
+    assert logits.shape == (0, masks, 128, 128) and iou.shape == (0, masks)
+
+
+def test_gradients_are_those_of_sams_modules():
+    """Training goes through decode_chunk."""
+    decoder, features = decoder_and_features("demo")
+    decoder.mask_decoder.requires_grad_(True)
+    features.requires_grad_()
+    boxes = some_prompts(2, 1, 256)["boxes"]
+    target = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+    learned = [features, *decoder.mask_decoder.parameters()]
+
+    def gradients(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((logits * target).mean() + iou.sum(), learned, materialize_grads=True)
+
+    found = gradients(*decoder.decode_chunk(decoder.image_side(features), decoder.embed_prompts(boxes), slice(0, 1)))
+    expected = gradients(*plainly(decoder, features, False, boxes))
+    for mine, theirs in zip(found, expected):
+        assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7
+    assert found[0].abs().max() > 0
