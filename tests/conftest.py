@@ -31,6 +31,7 @@ with socket.socket() as probe:
 os.environ |= {
     "FIFTYONE_DO_NOT_TRACK": "true",
     "FIFTYONE_CONFIG_PATH": str(SCRATCH / "fiftyone-config.json"),
+    "FIFTYONE_DATABASE_NAME": "fiftyone-mobilesamv2-tests",
     "FIFTYONE_DATABASE_DIR": str(SCRATCH / "fiftyone-db"),
     "FIFTYONE_DEFAULT_DATASET_DIR": str(SCRATCH / "datasets"),
     "FIFTYONE_DATASET_ZOO_DIR": str(SCRATCH / "dataset-zoo"),

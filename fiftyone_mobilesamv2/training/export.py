@@ -40,6 +40,8 @@ def export(runs: Path, output: Path) -> list[Path]:
     files = [output / "demo_sam.safetensors", output / "demo_detector.safetensors"]
     save_file(half(sam), files[0])
     save_file(half(detector), files[1])
+    for file in files:
+        file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by others
     load_encoder(files[0], ENCODER)
     load_decoder(files[0], ENCODER)
     load_detector(files[1])
