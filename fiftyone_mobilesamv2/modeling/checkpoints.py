@@ -494,9 +494,11 @@ def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     else:
         content = _unpickle(path)
-    for _ in range(3):  # {"model": {"state_dict": ...}}; not for ever, a file can hold itself
+    for _ in range(
+        3
+    ):  # {"model": {"state_dict": ...}}, ultralytics prefers "ema"; not for ever, a file can hold itself
         if isinstance(content, Mapping):
-            inside = (content.get(key) for key in ("model", "state_dict"))
+            inside = (content.get(key) for key in ("ema", "model", "state_dict"))
             content = next((value for value in inside if isinstance(value, Mapping | _InertModule)), content)
     if not isinstance(content, Mapping | _InertModule):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
