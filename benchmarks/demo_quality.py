@@ -101,18 +101,20 @@ def measure_everything(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--grid-scenes", type=int, default=60, help="scenes to run the grid on as well; it is slow")
     parser.add_argument("--photos", type=Path, help="folder with images/ and instances.json (COCO)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo_quality.json"))
     args = parser.parse_args()
     model = MobileSAMv2.from_pretrained(MODEL, device="cpu")
-    some = min(40, args.scenes)
     measured = {
         "threads": torch.get_num_threads(),
         f"{args.scenes} scenes": {
             **measure_prompts(model, scenes(args.scenes), args.scenes),
-            **measure_everything(model, scenes(args.scenes), args.scenes, ["object_aware", "grid"]),
+            **measure_everything(model, scenes(args.scenes), args.scenes, ["object_aware"]),
         },
-        f"{some} scenes": measure_everything(model, scenes(some), some, ["object_aware", "grid, unfiltered"]),
+        f"{args.grid_scenes} scenes": measure_everything(
+            model, scenes(args.grid_scenes), args.grid_scenes, list(PROMPTINGS)
+        ),
     }
     if args.photos:
         found = list(photos(args.photos))
