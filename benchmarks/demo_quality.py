@@ -101,7 +101,7 @@ def measure_everything(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--grid-scenes", type=int, default=60, help="scenes to run the grid on as well; it is slow")
+    parser.add_argument("--grid-scenes", type=int, default=30, help="scenes to run the grid on as well; it is slow")
     parser.add_argument("--photos", type=Path, help="folder with images/ and instances.json (COCO)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo_quality.json"))
     args = parser.parse_args()
