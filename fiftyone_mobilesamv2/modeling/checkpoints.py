@@ -208,11 +208,6 @@ def local_path(weights: Weights) -> Path:
     return packaged if not weights.sources else weights_dir() / weights.filename
 
 
-def is_downloaded(name: str) -> bool:
-    """Whether all files of the model `name` are on this machine."""
-    return all(local_path(weights).is_file() for weights in pretrained_model(name).weights.values())
-
-
 def fetch_model(name: str, skip: Collection[str] = ()) -> dict[str, Path]:
     """Makes sure of the files of the model `name`, downloading what is missing.
 
