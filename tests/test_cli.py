@@ -174,7 +174,13 @@ def test_interrupted_quickstart(quickstart_dataset, tmp_path):
     """Ctrl-C reaches all processes of the terminal's foreground group, workers too."""
     command = [*COMMAND, "quickstart", "--scenes", "60", "--batch-size", "2", "--output", str(tmp_path)]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        # Tests that a shell runs in the background inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     deadline = threading.Timer(120, process.kill)
     deadline.start()
@@ -201,7 +207,11 @@ def test_interrupted_quickstart(quickstart_dataset, tmp_path):
 def test_make_quickstart_passes_its_arguments_on():
     def printed(*arguments):
         result = subprocess.run(
-            ["make", "-n", "quickstart", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "--no-print-directory", "-n", "quickstart", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return result.stdout.splitlines()[-1]
 
