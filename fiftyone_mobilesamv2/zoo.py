@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,13 +107,20 @@ class Failure:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """What a data loader's worker hands over: an image and its prompts, or why there is none."""
+    """What a data loader's worker hands over: an image and its prompts, or why there is none.
+
+    Attributes:
+        prompted: whether the prompts, and not all objects, are to be segmented.
+        skip_failures: whether an error is to be recorded; otherwise it is raised.
+    """
 
     sample_id: str | None = None
     filepath: str | None = None
     image: np.ndarray | None = None
     prompts: fol.Label | None = None
     error: str | None = None
+    prompted: bool = False
+    skip_failures: bool = False
 
 
 class ImageGetItem(fout.GetItem):
@@ -134,14 +141,15 @@ class ImageGetItem(fout.GetItem):
         return ["id", "filepath"] + (["prompt_field"] if self.has_prompts else [])
 
     def __call__(self, d: dict) -> ImageItem:
+        item = ImageItem(d["id"], d["filepath"], prompted=self.has_prompts, skip_failures=self.skip_failures)
         try:
             if self.has_prompts:
                 check_prompts(d["prompt_field"])
-            return ImageItem(d["id"], d["filepath"], read_image(d["filepath"]), d.get("prompt_field"))
+            return replace(item, image=read_image(d["filepath"]), prompts=d.get("prompt_field"))
         except (OSError, ValueError, MemoryError) as error:
             if not self.skip_failures:
                 raise
-            return ImageItem(d["id"], d["filepath"], error=f"{type(error).__name__}: {error}")
+            return replace(item, error=f"{type(error).__name__}: {error}")
 
 
 class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
@@ -169,8 +177,6 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **files)
         self.failures: list[Failure] = []
         self.num_labels = 0
-        self._skip_failures = True
-        self._with_prompts = False
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
@@ -182,7 +188,6 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     def __exit__(self, *args: object) -> None:
         if self.failures:
             logger.warning("%d images were not segmented; model.failures lists them", len(self.failures))
-        self._skip_failures, self._with_prompts = True, False
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -224,17 +229,17 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
 
     def build_get_item(self, field_mapping: dict | None = None) -> ImageGetItem:
         # `apply_model` tells nobody whether it skips failures, but its own data loader: this method's caller.
-        self._skip_failures = bool(sys._getframe(1).f_locals.get("skip_failures", True))
-        get_item = ImageGetItem(field_mapping, self._skip_failures)
-        self._with_prompts = get_item.has_prompts
-        return get_item
+        return ImageGetItem(field_mapping, bool(sys._getframe(1).f_locals.get("skip_failures", True)))
 
     def predict(self, arg: np.ndarray | ImageItem) -> fol.Label | None:
-        """Labels of one image; None where it has no prompts or failed."""
+        """Labels of one image; None where it has no prompts. Raises what goes wrong."""
         return self.predict_all([arg])[0]
 
     def predict_all(self, args: Sequence[np.ndarray | ImageItem]) -> list[fol.Label | None]:
-        """Labels of images: uint8 RGB arrays [H, W, 3] of any sizes, or items of a data loader."""
+        """Labels of images: uint8 RGB arrays [H, W, 3] of any sizes, or items of a data loader.
+
+        What goes wrong with an array is raised; with an item, as it says.
+        """
         items = [arg if isinstance(arg, ImageItem) else ImageItem(image=np.asarray(arg)) for arg in args]
         labels: list[fol.Label | None] = [None] * len(items)
         good = [i for i, item in enumerate(items) if item.error is None]
@@ -244,7 +249,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         try:
             predicted = self._predict([items[i] for i in good])
         except Exception:
-            if not self._skip_failures:
+            if not all(item.skip_failures for item in items):
                 raise
             # One image may have failed the others: each gets a try of its own.
             predicted = [self._predict_or_record(items[i]) for i in good]
@@ -265,7 +270,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         logger.warning("%s (sample %s) was not segmented: %s", item.filepath, item.sample_id, error)
 
     def _predict(self, items: Sequence[ImageItem]) -> list[fol.Label | None]:
-        if self._with_prompts:
+        if items and items[0].prompted:
             return [self._segment_anything(item) for item in items]
         config = self.config
         found = self.model.segment_everything(

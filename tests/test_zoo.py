@@ -192,6 +192,20 @@ def test_failures_raise_where_they_are_not_skipped(filled, model, files, num_wor
     assert sum(sample[FIELD] is not None for sample in filled) == 5
 
 
+def test_predict_on_arrays_raises(model, scenes):
+    assert len(model.predict(scenes[0].image).detections) == len(model.model.segment_everything([scenes[0].image])[0])
+    with pytest.raises(ValueError, match="must be a uint8 RGB array"):
+        model.predict(scenes[0].image[..., 0])
+
+
+def test_asking_for_the_required_keys_changes_no_run(filled, model):
+    get_item = model.build_get_item({"prompt_field": "boxes"})
+    assert model.required_keys == ["id", "filepath"]
+    box = fo.Detections(detections=[fo.Detection(label="mine", bounding_box=[0.1, 0.1, 0.5, 0.5])])
+    item = get_item({"id": "0" * 24, "filepath": filled.first().filepath, "prompt_field": box})
+    assert [d.label for d in model.predict(item).detections] == ["mine"]
+
+
 def test_output_dir(filled, model, scenes, tmp_path):
     folder = tmp_path / "masks"
     filled.limit(1).apply_model(model, FIELD, num_workers=0, output_dir=str(folder))
