@@ -1,8 +1,14 @@
-"""Average recall of class-agnostic proposals, by COCO's rules (`COCOeval` with `useCats=0`): numpy and pycocotools."""
+"""Average recall of class-agnostic proposals, by COCO's rules (`COCOeval` with `useCats=0`): numpy and pycocotools.
+
+A match depends on better-ranked proposals only, so one pass over an image tells its recall at every K. And an object
+that COCO ignores (a crowd region, one outside the range of areas) never takes a proposal from one that counts, so each
+group of objects is matched as if its objects were the only ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -10,50 +16,239 @@ from pycocotools import mask as mask_utils
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 KS = (10, 100, 1000)
 
+# pixels; ends belong to both neighbours, as in COCOeval
+AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+# LVIS: categories with fewer than 10, with 10 to 99, and with 100 or more training images.
+FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
+METRIC_NAMES = {
+    "all": "AR",
+    "small": "ARs",
+    "medium": "ARm",
+    "large": "ARl",
+    "rare": "ARr",
+    "common": "ARc",
+    "frequent": "ARf",
+}
 
-def match_ranks(ious: np.ndarray) -> np.ndarray:
-    """COCO's greedy matching: each proposal, best-ranked first, takes the free object that it overlaps most.
+NOT_FOUND = np.iinfo(np.int32).max  # a rank below no K
 
-    A match depends on better-ranked proposals only, so one pass tells the recall at every K.
+# [N, 4] boxes as x, y, width, height in pixels, or N masks of one image as COCO RLE
+Shapes = np.ndarray | Sequence[dict]
 
-    Args:
-        ious: [proposals, objects], proposals in order of rank.
+
+@dataclass(frozen=True)
+class Matches:
+    """What the proposals of one image found.
+
+    Attributes:
+        ious: float64 [proposals, objects], proposals in order of rank; of crowds the share of the proposal inside.
+        ranks: int64 [thresholds, objects]: the rank, from 0, of the proposal that finds the object at each of
+            `IOU_THRESHOLDS`; `NOT_FOUND` where none does, and for crowds.
+        unmatched: bool [proposals]: finds no object at IoU 0.5 and does not lie on a crowd.
+    """
+
+    ious: np.ndarray
+    ranks: np.ndarray
+    unmatched: np.ndarray
+
+    @property
+    def best_ious(self) -> np.ndarray:
+        """float64 [objects]: the highest IoU of each with any proposal; 0 without proposals."""
+        return self.ious.max(0, initial=0.0)
+
+
+class AverageRecall:
+    """Counts over images from which AR@K follows for every K up to the largest of `ks`.
+
+    It holds as much after a million images as after one, and sums of parts are exact in any grouping:
+    `AverageRecall(ks) + ...` of shards equals one over all images.
+
+    Attributes:
+        ks: how many proposals of an image count, ascending.
+        images: how many were added.
+        totals: by group of objects, how many there are.
+        found: by group, int64 [thresholds, max(ks)]: how many objects the proposals of each rank found.
+    """
+
+    def __init__(self, ks: Iterable[int] = KS) -> None:
+        """Raises ValueError if `ks` are not whole numbers of at least 1."""
+        self.ks = tuple(sorted(set(ks)))
+        if not self.ks or any(isinstance(k, bool) or k != int(k) or k < 1 for k in self.ks):
+            raise ValueError(f"ks must be whole numbers of at least 1, such as {KS}; got {tuple(ks)}.")
+        self.images = 0
+        self.totals = dict.fromkeys(AREA_RANGES, 0)
+        self.found = {name: self._no_counts() for name in AREA_RANGES}
+
+    def add(
+        self,
+        proposals: Shapes,
+        objects: Shapes,
+        is_crowd: Sequence[bool] | None = None,
+        areas: Sequence[float] | None = None,
+        frequencies: Sequence[str | None] | None = None,
+    ) -> Matches:
+        """Matches an image's proposals to its objects, and counts.
+
+        Args:
+            proposals: best-ranked first; those beyond the largest K are left out.
+            objects: the ground truth; masks if proposals are masks, boxes if they are boxes.
+            is_crowd: of each object; such a region is ignored, as COCO does. Default: none is.
+            areas: of each object, in pixels; default: what its mask or box covers.
+            frequencies: LVIS's "r", "c" or "f" of each object's category.
+        """
+        proposals = proposals[: self.ks[-1]]
+        crowd = np.zeros(len(objects), bool) if is_crowd is None else np.asarray(is_crowd, bool)
+        areas = _areas(objects) if areas is None else np.asarray(areas, float)
+        ious = _ious(proposals, objects, crowd)
+
+        groups = {name: (areas >= low) & (areas <= high) for name, (low, high) in AREA_RANGES.items()}
+        if frequencies is not None:
+            groups |= {name: np.array([f == key for f in frequencies], bool) for name, key in FREQUENCIES.items()}
+        first = _first_ranks(ious)
+        ranks = np.full(first.shape, NOT_FOUND)
+        ranks[:, ~crowd] = _settle(first[:, ~crowd], ious[:, ~crowd])
+        for name, members in groups.items():
+            members &= ~crowd
+            self._count(name, ranks[:, ~crowd] if name == "all" else _settle(first[:, members], ious[:, members]))
+        self.images += 1
+
+        unmatched = ~(ious[:, crowd] >= IOU_THRESHOLDS[0]).any(1)
+        unmatched[ranks[0][ranks[0] != NOT_FOUND]] = False
+        return Matches(ious, ranks, unmatched)
+
+    def __add__(self, other: AverageRecall) -> AverageRecall:
+        if self.ks != other.ks:
+            raise ValueError(f"Parts measured with ks={self.ks} and ks={other.ks} can't be merged.")
+        merged = AverageRecall(self.ks)
+        merged.images = self.images + other.images
+        for part in (self, other):
+            for name, total in part.totals.items():
+                merged.totals[name] = merged.totals.get(name, 0) + total
+                merged.found[name] = merged.found.get(name, self._no_counts()) + part.found[name]
+        return merged
+
+    def recalls(self, k: int, group: str = "all") -> np.ndarray:
+        """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN where there are none."""
+        if k > self.ks[-1]:
+            raise ValueError(f"Only the {self.ks[-1]} best-ranked proposals were matched; K={k} is beyond them.")
+        found = self.found[group][:, :k].sum(1)
+        return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
+
+    def curve(self, group: str = "all") -> np.ndarray:
+        """float64 [max(ks)]: AR@1, AR@2, ... of the group."""
+        found = self.found[group].cumsum(1).mean(0)
+        return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
+
+    def metrics(self) -> dict[str, float]:
+        """AR@K of every group and K, and their mean over K: `{"AR@10": ..., "AR": ..., "ARs@10": ...}`.
+
+        "AR" alone is what MobileSAMv2's tables call the average. NaN where a group has no objects.
+        """
+        metrics = {}
+        for group in self.totals:
+            values = {f"{METRIC_NAMES[group]}@{k}": float(self.recalls(k, group).mean()) for k in self.ks}
+            metrics |= values | {METRIC_NAMES[group]: float(np.mean(list(values.values())))}
+        return metrics
+
+    def to_dict(self) -> dict:
+        """As JSON holds it."""
+        found = {name: counts.tolist() for name, counts in self.found.items()}
+        return {"ks": list(self.ks), "images": self.images, "totals": dict(self.totals), "found": found}
+
+    @classmethod
+    def from_dict(cls, d: Mapping) -> AverageRecall:
+        """The inverse of :meth:`to_dict`."""
+        recall = cls(d["ks"])
+        recall.images = d["images"]
+        recall.totals = dict(d["totals"])
+        recall.found = {name: np.array(counts, np.int64) for name, counts in d["found"].items()}
+        return recall
+
+    def _no_counts(self) -> np.ndarray:
+        return np.zeros((len(IOU_THRESHOLDS), self.ks[-1]), np.int64)
+
+    def _count(self, name: str, ranks: np.ndarray) -> None:
+        self.totals[name] = self.totals.get(name, 0) + ranks.shape[1]
+        counts = self.found.setdefault(name, self._no_counts())
+        thresholds, objects = np.nonzero(ranks != NOT_FOUND)
+        np.add.at(counts, (thresholds, ranks[thresholds, objects]), 1)
+
+
+def average_recall(images: Iterable[tuple[Shapes, Shapes]], ks: Sequence[int] = KS) -> dict[str, float]:
+    """AR@K over images, each given by its proposals, best-ranked first, and its objects.
 
     Returns:
-        int [thresholds, objects]: the rank (from 0) of the proposal that finds the object; as many as there are
-        proposals where none does.
+        see :meth:`AverageRecall.metrics`.
     """
-    count, objects = ious.shape
-    ranks = np.full((len(IOU_THRESHOLDS), objects), count)
-    for t, threshold in enumerate(IOU_THRESHOLDS):
-        free = np.ones(objects, bool)
-        for rank in np.flatnonzero((ious >= threshold).any(1)):
-            overlaps = np.where(free, ious[rank], -1.0)
+    recall = AverageRecall(ks)
+    for proposals, objects in images:
+        recall.add(proposals, objects)
+    return recall.metrics()
+
+
+def ranking(scores: Sequence[float], k: int) -> np.ndarray:
+    """The indices of the `k` highest scores, best first; equal ones keep their order, as in COCOeval.
+
+    Raises:
+        ValueError: a score is missing or NaN: it has no place in a ranking.
+    """
+    scores = np.array([np.nan if score is None else score for score in scores], float)
+    if bad := int(np.isnan(scores).sum()):
+        raise ValueError(f"{bad} of {len(scores)} scores are missing or NaN")
+    return np.argsort(-scores, kind="stable")[:k]
+
+
+def _areas(shapes: Shapes) -> np.ndarray:
+    if isinstance(shapes, np.ndarray):
+        return shapes[:, 2] * shapes[:, 3]
+    # One at a time: pycocotools' `area` of 256 or more fails with numpy 2.
+    return np.array([mask_utils.area(rle) for rle in shapes], float)
+
+
+def _ious(proposals: Shapes, objects: Shapes, crowd: np.ndarray) -> np.ndarray:
+    if not len(proposals) or not len(objects):
+        return np.zeros((len(proposals), len(objects)))
+    if not isinstance(proposals, np.ndarray):
+        proposals, objects = list(proposals), list(objects)
+    return mask_utils.iou(proposals, objects, crowd.astype(int).tolist())
+
+
+def _first_ranks(ious: np.ndarray) -> np.ndarray:
+    """int64 [thresholds, objects]: the rank of the first proposal that overlaps the object enough, or `NOT_FOUND`."""
+    best_so_far = np.maximum.accumulate(ious)
+    # COCOeval's guard, for a threshold of 1.
+    thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
+    ranks = (best_so_far < thresholds[:, None, None]).sum(1)
+    return np.where(ranks < len(ious), ranks, NOT_FOUND)
+
+
+def _settle(first: np.ndarray, ious: np.ndarray) -> np.ndarray:
+    """COCO's greedy matching: each proposal, best-ranked first, takes the free object that it overlaps most.
+
+    While no two objects name the same proposal as their first, that is the matching: a proposal finds all objects that
+    it overlaps taken, but for the one that named it. So only rivals need a loop: of those for the best-ranked contested
+    proposal one wins, and the others turn to the next that overlaps them.
+
+    Args:
+        first: [thresholds, objects], from :func:`_first_ranks`.
+        ious: [proposals, objects].
+
+    Returns:
+        int64 [thresholds, objects]: the rank of the proposal that finds the object, or `NOT_FOUND`.
+    """
+    ranks = first.copy()
+    for row, threshold in zip(ranks, IOU_THRESHOLDS):
+        while len(contested := _repeated(row)):
+            rank = contested[0]
+            rivals = np.flatnonzero(row == rank)
             # Among equals COCO keeps the last.
-            best = objects - 1 - int(overlaps[::-1].argmax())
-            if overlaps[best] >= threshold:
-                free[best] = False
-                ranks[t, best] = rank
+            winner = rivals[::-1][ious[rank, rivals[::-1]].argmax()]
+            for loser in rivals[rivals != winner]:
+                later = np.flatnonzero(ious[rank + 1 :, loser] >= threshold)
+                row[loser] = rank + 1 + later[0] if len(later) else NOT_FOUND
     return ranks
 
 
-def average_recall(images: Iterable[tuple[Sequence[dict], Sequence[dict]]], ks: Sequence[int] = KS) -> dict[str, float]:
-    """AR@K: the share of objects that the K best-ranked proposals of their image find, averaged over IoU thresholds.
-
-    Args:
-        images: for each image its proposals, best-ranked first, and its objects, as COCO RLE.
-        ks: how many proposals of an image count.
-
-    Returns:
-        {"AR@10": ..., ...}; NaN where there are no objects.
-    """
-    found = np.zeros((len(ks), len(IOU_THRESHOLDS)))
-    total = 0
-    for proposals, objects in images:
-        total += len(objects)
-        if not proposals or not objects:
-            continue
-        proposals = proposals[: max(ks)]
-        ranks = match_ranks(mask_utils.iou(list(proposals), list(objects), [0] * len(objects)))
-        found += [((ranks < k) & (ranks < len(proposals))).sum(1) for k in ks]
-    return {f"AR@{k}": float(found[i].mean() / total) if total else float("nan") for i, k in enumerate(ks)}
+def _repeated(ranks: np.ndarray) -> np.ndarray:
+    ranks = np.sort(ranks[ranks != NOT_FOUND])
+    return ranks[1:][ranks[1:] == ranks[:-1]]
