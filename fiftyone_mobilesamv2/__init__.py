@@ -12,10 +12,19 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "MobileSAMv2": "fiftyone_mobilesamv2.modeling.mobilesamv2",
+    "evaluate_proposals": "fiftyone_mobilesamv2.evaluation.proposals",
     "Segmentation": "fiftyone_mobilesamv2.modeling.masks",
 }
 
-__all__ = ["MobileSAMv2", "Segmentation", "download_model", "load_model", "parse_parameters", "resolve_input"]
+__all__ = [
+    "MobileSAMv2",
+    "Segmentation",
+    "download_model",
+    "evaluate_proposals",
+    "load_model",
+    "parse_parameters",
+    "resolve_input",
+]
 
 
 def _package(name):

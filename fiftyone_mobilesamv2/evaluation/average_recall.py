@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -72,9 +73,10 @@ class AverageRecall:
 
     def __init__(self, ks: Iterable[int] = KS) -> None:
         """Raises ValueError if `ks` are not whole numbers of at least 1."""
-        self.ks = tuple(sorted(set(ks)))
-        if not self.ks or any(isinstance(k, bool) or k != int(k) or k < 1 for k in self.ks):
-            raise ValueError(f"ks must be whole numbers of at least 1, such as {KS}; got {tuple(ks)}.")
+        ks = tuple(ks)
+        if not ks or any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in ks):
+            raise ValueError(f"ks must be whole numbers of at least 1, such as {KS}; got {ks}.")
+        self.ks = tuple(sorted({int(k) for k in ks}))
         self.images = 0
         self.totals = dict.fromkeys(AREA_RANGES, 0)
         self.found = {name: self._no_counts() for name in AREA_RANGES}
@@ -129,8 +131,8 @@ class AverageRecall:
 
     def recalls(self, k: int, group: str = "all") -> np.ndarray:
         """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN where there are none."""
-        if k > self.ks[-1]:
-            raise ValueError(f"Only the {self.ks[-1]} best-ranked proposals were matched; K={k} is beyond them.")
+        if not 1 <= k <= self.ks[-1]:
+            raise ValueError(f"The {self.ks[-1]} best-ranked proposals were matched; K={k} is not among them.")
         found = self.found[group][:, :k].sum(1)
         return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
 

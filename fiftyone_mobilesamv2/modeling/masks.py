@@ -83,9 +83,12 @@ def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> d
     # RLE runs down the columns. The column after the box, where there is one, ends a run at the bottom of the last.
     columns = np.zeros((min(x1 + 1, width) - x0, height), bool)
     columns[: x1 - x0, y0:y1] = mask.T
-    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False)) + x0 * height
-    counts = np.diff(changes, prepend=0, append=height * width)
-    return mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    pixels = columns.ravel()
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1 + x0 * height
+    starts = [x0 * height] if pixels[:1].any() else []
+    ends = np.concatenate([starts, changes, [height * width]]).astype(np.int64)
+    ends[1:] -= ends[:-1].copy()
+    return mask_utils.frPyObjects({"size": [height, width], "counts": ends.tolist()}, height, width)
 
 
 def upsample(low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
