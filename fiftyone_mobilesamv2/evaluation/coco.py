@@ -1,0 +1,230 @@
+"""Ground truth in COCO's format -> a FiftyOne dataset whose masks are pycocotools' to the pixel.
+
+FiftyOne's own importer cuts each mask at the annotated box, rounded, which loses pixels, and stores that box unrounded:
+the mask no longer says where its pixels are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import fiftyone as fo
+import fiftyone.core.labels as fol
+import numpy as np
+from pycocotools import mask as mask_utils
+
+logger = logging.getLogger(__name__)
+
+
+def load_coco(
+    images: str | PathLike, annotations: str | PathLike, name: str | None = None, gt_field: str = "ground_truth"
+) -> fo.Dataset:
+    """Images and the objects in them, as COCO's `instances_*.json` lists them.
+
+    Every image of the file becomes a sample with its metadata and `fo.Detections`, without objects too. Every object
+    becomes a `fo.Detection`:
+
+    - `label`: the name of its category.
+    - `mask`: bool [h, w], the pixels that pycocotools finds, cropped to their tight box.
+    - `bounding_box`: that tight box, [x, y, w, h] relative to the image; a whole number of pixels.
+    - `iscrowd`: bool.
+    - `area`: the file's, in pixels; for polygons not quite the number of pixels in the mask.
+
+    An object without any pixel, such as a polygon of two points, keeps the file's box, rounded outwards to pixels, with
+    a mask that is False everywhere: no proposal can find it, as in pycocotools. A warning names these.
+
+    Args:
+        images: the folder that the file names of the images are relative to.
+        annotations: the JSON file.
+        name: of a persistent dataset. Without it, the dataset lasts as long as the process.
+        gt_field: the field of the objects.
+
+    Raises:
+        FileNotFoundError: the JSON file, or an image that it lists, doesn't exist.
+        ValueError: the JSON file isn't in COCO's format or contradicts itself, an image has another size than the file
+            says, or there is a dataset of this name. Nothing is left in the database then.
+    """
+    instances = read_instances(annotations)
+    paths = {key: Path(images) / instances.value(image, "file_name") for key, image in instances.images.items()}
+    return make_dataset(instances, paths, name, gt_field)
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The content of a JSON file.
+
+    Attributes:
+        file: its path.
+        images: the entry of each image by its id.
+        categories: the entry of each category by its id.
+        objects: the annotations of each image by its id.
+    """
+
+    file: Path
+    images: dict[int, dict]
+    categories: dict[int, dict]
+    objects: Mapping[int, list[dict]]
+
+    def value(self, entry: Mapping, key: str) -> object:
+        """`entry[key]`; raises ValueError where it is missing."""
+        if key not in entry:
+            raise ValueError(f"{self.file}: entry {entry.get('id')} has no '{key}'; it has {', '.join(entry)}.")
+        return entry[key]
+
+
+def read_instances(file: str | PathLike) -> Instances:
+    """Reads a JSON file in the format of COCO or LVIS.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't in this format, or an annotation is of an image or a category that it doesn't list.
+    """
+    file = Path(file)
+    try:
+        content = json.loads(file.read_bytes())
+        images, categories = ({entry["id"]: entry for entry in content[key]} for key in ("images", "categories"))
+        objects = defaultdict(list)
+        for annotation in content["annotations"]:
+            objects[annotation["image_id"]].append(annotation)
+            if annotation["image_id"] not in images or annotation["category_id"] not in categories:
+                raise ValueError(
+                    f"annotation {annotation['id']} is of image {annotation['image_id']} and category "
+                    f"{annotation['category_id']}, and the file doesn't list both: complete 'images' and 'categories', "
+                    "or remove the annotation."
+                )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} isn't in COCO's format ({type(error).__name__}: {error}): it must hold 'images', 'annotations' "
+            "and 'categories', as the instances_*.json of COCO and lvis_v1_*.json do."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Instances(file, images, categories, objects)
+
+
+def make_dataset(instances: Instances, paths: Mapping[int, Path], name: str | None, gt_field: str) -> fo.Dataset:
+    """A dataset of the images `paths`, by id, with their objects; arguments and errors are :func:`load_coco`'s."""
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(paths)} images in {instances.file} don't exist: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. Give the folder that holds them all as `images`."
+        )
+    if name is not None and fo.dataset_exists(name):
+        raise ValueError(
+            f"There is a dataset {name!r} already. Give another name, or delete it: fiftyone.delete_dataset({name!r})."
+        )
+    dataset = fo.Dataset(name, persistent=name is not None)
+    try:
+        _declare_fields(dataset, instances, gt_field)
+        empty: list[int] = []
+        # A generator: the masks of one batch at a time are in memory.
+        dataset.add_samples(_samples(instances, paths, gt_field, empty), num_samples=len(paths))
+    except BaseException:
+        dataset.delete()
+        raise
+    if empty:
+        logger.warning(
+            "%s: annotations without pixels, kept with an empty mask: %d, with the ids %s%s",
+            instances.file,
+            len(empty),
+            ", ".join(map(str, empty[:10])),
+            ", ..." if len(empty) > 10 else "",
+        )
+    return dataset
+
+
+def _declare_fields(dataset: fo.Dataset, instances: Instances, gt_field: str) -> None:
+    # The App filters on declared attributes only.
+    dataset.add_sample_field(gt_field, fo.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
+    dataset.add_sample_field(f"{gt_field}.detections.iscrowd", fo.BooleanField)
+    dataset.add_sample_field(f"{gt_field}.detections.area", fo.FloatField)
+    if any("frequency" in category for category in instances.categories.values()):
+        dataset.add_sample_field(f"{gt_field}.detections.frequency", fo.StringField)
+
+
+def _samples(instances: Instances, paths: Mapping[int, Path], gt_field: str, empty: list[int]) -> Iterator[fo.Sample]:
+    """The samples, one at a time; the ids of annotations without pixels are added to `empty`."""
+    for key, path in paths.items():
+        image = instances.images[key]
+        size = instances.value(image, "height"), instances.value(image, "width")
+        metadata = fo.ImageMetadata.build_for(str(path))
+        if (metadata.height, metadata.width) != size:
+            raise ValueError(
+                f"{path} is {metadata.width}x{metadata.height} pixels, and {instances.file} says {size[1]}x{size[0]}: "
+                "give the images that were annotated, not resized ones."
+            )
+        detections = []
+        for annotation in instances.objects.get(key, ()):
+            detection = _detection(instances, annotation, size)
+            if not detection.mask.any():
+                empty.append(annotation["id"])
+            detections.append(detection)
+        sample = fo.Sample(str(path.resolve()), metadata=metadata)
+        sample[gt_field] = fol.Detections(detections=detections)
+        yield sample
+
+
+def _detection(instances: Instances, annotation: Mapping, size: tuple[int, int]) -> fol.Detection:
+    height, width = size
+    try:
+        mask = decode_segmentation(annotation.get("segmentation"), size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{instances.file}: the segmentation of annotation {annotation['id']} must be polygons, [[x, y, x, y, "
+            f"...], ...], or RLE of {height} rows and {width} columns ({type(error).__name__}: {error})."
+        ) from error
+    if mask.any():
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    else:
+        x, y, w, h = instances.value(annotation, "bbox")
+        (x0, x1), (y0, y1) = _whole_pixels(x, w, width), _whole_pixels(y, h, height)
+    category = instances.categories[annotation["category_id"]]
+    kept = {"frequency": category["frequency"]} if "frequency" in category else {}
+    return fol.Detection(
+        label=instances.value(category, "name"),
+        bounding_box=[x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height],
+        mask=mask[y0:y1, x0:x1].copy(),  # a view would keep the whole image's mask in memory
+        iscrowd=bool(annotation.get("iscrowd", 0)),
+        area=float(instances.value(annotation, "area")),
+        **kept,
+    )
+
+
+def _whole_pixels(start: float, length: float, limit: int) -> tuple[int, int]:
+    """The pixels of 0 ... `limit` that a range touches, at least one; the end is exclusive."""
+    first = min(max(math.floor(start), 0), limit - 1)
+    return first, min(max(math.ceil(start + length), first + 1), limit)
+
+
+def decode_segmentation(segmentation: list | Mapping | None, size: tuple[int, int]) -> np.ndarray:
+    """A COCO segmentation as bool [height, width], by pycocotools.
+
+    Args:
+        segmentation: polygons, of which those of less than 3 points are left out; RLE, compressed or not; None.
+        size: (height, width) of the image.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is neither, or RLE of another size.
+    """
+    height, width = size
+    if not isinstance(segmentation, Mapping):
+        polygons = [polygon for polygon in segmentation or () if len(polygon) >= 6]
+        if not polygons:
+            return np.zeros(size, bool)
+        rle = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
+    else:
+        counts = segmentation["counts"]
+        # pycocotools returns unset memory for the pixels that uncompressed RLE leaves out.
+        uncompressed = isinstance(counts, list)
+        if list(segmentation["size"]) != [height, width] or (uncompressed and sum(counts) != height * width):
+            raise ValueError(f"it has size {segmentation['size']}, or counts of another size")
+        rle = mask_utils.frPyObjects(segmentation, height, width) if uncompressed else segmentation
+    return mask_utils.decode(rle).astype(bool)

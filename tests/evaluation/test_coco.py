@@ -1,0 +1,235 @@
+"""`load_coco` against pycocotools, on photos and on annotations whose pixels are known by hand."""
+
+import json
+import logging
+
+import fiftyone as fo
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from fiftyone_mobilesamv2.evaluation.coco import load_coco
+
+WIDTH, HEIGHT = 12, 10
+
+
+def pasted(detection, metadata):
+    """bool [H, W]: the mask at its box, which must be a whole number of pixels."""
+    box = np.array(detection.bounding_box) * ([metadata.width, metadata.height] * 2)
+    x, y, w, h = np.round(box).astype(int)
+    np.testing.assert_allclose(box, [x, y, w, h], atol=1e-9)
+    assert detection.mask.dtype == bool and detection.mask.shape == (h, w)
+    full = np.zeros((metadata.height, metadata.width), bool)
+    full[y : y + h, x : x + w] = detection.mask
+    return full
+
+
+def rectangle(x0, y0, x1, y1):
+    """The pixels x0 <= x < x1, y0 <= y < y1 of a small image."""
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def polygon(x0, y0, x1, y1):
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def uncompressed(mask):
+    """COCO's RLE: runs down the columns, the first of them background."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(edges, prepend=0).tolist()
+    return {"size": [HEIGHT, WIDTH], "counts": [*counts, mask.size - sum(counts)]}
+
+
+def compressed(mask):
+    rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+class Files:
+    """A folder of small images and the JSON file of their annotations."""
+
+    def __init__(self, folder):
+        self.images, self.file = folder / "images", folder / "instances.json"
+        self.images.mkdir()
+        self.content = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "cat"}]}
+
+    def image(self, key, exists=True):
+        name = f"{key:03d}.png"
+        self.content["images"].append({"id": key, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        if exists:
+            Image.new("RGB", (WIDTH, HEIGHT)).save(self.images / name)
+
+    def object(self, segmentation, **changes):
+        entry = {"id": len(self.content["annotations"]) + 1, "image_id": 1, "category_id": 3, "area": 1.5}
+        entry |= {"bbox": [2.3, 1.2, 4.1, 3.3], "iscrowd": 0, "segmentation": segmentation}
+        self.content["annotations"].append(entry | changes)
+
+    def load(self, **arguments):
+        self.file.write_text(json.dumps(self.content))
+        dataset = load_coco(self.images, self.file, **arguments)
+        self.loaded.append(dataset)
+        return dataset
+
+
+@pytest.fixture
+def files(mongod, tmp_path):
+    files = Files(tmp_path)
+    files.image(1)
+    files.loaded = []
+    yield files
+    for dataset in files.loaded:
+        dataset.delete()
+
+
+def test_photos_are_what_pycocotools_reads(mongod, photos):
+    truth = COCO(photos / "instances.json")
+    dataset = load_coco(photos / "images", photos / "instances.json")
+    assert len(dataset) == len(truth.imgs) == 128
+    assert not dataset.persistent
+    seen = crowds = 0
+    for sample, (key, image) in zip(dataset, truth.imgs.items()):
+        assert sample.filename == image["file_name"]
+        assert (sample.metadata.width, sample.metadata.height) == (image["width"], image["height"])
+        detections = sample.ground_truth.detections
+        assert len(detections) == len(truth.imgToAnns[key])
+        for detection, annotation in zip(detections, truth.imgToAnns[key]):
+            mask = truth.annToMask(annotation).astype(bool)
+            np.testing.assert_array_equal(pasted(detection, sample.metadata), mask)
+            assert detection.mask.any(0)[[0, -1]].all() and detection.mask.any(1)[[0, -1]].all()  # the box is tight
+            assert detection.label == truth.cats[annotation["category_id"]]["name"]
+            assert detection.area == annotation["area"]
+            assert detection.iscrowd is bool(annotation["iscrowd"])
+            seen, crowds = seen + 1, crowds + detection.iscrowd
+    assert (seen, crowds) == (900, 13)
+    dataset.delete()
+
+
+TWO_PARTS = rectangle(1, 1, 4, 3) | rectangle(6, 5, 11, 9)
+WITH_HOLE = rectangle(0, 0, WIDTH, HEIGHT) & ~rectangle(3, 3, 5, 6)
+
+
+@pytest.mark.parametrize(
+    "segmentation, expected",
+    [
+        ([polygon(1, 1, 4, 3)], rectangle(1, 1, 4, 3)),
+        ([polygon(1, 1, 4, 3), polygon(6, 5, 11, 9)], TWO_PARTS),
+        ([polygon(1, 1, 4, 3), polygon(2, 1, 6, 3)], rectangle(1, 1, 6, 3)),  # a union: overlaps don't cancel
+        ([[1, 1, 4], polygon(1, 1, 4, 3), [5, 5, 6, 6]], rectangle(1, 1, 4, 3)),
+        ([[5, 5, 6, 6], polygon(1, 1, 4, 3)], rectangle(1, 1, 4, 3)),  # pycocotools would take [5, 5, 6, 6] for a box
+        ([polygon(8, 7, 40, 40)], rectangle(8, 7, WIDTH, HEIGHT)),
+        (uncompressed(TWO_PARTS), TWO_PARTS),
+        (uncompressed(WITH_HOLE), WITH_HOLE),
+        (compressed(TWO_PARTS), TWO_PARTS),
+        (compressed(WITH_HOLE), WITH_HOLE),
+        # A run of no pixels at the image's start: pycocotools' own box would begin there.
+        ({"size": [HEIGHT, WIDTH], "counts": [0, 0, 55, 3, 62]}, rectangle(5, 5, 6, 8)),
+    ],
+)
+def test_segmentations_of_known_pixels(files, segmentation, expected):
+    files.object(segmentation)
+    sample = files.load().first()
+    (detection,) = sample.ground_truth.detections
+    np.testing.assert_array_equal(pasted(detection, sample.metadata), expected)
+    rows, columns = np.flatnonzero(expected.any(1)), np.flatnonzero(expected.any(0))
+    assert detection.mask.shape == (rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0])
+
+
+def test_images_without_objects_are_kept(files):
+    files.image(2)
+    files.object([polygon(1, 1, 4, 3)])
+    assert [len(sample.ground_truth.detections) for sample in files.load()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "segmentation, bbox, pixels",
+    [
+        ([], [2.3, 1.2, 4.1, 3.3], [2, 1, 5, 4]),
+        (None, [5, 5, 0, 0], [5, 5, 1, 1]),
+        ([[]], [WIDTH, HEIGHT, 0, 0], [WIDTH - 1, HEIGHT - 1, 1, 1]),
+        ([[1, 1, 4, 4]], [-3, -3, 99, 99], [0, 0, WIDTH, HEIGHT]),
+        ([[2, 2, 2, 2, 2, 2]], [2, 2, 0, 0], [2, 2, 1, 1]),
+        (uncompressed(rectangle(0, 0, 0, 0)), [0, 0, 0, 0], [0, 0, 1, 1]),
+    ],
+)
+def test_an_object_without_pixels_stays_and_is_named(files, caplog, segmentation, bbox, pixels):
+    files.object([polygon(1, 1, 4, 3)])
+    files.object(segmentation, bbox=bbox, id=4711)
+    with caplog.at_level(logging.WARNING):
+        sample = files.load().first()
+    whole, empty = sample.ground_truth.detections
+    assert not pasted(empty, sample.metadata).any()
+    np.testing.assert_allclose(np.array(empty.bounding_box) * [WIDTH, HEIGHT, WIDTH, HEIGHT], pixels)
+    assert empty.label == "cat" and whole.mask.all()
+    assert "kept with an empty mask: 1, with the ids 4711" in caplog.text
+
+
+def test_iscrowd_may_be_missing_and_attributes_can_be_filtered_on(files):
+    files.object([polygon(1, 1, 4, 3)], iscrowd=1)
+    files.object([polygon(1, 1, 4, 3)])
+    del files.content["annotations"][1]["iscrowd"]
+    dataset = files.load(gt_field="objects")
+    assert dataset.values("objects.detections.iscrowd") == [[True, False]]
+    assert dataset.filter_labels("objects", fo.ViewField("iscrowd")).count("objects.detections") == 1
+    schema = dataset.get_field_schema(flat=True)
+    assert isinstance(schema["objects.detections.iscrowd"], fo.BooleanField)
+    assert isinstance(schema["objects.detections.area"], fo.FloatField)
+    assert "objects.detections.frequency" not in schema
+
+
+def test_a_named_dataset_persists_and_is_never_overwritten(files):
+    dataset = files.load(name="coco-test")
+    assert dataset.persistent and dataset.name == "coco-test"
+    files.image(2)
+    with pytest.raises(ValueError, match="dataset 'coco-test' already"):
+        files.load(name="coco-test")
+    assert len(fo.load_dataset("coco-test")) == 1
+
+
+def test_missing_images(files):
+    for key in range(2, 9):
+        files.image(key, exists=False)
+    with pytest.raises(FileNotFoundError, match=r"^7 of the 8 images in .*instances\.json.*002\.png.*004\.png, \.\.\."):
+        files.load()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda c: c["annotations"][0].update(category_id=9), "annotation 1 is of image 1 and category 9"),
+        (lambda c: c["annotations"][0].update(image_id="1"), "annotation 1 is of image 1 and category 3"),
+        (lambda c: c["annotations"][0].pop("image_id"), "isn't in COCO's format.*image_id"),
+        (lambda c: c["annotations"][0].pop("area"), "entry 1 has no 'area'"),
+        (lambda c: c["annotations"][0].update(segmentation=[1, 1, 4, 1, 4, 3]), "segmentation of annotation 1"),
+        (lambda c: c["annotations"][0]["segmentation"].update(size=[HEIGHT, 2]), "segmentation of annotation 1"),
+        (lambda c: c["annotations"][0]["segmentation"].update(counts=[5, 5]), "segmentation of annotation 1"),
+        (lambda c: c["annotations"][0]["segmentation"].update(counts="abc"), "segmentation of annotation 1"),
+        (lambda c: c["images"][0].pop("file_name"), "entry 1 has no 'file_name'"),
+        (lambda c: c["images"][0].update(width=13), r"001\.png is 12x10 pixels.*13x10"),
+        (lambda c: c["categories"][0].pop("name"), "entry 3 has no 'name'"),
+        (lambda c: c.pop("categories"), "isn't in COCO's format.*categories"),
+    ],
+)
+def test_errors_name_the_file_and_leave_no_dataset(files, damage, message):
+    files.object(uncompressed(TWO_PARTS))
+    damage(files.content)
+    before = fo.list_datasets()
+    with pytest.raises(ValueError, match=message) as error:
+        files.load(name="coco-broken")
+    assert str(files.file) in str(error.value)
+    assert fo.list_datasets() == before
+
+
+def test_a_file_that_is_no_annotations(files):
+    files.file.write_text("images: 3")
+    with pytest.raises(ValueError, match=r"instances\.json: Expecting value"):
+        load_coco(files.images, files.file)
+    files.file.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="isn't in COCO's format"):
+        load_coco(files.images, files.file)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        load_coco(files.images, files.images / "none.json")
