@@ -77,4 +77,6 @@ def parse_parameters(model_name, ctx, params):
 
 
 if __name__ == "fiftyone_mobilesamv2":
-    _package("fiftyone_mobilesamv2.registration").offer_zoo_models()
+    _registration = _package("fiftyone_mobilesamv2.registration")
+    _registration.offer_zoo_models()
+    _registration.offer_evaluation_method()

@@ -1,6 +1,7 @@
-"""Telling FiftyOne about the package: its zoo models and its plugin.
+"""Telling FiftyOne about the package: its zoo models, its evaluation method and its plugin.
 
-`offer_zoo_models` does it for this process and its children; `install` and `uninstall` for every process of the user.
+The `offer_...` functions do it for this process and its children; `install` and `uninstall` for every process of the
+user.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ MANIFEST = PACKAGE / "manifest.json"
 SOURCE_NAME = "mobilesamv2/fiftyone_mobilesamv2"
 
 _MANIFESTS_VARIABLE = "FIFTYONE_MODEL_ZOO_MANIFEST_PATHS"
+
+EVALUATION_METHOD = "proposals"
+_EVALUATION_CONFIG = "fiftyone_mobilesamv2.evaluation.proposals.ProposalEvaluationConfig"
+_METHODS_VARIABLE = "FIFTYONE_DETECTION_BACKENDS"
 
 
 def offer_zoo_models() -> None:
@@ -35,6 +40,23 @@ def offer_zoo_models() -> None:
     os.environ[_MANIFESTS_VARIABLE] = ":".join(paths)
     if config := _fiftyone_config():
         config.model_zoo_manifest_paths = paths
+
+
+def offer_evaluation_method() -> None:
+    """Makes `evaluate_detections(method="proposals")` work in this process, whether FiftyOne is imported or not."""
+    if methods := os.environ.get(_METHODS_VARIABLE):
+        methods = methods.split(",")
+    else:  # "*": FiftyOne's own. The variable replaces what the config file says, so it carries that along.
+        methods = [
+            "*",
+            *_config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json").get("detection_backends", {}),
+        ]
+    if EVALUATION_METHOD not in methods:
+        methods.append(EVALUATION_METHOD)
+    os.environ[_METHODS_VARIABLE] = ",".join(methods)
+    os.environ[f"FIFTYONE_DETECTION_{EVALUATION_METHOD.upper()}_CONFIG_CLS"] = _EVALUATION_CONFIG
+    if config := getattr(sys.modules.get("fiftyone"), "evaluation_config", None):
+        config.detection_backends[EVALUATION_METHOD] = {"config_cls": _EVALUATION_CONFIG}
 
 
 def install() -> list[Path]:
@@ -108,11 +130,15 @@ def _setting(key: str, variable: str) -> str | list[str] | None:
         return getattr(config, key)
     if value := os.environ.get(variable):
         return value
-    path = Path(os.environ.get("FIFTYONE_CONFIG_PATH", "~/.fiftyone/config.json")).expanduser()
+    return _config_file("FIFTYONE_CONFIG_PATH", "config.json").get(key)
+
+
+def _config_file(variable: str, name: str) -> dict:
+    path = Path(os.environ.get(variable, f"~/.fiftyone/{name}")).expanduser()
     try:
-        return json.loads(path.read_text()).get(key)
+        return json.loads(path.read_text())
     except (OSError, ValueError):  # there is none, or FiftyOne will complain of it
-        return None
+        return {}
 
 
 def _fiftyone_config():

@@ -115,7 +115,10 @@ def _stored_mask(label: Mapping) -> np.ndarray:
         if mask is None:
             raise LabelError(f"{name_of(label)} has a mask_path that is no image: {path}")
     else:
-        raise MissingError(f"{name_of(label)} has no mask")
+        raise MissingError(
+            f"{name_of(label)} has no mask. Make masks from boxes by `apply_model(model, ..., prompt_field=...)`, or "
+            f"measure boxes by `use_masks=False`"
+        )
     if mask.ndim == 3:
         mask = mask[..., 0]
     if mask.ndim != 2:

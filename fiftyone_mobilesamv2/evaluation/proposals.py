@@ -347,9 +347,9 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             self._write_video_counts(samples, measured, eval_key)
         if samples._is_generated:
             # A view of patches or frames has a dataset of its own, whose source is to know as well.
-            fields = [self.config.pred_field, self.config.gt_field]
             for name in self._fields(samples, eval_key):
                 samples._sync_source_field_schema(name)
+            fields = sorted({name.split(".")[0] for name in self._fields(samples, eval_key)})
             samples._sync_source(fields=fields, ids=[str(image.id) for image in measured.images])
 
     def _update(self, samples: fo.core.collections.SampleCollection, image: _Image, eval_key: str) -> UpdateOne:
@@ -414,31 +414,48 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         return None if rank == NOT_FOUND else int(rank) + 1
 
     def _fields(self, samples: fo.core.collections.SampleCollection, eval_key: str) -> dict[str, type[fof.Field]]:
-        """Everything that a run stores, for fields that (still) exist."""
+        """Everything that a run stores, on labels of fields that still exist."""
+        frames = samples._FRAMES_PREFIX
+        label_fields = [self.config.gt_field, self.config.pred_field]
+        if samples._has_frame_fields() and not any(samples.has_field(name) for name in label_fields):
+            label_fields = [frames + name for name in label_fields]  # the run was over a view of the videos' frames
         fields = {f"{eval_key}{end}": fof.IntField for end in ("_tp", "_fp", "_fn")}
         fields |= {f"{eval_key}_recall_at_{k}": fof.FloatField for k in self.config.ks}
-        if samples._is_frame_field(self.config.gt_field):
-            fields |= {samples._FRAMES_PREFIX + name: kind for name, kind in fields.items()}
-        for name in (self.config.gt_field, self.config.pred_field):
-            if samples.get_field(name) is None:
-                continue
-            root, _ = samples._get_label_field_root(name)
-            fields |= {
-                f"{root}.{eval_key}": fof.StringField,
-                f"{root}.{eval_key}_id": fof.StringField,
-                f"{root}.{eval_key}_iou": fof.FloatField,
-                f"{root}.{eval_key}_rank": fof.IntField,
-            }
+        if samples._is_frame_field(label_fields[0]):
+            fields |= {frames + name: kind for name, kind in fields.items()}
+        for name in label_fields:
+            if samples.has_field(name):
+                root, _ = samples._get_label_field_root(name)
+                fields |= {
+                    f"{root}.{eval_key}": fof.StringField,
+                    f"{root}.{eval_key}_id": fof.StringField,
+                    f"{root}.{eval_key}_iou": fof.FloatField,
+                    f"{root}.{eval_key}_rank": fof.IntField,
+                }
         return fields
 
     def get_fields(self, samples, eval_key, include_custom_metrics=True):
         return list(self._fields(samples, eval_key))
 
+    def rename(self, samples, eval_key, new_eval_key):
+        dataset = samples._dataset
+        names = zip(self._fields(dataset, eval_key), self._fields(dataset, new_eval_key))
+        names = {old: new for old, new in names if dataset.has_field(old)}
+        of_samples, of_frames = fou.split_frame_fields(names)
+        if of_samples:
+            dataset.rename_sample_fields(of_samples)
+        if of_frames:
+            dataset.rename_frame_fields(of_frames)
+        samples._rename_sidebar_group(eval_key, new_eval_key)
+
     def cleanup(self, samples, eval_key):
         dataset = samples._dataset
-        for name in self.get_fields(dataset, eval_key):
-            name, of_frame = dataset._handle_frame_field(name)
-            (dataset.delete_frame_field if of_frame else dataset.delete_sample_field)(name, error_level=2)
+        of_samples, of_frames = fou.split_frame_fields(
+            [name for name in self._fields(dataset, eval_key) if dataset.has_field(name)]
+        )
+        dataset.delete_sample_fields(of_samples)
+        if of_frames:
+            dataset.delete_frame_fields(of_frames)
         samples._delete_empty_sidebar_group(eval_key)
 
 
@@ -532,7 +549,7 @@ class ProposalResults(foud.DetectionResults):
         else:
             recall = self.average_recall
             lines = {f"{group} ({total})": (recall, group) for group, total in recall.totals.items() if total}
-        k = min(recall.ks[-1] for recall, _ in lines.values())
+        k = min((recall.ks[-1] for recall, _ in lines.values()), default=self.config.ks[-1])
         figure = make_subplots(1, 2, subplot_titles=("AR by number of proposals K", f"Recall by IoU, K={k}"))
         for number, (name, (recall, group)) in enumerate(lines.items()):
             curve = recall.curve(group)
@@ -649,9 +666,10 @@ def _num_images(samples: fo.core.collections.SampleCollection, gt_field: str) ->
 
 def _labels_in(document: Mapping, field_name: str) -> list[dict]:
     labels = document.get(field_name.removeprefix("frames."))
-    if labels is None:
-        return []
-    return labels.get("detections", labels.get("polylines", [labels]))
+    for name in ("detections", "polylines"):
+        if labels and name in labels:
+            return labels[name] or []  # None where a view hides all
+    return [labels] if labels else []
 
 
 def _number(label: Mapping, names: Sequence[str]) -> float:
