@@ -14,15 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from . import zoo
-from .evaluation.average_recall import average_recall
+from .evaluation.proposals import evaluate_proposals
 from .images import read_image
-from .modeling.masks import rle_from_crop
 from .training.scenes import TEST_SEED, make_scene
 
 DATASET_NAME = "mobilesamv2-quickstart"
 DEMO_MODEL = "mobilesamv2-demo-torch"
 LABEL_FIELD = "segmentations"
 GROUND_TRUTH_FIELD = "ground_truth"
+EVAL_KEY = "ar"
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -118,21 +118,9 @@ def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) ->
         "Time per image: " + ", ".join(f"{stage} {1000 * t / images:.0f} ms" for stage, t in model.seconds.items()),
     ]
     if dataset.has_field(GROUND_TRUTH_FIELD):
-        dataset.compute_metadata(progress=False)
-        recall = average_recall(
-            (detection_rles(sample, LABEL_FIELD), detection_rles(sample, GROUND_TRUTH_FIELD)) for sample in dataset
-        )
-        lines.append("Mask " + ", ".join(f"{name} {value:.3f}" for name, value in recall.items()))
+        results = evaluate_proposals(dataset, LABEL_FIELD, GROUND_TRUTH_FIELD, EVAL_KEY, progress=False)
+        lines.append(f"Mask AR of objects by size (evaluation '{EVAL_KEY}' in the App):\n{results.report()}")
     return "\n".join(lines)
-
-
-def detection_rles(sample: fo.Sample, field: str) -> list[dict]:
-    """The masks of a sample's detections as COCO RLE, most confident first."""
-    if sample[field] is None:
-        return []
-    size = sample.metadata.height, sample.metadata.width
-    ranked = sorted(sample[field].detections, key=lambda d: -(d.confidence or 0))
-    return [rle_from_crop(mask, box, size) for mask, box in (cropped_mask(d, size) for d in ranked)]
 
 
 def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

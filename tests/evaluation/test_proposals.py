@@ -20,7 +20,8 @@ from pycocotools.cocoeval import COCOeval
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.evaluation.average_recall import AverageRecall
-from fiftyone_mobilesamv2.evaluation.proposals import ProposalEvaluationConfig, comparison_table
+from fiftyone_mobilesamv2.evaluation.proposal_results import comparison_table
+from fiftyone_mobilesamv2.evaluation.proposals import ProposalEvaluationConfig
 
 HEIGHT, WIDTH = 120, 160
 KS = (1, 5, 20)
@@ -420,7 +421,7 @@ def test_what_the_panel_reads(by_hand):
     assert not [name for name in metrics if name.startswith(("ARl", "ARr"))]  # no such objects
     assert np.count_nonzero(results.ytrue == results.ypred) == 2
     assert np.count_nonzero(results.ypred == results.missing) == 1
-    assert results.report()["dog"] == {"recall": 0.5, "support": 2}
+    assert results.report()["dog"] == {"precision": None, "recall": 0.5, "support": 2}
     assert by_hand.get_evaluation_info("ar").config.type == "detection"
 
 
