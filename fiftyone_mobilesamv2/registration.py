@@ -47,10 +47,8 @@ def offer_evaluation_method() -> None:
     if methods := os.environ.get(_METHODS_VARIABLE):
         methods = methods.split(",")
     else:  # "*": FiftyOne's own. The variable replaces what the config file says, so it carries that along.
-        methods = [
-            "*",
-            *_config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json").get("detection_backends", {}),
-        ]
+        config = _config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json")
+        methods = ["*", *(config.get("detection_backends") or {})]
     if EVALUATION_METHOD not in methods:
         methods.append(EVALUATION_METHOD)
     os.environ[_METHODS_VARIABLE] = ",".join(methods)

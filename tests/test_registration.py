@@ -116,7 +116,8 @@ def run(user, command, **environment):
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "FIFTYONE_MODEL_ZOO_MANIFEST_PATHS")  # this process has imported the package
+        # This process has imported the package.
+        if name not in ("PYTHONPATH", "FIFTYONE_MODEL_ZOO_MANIFEST_PATHS") and "FIFTYONE_DETECTION_" not in name
     }
     folders = {"FIFTYONE_MODEL_ZOO_DIR": str(user / "zoo"), "FIFTYONE_PLUGINS_DIR": str(user / "plugins")}
     result = subprocess.run(
@@ -185,6 +186,28 @@ report(type=type(model).__module__, objects=objects(model), again=foz.load_zoo_m
     assert found["type"] == "fiftyone_mobilesamv2.zoo"
     assert found["objects"] > 0
     assert found["again"]
+
+
+@pytest.mark.parametrize("imports", ["package, then fiftyone", "fiftyone, then package"])
+@pytest.mark.parametrize("variable", [None, "coco,own"])
+def test_import_offers_the_evaluation_method(bare_python, user, imports, variable):
+    config = user / "evaluation_config.json"
+    config.write_text(json.dumps({"detection_backends": {"own": {"config_cls": "users.own"}}}))
+    environment = {"PYTHONPATH": str(ROOT), "FIFTYONE_EVALUATION_CONFIG_PATH": str(config)}
+    if variable:
+        environment["FIFTYONE_DETECTION_BACKENDS"] = variable
+    names = ["fiftyone_mobilesamv2", "fiftyone as fo"]
+    if imports.startswith("fiftyone"):
+        names.reverse()
+    code = f"""
+import {names[0]}
+import {names[1]}
+report(methods={{name: d.get("config_cls") for name, d in fo.evaluation_config.detection_backends.items()}})
+"""
+    methods = run_code(user, bare_python, code, **environment)["methods"]
+    expected = {"coco", "own", "proposals"} if variable else {"activitynet", "coco", "open-images", "own", "proposals"}
+    assert set(methods) == expected and methods["own"] == "users.own"
+    assert methods["proposals"] == "fiftyone_mobilesamv2.evaluation.proposals.ProposalEvaluationConfig"
 
 
 def test_import_from_within_fiftyones_import(bare_python, user):

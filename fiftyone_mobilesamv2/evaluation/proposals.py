@@ -287,7 +287,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
     def register_samples(self, samples, eval_key, dynamic=True):
         # FiftyOne calls this before it loads every label for `evaluate`, which then needs none of them.
         try:
-            self._measured = self.measure(samples, eval_key, progress=False)
+            self._measured = self.measure(samples, eval_key, progress=None)
             if eval_key is not None:
                 self.write(samples, self._measured, eval_key)
         except BaseException:
