@@ -27,7 +27,7 @@ class MissingError(LabelError):
     """A label lacks what its whole field is expected to have."""
 
 
-def masks_of(labels: Sequence[Mapping], size: tuple[int, int]) -> list[dict]:
+def masks_of(labels: Sequence[Mapping], size: tuple[int, int], near: np.ndarray | None = None) -> list[dict]:
     """COCO RLE of each label of an image.
 
     A mask whose size isn't its box's in pixels is stretched to it, as the App draws it.
@@ -35,18 +35,33 @@ def masks_of(labels: Sequence[Mapping], size: tuple[int, int]) -> list[dict]:
     Args:
         labels: documents of `fo.Detection`, with their mask in `mask` or a file, or of `fo.Polyline`.
         size: (height, width) of the image in pixels.
+        near: [N, 4], boxes as :func:`boxes_of` gives them: a label whose box meets none of them gets an empty mask, for
+            decoding masks is what takes the time.
 
     Raises:
         MissingError: a detection has no mask.
         LabelError: a label can't be used; the message names it and says why.
     """
-    return [_mask_of(label, size) for label in labels]
+    if near is None:
+        return [_mask_of(label, size) for label in labels]
+    empty = _empty_mask(size)
+    meets = _meet(boxes_of(labels, size), near).any(1)
+    for label in labels:
+        _check_has_mask(label)
+    return [_mask_of(label, size) if decode else empty for label, decode in zip(labels, meets)]
 
 
 def boxes_of(labels: Sequence[Mapping], size: tuple[int, int]) -> np.ndarray:
     """float64 [N, 4]: x, y, width and height of each label, in pixels. Raises as :func:`masks_of` does."""
     scale = np.array([size[1], size[0]] * 2, float)
     return np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
+
+
+def _meet(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """bool [boxes, others]: they overlap, or are a pixel apart: masks begin at whole pixels, boxes may not."""
+    starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    ends = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
+    return (starts <= ends + 2).all(2)
 
 
 def _mask_of(label: Mapping, size: tuple[int, int]) -> dict:
@@ -56,7 +71,7 @@ def _mask_of(label: Mapping, size: tuple[int, int]) -> dict:
     height, width = size
     x, y, w, h = _relative_box(label) * [width, height, width, height]
     if not mask.any():
-        return rle_from_crop(np.zeros((0, 0), bool), np.zeros(4), size)
+        return _empty_mask(size)
     if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
         raise LabelError(f"{name_of(label)} has a mask, but its bounding_box lies outside the image or is empty")
     rows, columns = mask.shape
@@ -72,6 +87,10 @@ def _mask_of(label: Mapping, size: tuple[int, int]) -> dict:
     mask = mask[max(0, -y) : height - y, max(0, -x) : width - x]
     x, y = max(0, x), max(0, y)
     return rle_from_crop(mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]]), size)
+
+
+def _empty_mask(size: tuple[int, int]) -> dict:
+    return rle_from_crop(np.zeros((0, 0), bool), np.zeros(4), size)
 
 
 def _polygons_mask(label: Mapping, size: tuple[int, int]) -> dict:
@@ -101,12 +120,14 @@ def _relative_box(label: Mapping) -> np.ndarray:
 
 def _stored_mask(label: Mapping) -> np.ndarray:
     """bool [h, w]"""
+    _check_has_mask(label)
     if (stored := label.get("mask")) is not None:
         try:
             mask = _deserialized(stored)
         except (zlib.error, ValueError, TypeError) as error:
             raise LabelError(f"{name_of(label)} has a mask that can't be decoded: {error}") from error
-    elif path := label.get("mask_path"):
+    else:
+        path = label["mask_path"]
         try:
             content = np.frombuffer(fos.read_file(path, binary=True), np.uint8)
             mask = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content.size else None
@@ -114,16 +135,19 @@ def _stored_mask(label: Mapping) -> np.ndarray:
             raise LabelError(f"{name_of(label)} has a mask_path that can't be read: {error}") from error
         if mask is None:
             raise LabelError(f"{name_of(label)} has a mask_path that is no image: {path}")
-    else:
-        raise MissingError(
-            f"{name_of(label)} has no mask. Make masks from boxes by `apply_model(model, ..., prompt_field=...)`, or "
-            f"measure boxes by `use_masks=False`"
-        )
     if mask.ndim == 3:
         mask = mask[..., 0]
     if mask.ndim != 2:
         raise LabelError(f"{name_of(label)} has a mask of shape {mask.shape}: two dimensions were expected")
-    return np.ascontiguousarray(mask > 0)
+    return np.ascontiguousarray(mask if mask.dtype == bool else mask > 0)
+
+
+def _check_has_mask(label: Mapping) -> None:
+    if label.get("mask") is None and not label.get("mask_path") and "points" not in label:
+        raise MissingError(
+            f"{name_of(label)} has no mask. Make masks from boxes by `apply_model(model, ..., prompt_field=...)`, or "
+            f"measure boxes by `use_masks=False`"
+        )
 
 
 def _deserialized(stored: bytes) -> np.ndarray:

@@ -231,16 +231,17 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         if size is None:
             raise LabelError("it has no metadata, and its size can't be read from its file")
         config = self.config
-        shapes_of = masks_of if config.use_masks else boxes_of
         objects = _labels_in(document, config.gt_field)
         proposals = _labels_in(document, config.pred_field)
         scores = [_number(label, RANKINGS[config.rank_by]) for label in proposals]
         # Masks beyond the largest K need no decoding.
         proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]
         frequencies = [label.get("frequency") for label in objects]
+        shapes = boxes_of(proposals, size), boxes_of(objects, size)
+        if config.use_masks:
+            shapes = masks_of(proposals, size, near=shapes[1]), masks_of(objects, size)
         matches = recall.add(
-            shapes_of(proposals, size),
-            shapes_of(objects, size),
+            *shapes,
             is_crowd=[bool(label.get("iscrowd")) for label in objects],
             areas=None if config.area_field is None else [_number(label, [config.area_field]) for label in objects],
             frequencies=frequencies if any(frequencies) else None,
