@@ -21,6 +21,37 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("quickstart"), help="folder for scenes and overlays.png"
     )
 
+    reproduce = commands.add_parser("reproduce", help="measure the paper's tables on COCO or LVIS ground truth")
+    reproduce.add_argument("--annotations", type=Path, required=True, help="JSON file in the format of COCO or LVIS")
+    reproduce.add_argument("--images", type=Path, required=True, help="folder of the images that it lists")
+    reproduce.add_argument("--model", required=True, help="name of a zoo model; the paper's is mobilesamv2-vith-torch")
+    reproduce.add_argument("--prompting", choices=("object_aware", "grid", "both"), default="both")
+    reproduce.add_argument(
+        "--grids", type=positive, nargs="+", default=[16, 32, 64], help="points per side of each grid"
+    )
+    reproduce.add_argument(
+        "--no-grid-filters", action="store_true", help="keep the grid's masks of any predicted IoU and stability"
+    )
+    reproduce.add_argument("--sample", type=positive, default=100, help="how many images to draw at random, at most")
+    reproduce.add_argument("--seed", type=int, default=0, help="of the draw")
+    reproduce.add_argument("--batch-size", type=positive, default=4)
+    reproduce.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
+    reproduce.add_argument(
+        "--output", type=Path, default=Path("reproduction"), help="folder for reproduction.json and reproduction.png"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="measure AR@K of a dataset's proposals")
+    evaluate.add_argument("dataset", help="name of a FiftyOne dataset")
+    evaluate.add_argument("pred_field", help="the proposals: detections or polylines")
+    evaluate.add_argument("--gt-field", default="ground_truth", help="the objects")
+    evaluate.add_argument("--eval-key", default="ar", help="key of the run; an earlier one of this key is replaced")
+    evaluate.add_argument("--ks", type=positive, nargs="+", default=[10, 100, 1000], help="how many proposals count")
+    evaluate.add_argument("--boxes", action="store_true", help="compare boxes; else masks")
+    evaluate.add_argument(
+        "--rank-by", choices=("confidence", "predicted_iou", "stability", "sam"), default="confidence"
+    )
+    evaluate.add_argument("--compare", nargs="+", default=[], metavar="KEY", help="earlier runs to print beside it")
+
     commands.add_parser("install", help="register the zoo models and the plugin with FiftyOne")
     commands.add_parser("uninstall", help="undo install")
 
@@ -33,6 +64,13 @@ def main(argv: list[str] | None = None) -> int:
 
             expected.append(CheckpointError)
             quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
+        elif args.command == "reproduce":
+            from .modeling.checkpoints import CheckpointError
+
+            expected.append(CheckpointError)
+            run_reproduce(args)
+        elif args.command == "evaluate":
+            run_evaluate(args)
         else:
             from . import registration
 
@@ -46,6 +84,50 @@ def main(argv: list[str] | None = None) -> int:
         print("\nfiftyone-mobilesamv2: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    """Measures, and prints the paper's figures beside ours."""
+    from . import zoo
+    from .evaluation import reproduction
+
+    print(f"Loading {args.model} ...")
+    thresholds = {"pred_iou_thresh": 0, "stability_score_thresh": 0} if args.no_grid_filters else {}
+    model = zoo.load_model(args.model, device=args.device, **thresholds)
+    result = reproduction.reproduce(
+        args.annotations,
+        args.images,
+        model,
+        args.output,
+        object_aware=args.prompting != "grid",
+        grids=() if args.prompting == "object_aware" else args.grids,
+        sample=args.sample,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    print(f"\n{result}\n")
+    print(f"{args.output / reproduction.RESULTS_NAME}, {args.output / reproduction.PICTURE_NAME}")
+    print(f"In the App: fiftyone app launch {result.about['dataset']}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Evaluates a dataset, and prints AR@K, beside that of earlier runs where asked for."""
+    import fiftyone as fo
+
+    from .evaluation.proposal_results import ProposalResults, comparison_table
+    from .evaluation.proposals import evaluate_proposals
+
+    dataset = fo.load_dataset(args.dataset)
+    others = {key: dataset.load_evaluation_results(key) for key in args.compare}
+    for key, results in others.items():
+        if not isinstance(results, ProposalResults):
+            raise ValueError(f"Evaluation '{key}' of {args.dataset} is none of proposals.")
+    results = evaluate_proposals(
+        dataset, args.pred_field, args.gt_field, args.eval_key, args.ks, not args.boxes, args.rank_by
+    )
+    print(results.report())
+    if others:
+        print(f"\n{comparison_table(others | {args.eval_key: results}).to_string(float_format='{:.3f}'.format)}")
 
 
 def positive(text: str) -> int:

@@ -24,7 +24,7 @@ from bson import ObjectId
 
 from .images import read_image
 from .modeling import checkpoints
-from .modeling.grid_prompts import POINTS_PER_SIDE
+from .modeling.grid_prompts import POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
 from .modeling.masks import Segmentation
 from .modeling.mobilesamv2 import PROMPTINGS, MobileSAMv2
 from .modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
@@ -58,6 +58,8 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         iou (0.9): boxes of the detector that overlap more are the same object.
         max_prompts (320): most boxes of an image.
         points_per_side (32): points of the grid along each side.
+        pred_iou_thresh (0.88), stability_score_thresh (0.95): least predicted IoU and stability of the grid's masks;
+            SAM's values, and 0 keeps all.
         max_masks (None): most masks stored for an image, most confident first.
         mask_dir (None): folder for masks that don't fit into the database; None: "mobilesamv2_masks" in FiftyOne's
             `default_dataset_dir`.
@@ -74,6 +76,10 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         self.iou = self.parse_number(d, "iou", default=NMS_IOU)
         self.max_prompts = self.parse_int(d, "max_prompts", default=MAX_PROMPTS)
         self.points_per_side = self.parse_int(d, "points_per_side", default=POINTS_PER_SIDE)
+        self.pred_iou_thresh = self.parse_number(d, "pred_iou_thresh", default=SAM_GRID_FILTER.pred_iou_thresh)
+        self.stability_score_thresh = self.parse_number(
+            d, "stability_score_thresh", default=SAM_GRID_FILTER.stability_score_thresh
+        )
         self.max_masks = self.parse_int(d, "max_masks", default=None)
         self.mask_dir = self.parse_string(d, "mask_dir", default=None)
         self.encoder_checkpoint = self.parse_string(d, "encoder_checkpoint", default=None)
@@ -90,7 +96,7 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ValueError(f"{key} must be at least {least}, not {value}.")
-        for key in ("confidence_thresh", "iou"):
+        for key in ("confidence_thresh", "iou", "pred_iou_thresh", "stability_score_thresh"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{key} must be between 0 and 1, not {value}.")
@@ -165,6 +171,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     Attributes:
         failures: the images of the current or last run that were not segmented.
         num_labels: how many objects that run has found.
+        label_bytes: what the labels of an image may take in the database; masks beyond it go to disk.
     """
 
     def __init__(self, config: MobileSAMv2ModelConfig) -> None:
@@ -177,6 +184,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **files)
         self.failures: list[Failure] = []
         self.num_labels = 0
+        self.label_bytes = LABEL_BYTES_PER_SAMPLE
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
@@ -280,6 +288,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             iou=config.iou,
             max_prompts=config.max_prompts,
             points_per_side=config.points_per_side,
+            grid_filter=GridFilter(config.pred_iou_thresh, config.stability_score_thresh),
         )
         return [self._to_labels(segmentation) for segmentation in found]
 
@@ -319,13 +328,13 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         with_masks = [d for d in labels.detections if d.mask is not None]
         rest = DETECTION_BYTES * len(labels.detections)
         # zlib makes a little over a bit per pixel of noise, and the array has a header: a bound that costs nothing.
-        if rest + sum(d.mask.size / 7 + 200 for d in with_masks) <= LABEL_BYTES_PER_SAMPLE:
+        if rest + sum(d.mask.size / 7 + 200 for d in with_masks) <= self.label_bytes:
             return labels
         sizes = {d.id: len(fou.serialize_numpy_array(d.mask)) for d in with_masks}
         total, moved = rest + sum(sizes.values()), 0
         folder = self.config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks")
         for detection in sorted(with_masks, key=lambda d: sizes[d.id], reverse=True):
-            if total <= LABEL_BYTES_PER_SAMPLE:
+            if total <= self.label_bytes:
                 break
             total -= sizes[detection.id]
             # Ids end in a counter: 256 folders that fill evenly.

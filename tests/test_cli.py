@@ -23,7 +23,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 DATASET = "mobilesamv2-quickstart"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"], ["install", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([command, "--help"] for command in ("quickstart", "reproduce", "evaluate", "install"))]
+)
 def test_help_needs_neither_torch_nor_fiftyone(arguments):
     code = f"""
 import sys
@@ -63,7 +65,17 @@ def test_mistakes_cost_one_clear_line(arguments, message, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["quickstart", "--scenes", "0"], ["quickstart", "--batch-size", "-1"]], ids=" ".join
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["quickstart", "--scenes", "0"],
+        ["quickstart", "--batch-size", "-1"],
+        ["reproduce", "--annotations", "coco.json", "--images", "images"],
+        ["reproduce", "--annotations", "coco.json", "--images", "images", "--model", "x", "--grids"],
+        ["evaluate", "dataset", "proposals", "--ks", "0"],
+    ],
+    ids=" ".join,
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -89,6 +101,68 @@ def test_install_and_uninstall(tmp_path, monkeypatch, capsys):
     assert "is in the way" in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.fixture
+def measurable(dataset):
+    """Two objects in an image of 100x100; "both" finds them, "one" finds the first."""
+    sample = fo.Sample("image.png", metadata=fo.ImageMetadata(width=100, height=100))
+    boxes = [[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.4, 0.4]]
+    for name, count in (("ground_truth", 2), ("both", 2), ("one", 1)):
+        sample[name] = fo.Detections(
+            detections=[
+                fo.Detection(
+                    label="object",
+                    bounding_box=box,
+                    mask=np.ones([round(100 * side) for side in box[:1:-1]], bool),
+                    confidence=0.9 - box[0],
+                    predicted_iou=box[0],
+                )
+                for box in boxes[:count]
+            ]
+        )
+    dataset.add_sample(sample)
+    return dataset
+
+
+def test_evaluate(measurable, capsys):
+    assert cli.main(["evaluate", measurable.name, "one"]) == 0
+    results = measurable.load_evaluation_results("ar")
+    assert results.metrics()["AR@1000"] == 0.5
+    assert results.config.use_masks
+    assert str(results.report()) in capsys.readouterr().out
+
+    command = ["evaluate", measurable.name, "both", "--eval-key", "key", "--ks", "1", "2", "--boxes"]
+    assert cli.main([*command, "--rank-by", "predicted_iou", "--compare", "ar"]) == 0
+    results = measurable.load_evaluation_results("key")
+    assert (results.metrics()["AR@1"], results.metrics()["AR@2"]) == (0.5, 1)
+    assert results.config.rank_by == "predicted_iou" and not results.config.use_masks
+    printed = capsys.readouterr().out
+    report, comparison = printed.split("\n\n")
+    assert report.endswith(str(results.report()))
+    rows = {line.split()[0]: line.split() for line in comparison.splitlines()[1:]}
+    assert list(rows) == ["ar", "key"]
+    assert "0.500" in rows["ar"] and "1.000" in rows["key"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{name}x", "both"], "[Dd]ataset '?{name}x'? not found"),
+        (["{name}", "others"], "{name} has no field 'others' for the proposals.* both, ground_truth, one"),
+        (["{name}", "both", "--gt-field", "objects"], "{name} has no field 'objects' for the ground truth"),
+        (["{name}", "both", "--compare", "other"], "no evaluation.*other"),
+        (["{name}", "both", "--compare", "of_boxes"], "Evaluation 'of_boxes' of {name} is none of proposals"),
+    ],
+    ids=["dataset", "proposals", "objects", "run", "run of another kind"],
+)
+def test_what_cannot_be_evaluated(measurable, arguments, message, capsys):
+    measurable.evaluate_detections("both", "ground_truth", eval_key="of_boxes", progress=False)
+    capsys.readouterr()
+    assert cli.main(["evaluate", *(argument.format(name=measurable.name) for argument in arguments)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^fiftyone-mobilesamv2: .*{message.format(name=measurable.name)}", line)
+    assert measurable.list_evaluations() == ["of_boxes"]
 
 
 @pytest.fixture
@@ -119,8 +193,10 @@ def test_quickstart_with_scenes(quickstart_dataset, tmp_path, capsys):
     assert re.search(rf"^{sum(counts)} objects: .* at most {max(counts)}$", printed, re.M)
     stages = re.search(r"^Time per image: (.*)$", printed, re.M)[1]
     assert sorted(re.findall(r"(\w+) \d+ ms", stages)) == ["crop", "decode", "discover", "encode"]
-    recall = {name: float(value) for name, value in re.findall(r"(AR@\d+) (-?[\d.]+|nan)", printed)}
+    recall = {name: float(value) for name, value in re.findall(r"(AR@\d+) +([\d.]+)", printed)}
     assert list(recall) == ["AR@10", "AR@100", "AR@1000"]
+    metrics = dataset.load_evaluation_results("ar").metrics()  # what the App shows, too
+    assert {name: round(metrics[name], 3) for name in recall} == recall
     assert all(0 <= value <= 1 for value in recall.values())
     assert 0.2 < recall["AR@1000"]  # the demo model is trained on such scenes
     assert recall["AR@10"] <= recall["AR@100"] <= recall["AR@1000"]

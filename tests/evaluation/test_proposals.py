@@ -654,7 +654,7 @@ def spoil(label, how, tmp_path):
 def test_a_bad_label_costs_its_own_image(labeled, images, tmp_path, caplog, how, cause):
     sample = labeled[labeled.values("id")[1]]
     # A proposal outside the image meets no object, which is all that counts; an object there is a mistake.
-    label = (sample.ground_truth if how == "outside" else sample.proposals).detections[3]
+    label = sample.ground_truth.detections[3] if how == "outside" else sample.proposals.detections[7]
     spoil(label, how, tmp_path)
     sample.save()
     results = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
