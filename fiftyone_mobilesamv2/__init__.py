@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "MobileSAMv2": "fiftyone_mobilesamv2.modeling.mobilesamv2",
     "evaluate_proposals": "fiftyone_mobilesamv2.evaluation.proposals",
+    "load_coco": "fiftyone_mobilesamv2.evaluation.coco",
+    "load_lvis": "fiftyone_mobilesamv2.evaluation.lvis",
     "Segmentation": "fiftyone_mobilesamv2.modeling.masks",
 }
 
@@ -21,6 +23,8 @@ __all__ = [
     "Segmentation",
     "download_model",
     "evaluate_proposals",
+    "load_coco",
+    "load_lvis",
     "load_model",
     "parse_parameters",
     "resolve_input",
