@@ -1,0 +1,419 @@
+"""The paper's tables of mask AR on your ground truth, with the paper's figures beside ours.
+
+A run of at most N prompts takes the N boxes that the detector is surest of, and the masks of different boxes don't
+depend on each other. So one run of 320 prompts tells what fewer would have found: AR with at most N prompts is AR@N of
+that run, ranked by the detector's confidence. (A mask without a pixel is dropped; AR@N then counts the next best in its
+place.) Grids of different density have no points in common: each is a run of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fiftyone as fo
+import fiftyone.core.utils as fou
+import numpy as np
+from fiftyone import ViewField as F
+
+from .. import zoo
+from ..modeling.checkpoints import pretrained_model
+from ..modeling.object_discovery import MAX_PROMPTS
+from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
+from .coco import make_dataset, read_instances
+from .lvis import load_lvis
+from .proposals import evaluate_proposals
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+OBJECT_AWARE = "object_aware"
+GRIDS = (16, 32, 64)
+GT_FIELD = "ground_truth"
+RESULTS_NAME, PICTURE_NAME = "reproduction.json", "reproduction.png"
+
+# The paper's figures, arXiv 2312.09579: AR in percent on 100 images of LVIS, ViT-H encoder where no other is named.
+PAPER_AR = {  # of all, small, medium and large objects; None: the mean over K
+    OBJECT_AWARE: {
+        10: (17.6, 6.4, 35.0, 37.8),
+        100: (50.6, 36.3, 73.1, 76.3),
+        1000: (59.3, 47.9, 77.1, 79.9),
+        None: (42.5, 30.2, 61.7, 64.7),
+    },
+    "grid_64": {
+        10: (12.6, 2.9, 22.7, 45.0),
+        100: (44.8, 29.8, 67.6, 73.8),
+        1000: (59.2, 46.6, 78.7, 82.4),
+        None: (38.9, 26.4, 56.3, 67.1),
+    },
+    "grid_32": {1000: (57.2,)},
+    "grid_16": {1000: (40.0,)},
+}
+PAPER_AR_BY_PROMPTS = {320: 59.3, 256: 58.5, 192: 56.6, 128: 53.6, 64: 44.8}
+PAPER_AR_BY_ENCODER = {"sam_vit_h": 59.3, "efficientvit_l2": 56.3, "tiny_vit": 51.1}
+PAPER_MS = {OBJECT_AWARE: 97, "grid_32": 1616, "grid_64": 6464}  # of an image, after the encoder
+
+COMPARABLE = (
+    "The paper measured on 100 images of LVIS val that it doesn't name, with SAM's ViT-H as the encoder. Its figures "
+    "compare with these only where the ground truth is LVIS val and the model is a released one with that encoder "
+    "(mobilesamv2-vith-torch); by encoder, also EfficientViT-L2 and TinyViT. It doesn't name its GPU: compare ratios "
+    "of times."
+)
+DEMO = "The demo model was trained on synthetic scenes and never saw a photo: its figures say nothing of the method."
+
+# All fields of a sample share one document, which MongoDB limits to 16 MiB; evaluations add attributes to each label.
+_LABEL_BYTES = 12 * 2**20
+_MARK = "mobilesamv2_reproduction"
+_COLORS = {OBJECT_AWARE: "#ff6d04", "grid_16": "#9db4ff", "grid_32": "#4263eb", "grid_64": "#1b2a80"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a way of prompting finds, and what it costs.
+
+    Attributes:
+        recall: from which AR@K follows.
+        prompts, masks: of an image, on average. Object-aware, each box that is found is a prompt, and gives one mask.
+        seconds: wall time per image of each stage: "discover", "encode", "decode", "crop".
+        failures: the images that could not be segmented, which count as images without proposals.
+    """
+
+    recall: AverageRecall
+    prompts: float
+    masks: float
+    seconds: dict[str, float]
+    failures: list[zoo.Failure]
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds per image of all but the encoder, which is what the paper compares."""
+        return 1000 * sum(seconds for stage, seconds in self.seconds.items() if stage != "encode")
+
+    @property
+    def decoder_ms(self) -> float:
+        """Milliseconds per image from prompts to low-res logits."""
+        return 1000 * self.seconds["decode"]
+
+
+@dataclass
+class Reproduction:
+    """The measurements, which print as the paper's tables.
+
+    Attributes:
+        about: what was measured on what, as the JSON file holds it.
+        measurements: by the name of the field that holds the proposals: "object_aware", "grid_16", ...
+    """
+
+    about: dict
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+
+    def cells(self) -> list[dict]:
+        """One for each figure: "table", "row", "column", "ours", "paper"; AR in percent, None where there is none."""
+        cells = []
+
+        def add(table: str, row: str, column: str, ours: float, paper: float | None) -> None:
+            ours = None if math.isnan(ours) else 100 * ours
+            cells.append({"table": table, "row": row, "column": column, "ours": ours, "paper": paper})
+
+        for name, measured in self.measurements.items():
+            metrics = measured.recall.metrics()
+            for k in (*KS, None):
+                suffix = "" if k is None else f"@{k}"
+                paper = dict(zip(AREA_RANGES, PAPER_AR.get(name, {}).get(k, ())))
+                for group in measured.recall.totals:
+                    ours = metrics[METRIC_NAMES[group] + suffix]
+                    add("Mask AR by object size", f"{name} AR{suffix}", group, ours, paper.get(group))
+        for name, measured in self.measurements.items():
+            if name != OBJECT_AWARE:
+                paper, *_ = PAPER_AR.get(name, {}).get(1000, [None])
+                add("AR@1000 by sampling", name, "all", measured.recall.metrics()["AR@1000"], paper)
+        if OBJECT_AWARE in self.measurements:
+            recall = self.measurements[OBJECT_AWARE].recall
+            for most in (320, 256):
+                ours = recall.recalls(most).mean()
+                add("AR@1000 by sampling", f"{most} boxes", "all", ours, PAPER_AR_BY_PROMPTS[most])
+            for most, paper in PAPER_AR_BY_PROMPTS.items():
+                add("AR@1000 by the most prompts allowed", str(most), "all", recall.recalls(most).mean(), paper)
+            encoder = self.about["encoder"]
+            ours = recall.metrics()["AR@1000"]
+            add("AR@1000 by encoder", encoder, "all", ours, PAPER_AR_BY_ENCODER.get(encoder))
+        return cells
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """By title; each cell is text, "ours (the paper's)"."""
+        import pandas as pd
+
+        tables: dict[str, pd.DataFrame] = {}
+        for cell in self.cells():
+            table = tables.setdefault(cell["table"], pd.DataFrame(dtype=object))
+            table.loc[cell["row"], cell["column"]] = _beside(cell["ours"], cell["paper"])
+        costs = tables["Cost per image"] = pd.DataFrame(dtype=object)
+        for name, measured in self.measurements.items():
+            paper = PAPER_MS.get(name)
+            costs.loc[name, "prompts"] = f"{measured.prompts:.1f}"
+            costs.loc[name, "masks"] = f"{measured.masks:.1f}"
+            costs.loc[name, "decoder ms"] = f"{measured.decoder_ms:.1f}"
+            costs.loc[name, "all but encoder ms"] = _beside(measured.ms, paper)
+            paper_ratio = None if paper is None else paper / PAPER_MS[OBJECT_AWARE]
+            costs.loc[name, "times object-aware"] = _beside(self.ratio(name), paper_ratio)
+        return tables
+
+    def ratio(self, name: str) -> float | None:
+        """Its time without the encoder by that of object-aware prompting; None where that wasn't measured."""
+        reference = self.measurements.get(OBJECT_AWARE)
+        return self.measurements[name].ms / reference.ms if reference else None
+
+    def notes(self) -> list[str]:
+        """What a reader has to know to judge the figures."""
+        notes = [COMPARABLE]
+        if self.about["encoder"] == pretrained_model("mobilesamv2-demo-torch").encoder:
+            notes.append(DEMO)
+        for name, measured in self.measurements.items():
+            if name != OBJECT_AWARE and measured.masks < 1 and self.about["pred_iou_thresh"]:
+                notes.append(
+                    f"{name}: SAM's filters leave {measured.masks:.1f} masks an image: this model's predicted IoU or "
+                    "stability seldom reaches them. --no-grid-filters keeps all."
+                )
+            if failures := measured.failures:
+                notes.append(
+                    f"{name}: {len(failures)} images were not segmented and count as without proposals; the first: "
+                    f"{failures[0].filepath}: {failures[0].error}"
+                )
+        return notes
+
+    def __str__(self) -> str:
+        about = self.about
+        objects = next(iter(self.measurements.values())).recall.totals["all"]
+        head = (
+            f"{about['model']} (encoder {about['encoder']}) on {about['images']} images of {about['annotations']} with "
+            f"{objects} objects.\nAR is in percent. In brackets: the paper's figure."
+        )
+        tables = [f"{title}\n{table.fillna('').to_string()}" for title, table in self.tables().items()]
+        return "\n\n".join([head, *tables, *self.notes()])
+
+    def to_dict(self) -> dict:
+        """As the JSON file holds it: "metrics" are shares, as of `evaluate_proposals`; "tables" are in percent."""
+        measurements = {
+            name: {
+                "metrics": {key: None if math.isnan(v) else v for key, v in measured.recall.metrics().items()},
+                "objects": measured.recall.totals,
+                "prompts_per_image": measured.prompts,
+                "masks_per_image": measured.masks,
+                "decoder_ms_per_image": measured.decoder_ms,
+                "ms_per_image_without_encoder": measured.ms,
+                "times_object_aware": self.ratio(name),
+                "seconds_per_image": measured.seconds,
+                "failures": [asdict(failure) for failure in measured.failures],
+            }
+            for name, measured in self.measurements.items()
+        }
+        return {**self.about, "measurements": measurements, "tables": self.cells(), "notes": self.notes()}
+
+    def save(self, folder: Path) -> None:
+        """Writes `reproduction.json` and `reproduction.png`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS_NAME).write_text(json.dumps(self.to_dict(), indent=2))
+        self._plot(folder / PICTURE_NAME)
+
+    def _plot(self, path: Path) -> None:
+        from matplotlib.figure import Figure  # without pyplot, which looks for a screen
+
+        figure = Figure(figsize=(16, 5.6), layout="constrained")
+        by_k, by_size, by_cost = figure.subplots(1, 3)
+        self._plot_by_k(by_k)
+        self._plot_by_size(by_size)
+        self._plot_by_cost(by_cost)
+        for axes in (by_k, by_size, by_cost):
+            axes.set_ylim(0, 100)
+            axes.grid(alpha=0.3)
+            axes.set_axisbelow(True)
+        by_k.plot([], [], "o", color="black", markerfacecolor="white", label="the paper")
+        by_k.legend(loc="upper left")
+        about = self.about
+        figure.suptitle(f"{about['model']} on {about['images']} images of {about['annotations']}: mask AR")
+        figure.supxlabel("\n".join(self.notes()), fontsize=8, wrap=True)
+        figure.savefig(path, dpi=110)
+
+    def _plot_by_k(self, axes: Axes) -> None:
+        for name, measured in self.measurements.items():
+            curve = 100 * measured.recall.curve()
+            axes.plot(np.arange(1, len(curve) + 1), curve, color=_color(name), label=name)
+            paper = {k: values[0] for k, values in PAPER_AR.get(name, {}).items() if k}
+            if name == OBJECT_AWARE:
+                paper |= {most: ar for most, ar in PAPER_AR_BY_PROMPTS.items() if most < MAX_PROMPTS}
+            axes.plot(paper.keys(), paper.values(), "o", color=_color(name), markerfacecolor="white")
+        axes.set(xscale="log", title="AR@K, %", xlabel="K: masks of an image that count")
+
+    def _plot_by_size(self, axes: Axes) -> None:
+        width = 0.8 / len(self.measurements)
+        for number, (name, measured) in enumerate(self.measurements.items()):
+            metrics = measured.recall.metrics()
+            x = np.arange(len(AREA_RANGES)) + (number - (len(self.measurements) - 1) / 2) * width
+            ours = [100 * metrics[f"{METRIC_NAMES[group]}@1000"] for group in AREA_RANGES]
+            axes.bar(x, ours, width * 0.9, color=_color(name))
+            paper = PAPER_AR.get(name, {}).get(1000, ())
+            axes.plot(x[: len(paper)], paper, "o", color=_color(name), markerfacecolor="white")
+        axes.set_xticks(range(len(AREA_RANGES)), list(AREA_RANGES))
+        axes.set(title="AR@1000, %, by object size")
+
+    def _plot_by_cost(self, axes: Axes) -> None:
+        for name, measured in self.measurements.items():
+            ours = measured.ms, 100 * measured.recall.metrics()["AR@1000"]
+            axes.plot(*ours, "o", color=_color(name), markersize=9)
+            axes.annotate(name, ours, (0, 9), textcoords="offset points", ha="center")
+            if name in PAPER_MS:
+                paper = PAPER_MS[name], PAPER_AR[name][1000][0]
+                axes.plot(*paper, "o", color=_color(name), markerfacecolor="white")
+        axes.margins(x=0.2)
+        axes.set(xscale="log", title="AR@1000, %, by time", xlabel="ms per image, encoder excluded")
+
+
+def _beside(ours: float | None, paper: float | None) -> str:
+    """Ours, and in brackets the paper's; "-" where there is none."""
+    ours, paper = ("-" if value is None else f"{value:.1f}" for value in (ours, paper))
+    return f"{ours} ({paper})"
+
+
+def _color(name: str) -> str:
+    return _COLORS.get(name, "#868e96")
+
+
+def reproduce(
+    annotations: Path,
+    images: Path,
+    model: zoo.MobileSAMv2Model,
+    output: Path,
+    object_aware: bool = True,
+    grids: Sequence[int] = GRIDS,
+    sample: int = 100,
+    seed: int = 0,
+    batch_size: int = 4,
+) -> Reproduction:
+    """Imports the ground truth, segments it in every way asked for, measures, and keeps all that for the App.
+
+    The dataset, "mobilesamv2-reproduce-<annotations>-<model>", is persistent; it has a field of proposals and an
+    evaluation for each way of prompting: "object_aware" and "ar_object_aware", "grid_32" and "ar_grid_32". It replaces
+    that of an earlier reproduction. Results are written to `output` whenever a way of prompting has been measured.
+
+    As in SAM's paper, masks of a grid are ranked by the mean of predicted IoU and stability, 1000 an image;
+    object-aware ones are ranked by the detector's confidence. Objects are small, medium or large by the area that the
+    file gives.
+
+    Args:
+        annotations: a JSON file in the format of COCO, or LVIS: its categories have a `frequency`.
+        images: the folder of its images.
+        model: the way of prompting and the most prompts are set for this run; its thresholds stay, the grid's too.
+        output: the folder for `reproduction.json` and `reproduction.png`.
+        object_aware: whether to measure it.
+        grids: points per side of each grid to measure.
+        sample: how many images to draw at random, at most.
+        seed: of the draw.
+        batch_size: images that are segmented together.
+
+    Raises:
+        FileNotFoundError: the JSON file, or images that it lists, don't exist.
+        ValueError: the file is in neither format; there is a dataset of that name that is no reproduction's; nothing
+            is to be measured; or no image could be segmented.
+    """
+    fields = {OBJECT_AWARE: {"prompting": "object_aware", "max_prompts": MAX_PROMPTS}} if object_aware else {}
+    fields |= {f"grid_{side}": {"prompting": "grid", "points_per_side": side} for side in grids}
+    if not fields:
+        raise ValueError("Nothing to measure: choose object-aware prompting, a grid, or both.")
+    name = dataset_name(annotations, model)
+    _check_replaceable(name)
+    dataset = _load_ground_truth(annotations, images, sample, seed)
+    # An earlier reproduction's dataset is replaced only after this, when nothing that was typed can be wrong any more.
+    output.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    about = {
+        "model": config.name,
+        "encoder": pretrained_model(config.name).encoder,
+        "device": str(model.model.device),
+        "dtype": config.dtype,
+        "pred_iou_thresh": config.pred_iou_thresh,
+        "stability_score_thresh": config.stability_score_thresh,
+        "annotations": annotations.name,
+        "images": len(dataset),
+        "seed": seed,
+        "dataset": name,
+    }
+    _keep(dataset, name, about)
+    reproduction = Reproduction(about)
+    _warm_up(model)
+    for field_name, settings in fields.items():
+        print(f"{field_name}: segmenting and measuring {len(dataset)} images")
+        budget = _LABEL_BYTES // (len(fields) + 1)  # and one for the ground truth
+        with fou.SetAttributes(model.config, **settings), fou.SetAttributes(model, label_bytes=budget):
+            reproduction.measurements[field_name] = _measure(dataset, model, field_name, batch_size)
+        reproduction.save(output)
+    return reproduction
+
+
+def dataset_name(annotations: Path, model: zoo.MobileSAMv2Model) -> str:
+    """The name of the dataset that :func:`reproduce` keeps."""
+    short = model.config.name.removeprefix("mobilesamv2-").removesuffix("-torch")
+    return f"mobilesamv2-reproduce-{annotations.stem}-{short}"
+
+
+def _check_replaceable(name: str) -> None:
+    if fo.dataset_exists(name) and _MARK not in fo.load_dataset(name).info:
+        raise ValueError(f"The dataset {name!r} exists and is no reproduction's: rename or delete it.")
+
+
+def _keep(dataset: fo.Dataset, name: str, about: dict) -> None:
+    if fo.dataset_exists(name):
+        fo.delete_dataset(name)
+    dataset.name = name
+    dataset.persistent = True
+    dataset.info[_MARK] = about
+    dataset.save()
+
+
+def _load_ground_truth(annotations: Path, images: Path, sample: int, seed: int) -> fo.Dataset:
+    instances = read_instances(annotations)
+    keys = sorted(instances.images)
+    drawn = sample if sample < len(keys) else None
+    if any("frequency" in category for category in instances.categories.values()):
+        return load_lvis(images, annotations, drawn, seed, gt_field=GT_FIELD)
+    if drawn is not None:
+        keys = sorted(random.Random(seed).sample(keys, drawn))
+    paths = {key: images / instances.value(instances.images[key], "file_name") for key in keys}
+    return make_dataset(instances, paths, None, GT_FIELD)
+
+
+def _warm_up(model: zoo.MobileSAMv2Model) -> None:
+    # A GPU's first image is slow, and the first way of prompting would be charged for it.
+    if model.model.device.type == "cuda":
+        model.model.segment_anything([np.zeros((64, 64, 3), np.uint8)], boxes=[np.array([[8, 8, 56, 56]])])
+
+
+def _measure(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, field_name: str, batch_size: int) -> Measurement:
+    dataset.apply_model(model, field_name, batch_size=batch_size, num_workers=1)
+    segmented = len(dataset) - len(model.failures)
+    if not segmented:
+        raise ValueError(
+            f"No image could be segmented; the first, {model.failures[0].filepath}: {model.failures[0].error}"
+        )
+    masks = dataset.sum(F(f"{field_name}.detections").length()) / segmented
+    grid = model.config.prompting == "grid"
+    results = evaluate_proposals(
+        dataset,
+        field_name,
+        GT_FIELD,
+        eval_key=f"ar_{field_name}",
+        rank_by="sam" if grid else "confidence",
+        area_field="area",
+    )
+    return Measurement(
+        results.average_recall,
+        prompts=model.config.points_per_side**2 if grid else masks,
+        masks=masks,
+        seconds={stage: seconds / segmented for stage, seconds in model.seconds.items()},
+        failures=list(model.failures),
+    )
