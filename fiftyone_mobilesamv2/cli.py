@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     reproduce.add_argument(
         "--no-grid-filters", action="store_true", help="keep the grid's masks of any predicted IoU and stability"
     )
+    reproduce.add_argument("--confidence", type=float, default=0.4, help="the detector's least score of a prompt")
     reproduce.add_argument("--sample", type=positive, default=100, help="how many images to draw at random, at most")
     reproduce.add_argument("--seed", type=int, default=0, help="of the draw")
     reproduce.add_argument("--batch-size", type=positive, default=4)
@@ -101,6 +102,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
         args.output,
         object_aware=args.prompting != "grid",
         grids=() if args.prompting == "object_aware" else args.grids,
+        confidence=args.confidence,
         sample=args.sample,
         seed=args.seed,
         batch_size=args.batch_size,

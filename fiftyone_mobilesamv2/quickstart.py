@@ -14,9 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from . import zoo
+from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
-from .training.scenes import TEST_SEED, make_scene
+from .training.scenes import write_coco
 
 DATASET_NAME = "mobilesamv2-quickstart"
 DEMO_MODEL = "mobilesamv2-demo-torch"
@@ -51,24 +52,10 @@ def run(images: Path | None, model_name: str, scenes: int, batch_size: int, outp
 
 def scene_dataset(folder: Path, count: int) -> fo.Dataset:
     """A dataset of scenes that the demo model never saw, with the masks of their objects as ground truth."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples = []
-    for index in tqdm(range(count), desc="Making scenes"):
-        scene = make_scene(TEST_SEED, index)
-        path = folder / f"{index:03d}.png"
-        if not path.exists():
-            cv2.imwrite(str(path), scene.image[:, :, ::-1])
-        size = np.array(scene.labels.shape[::-1])
-        detections = []
-        for mask, (x0, y0, x1, y1) in zip(scene.masks(), scene.boxes().astype(int)):
-            box = [*((x0, y0) / size), *((x1 - x0, y1 - y0) / size)]
-            detections.append(fol.Detection(label=zoo.LABEL, bounding_box=box, mask=mask[y0:y1, x0:x1]))
-        sample = fo.Sample(str(path.resolve()))
-        sample[GROUND_TRUTH_FIELD] = fol.Detections(detections=detections)
-        samples.append(sample)
-    dataset = fo.Dataset(DATASET_NAME, overwrite=True, persistent=True)
-    dataset.add_samples(samples, progress=False)
-    return dataset
+    images, annotations = write_coco(folder, count)
+    if fo.dataset_exists(DATASET_NAME):
+        fo.delete_dataset(DATASET_NAME)
+    return load_coco(images, annotations, name=DATASET_NAME, gt_field=GROUND_TRUTH_FIELD)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,12 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_coco(
-    images: str | PathLike, annotations: str | PathLike, name: str | None = None, gt_field: str = "ground_truth"
+    images: str | PathLike,
+    annotations: str | PathLike,
+    sample: int | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    gt_field: str = "ground_truth",
 ) -> fo.Dataset:
     """Images and the objects in them, as COCO's `instances_*.json` lists them.
 
-    Every image of the file becomes a sample with its metadata and `fo.Detections`, without objects too. Every object
-    becomes a `fo.Detection`:
+    Every image of the file, or of the sample, becomes a sample with its metadata and `fo.Detections`, without objects
+    too. Every object becomes a `fo.Detection`:
 
     - `label`: the name of its category.
     - `mask`: bool [h, w], the pixels that pycocotools finds, cropped to their tight box.
@@ -43,17 +49,20 @@ def load_coco(
     Args:
         images: the folder that the file names of the images are relative to.
         annotations: the JSON file.
+        sample: how many images to draw at random, from those that exist, without objects too; None takes all, and all
+            must exist. The draw doesn't depend on the order of the file.
+        seed: of the draw.
         name: of a persistent dataset. Without it, the dataset lasts as long as the process.
         gt_field: the field of the objects.
 
     Raises:
-        FileNotFoundError: the JSON file, or an image that it lists, doesn't exist.
+        FileNotFoundError: the JSON file doesn't exist, or an image that it lists, or fewer than `sample` images do.
         ValueError: the JSON file isn't in COCO's format or contradicts itself, an image has another size than the file
             says, or there is a dataset of this name. Nothing is left in the database then.
     """
     instances = read_instances(annotations)
     paths = {key: Path(images) / instances.value(image, "file_name") for key, image in instances.images.items()}
-    return make_dataset(instances, paths, name, gt_field)
+    return make_dataset(instances, paths, sample, seed, name, gt_field)
 
 
 @dataclass(frozen=True)
@@ -109,13 +118,20 @@ def read_instances(file: str | PathLike) -> Instances:
     return Instances(file, images, categories, objects)
 
 
-def make_dataset(instances: Instances, paths: Mapping[int, Path], name: str | None, gt_field: str) -> fo.Dataset:
+def make_dataset(
+    instances: Instances, paths: Mapping[int, Path], sample: int | None, seed: int, name: str | None, gt_field: str
+) -> fo.Dataset:
     """A dataset of the images `paths`, by id, with their objects; arguments and errors are :func:`load_coco`'s."""
-    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+    existing = sorted(key for key, path in paths.items() if path.is_file())
+    if len(existing) < (len(paths) if sample is None else sample):
+        missing = [str(path) for path in paths.values() if not path.is_file()]
         raise FileNotFoundError(
             f"{len(missing)} of the {len(paths)} images in {instances.file} don't exist: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}. Give the folder that holds them all as `images`."
+            f"{', ...' if len(missing) > 3 else ''}. Give the folder that holds them as `images`"
+            f"{'.' if sample is None else f', or draw fewer than {sample}.'}"
         )
+    if sample is not None:
+        paths = {key: paths[key] for key in sorted(random.Random(seed).sample(existing, sample))}
     if name is not None and fo.dataset_exists(name):
         raise ValueError(
             f"There is a dataset {name!r} already. Give another name, or delete it: fiftyone.delete_dataset({name!r})."

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,9 +22,9 @@ from fiftyone import ViewField as F
 
 from .. import zoo
 from ..modeling.checkpoints import pretrained_model
-from ..modeling.object_discovery import MAX_PROMPTS
+from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
-from .coco import make_dataset, read_instances
+from .coco import load_coco, read_instances
 from .lvis import load_lvis
 from .proposals import evaluate_proposals
 
@@ -291,6 +290,7 @@ def reproduce(
     output: Path,
     object_aware: bool = True,
     grids: Sequence[int] = GRIDS,
+    confidence: float = CONFIDENCE,
     sample: int = 100,
     seed: int = 0,
     batch_size: int = 4,
@@ -308,10 +308,12 @@ def reproduce(
     Args:
         annotations: a JSON file in the format of COCO, or LVIS: its categories have a `frequency`.
         images: the folder of its images.
-        model: the way of prompting and the most prompts are set for this run; its thresholds stay, the grid's too.
+        model: the way of prompting, the most prompts and the detector's threshold are set for this run; the grid's
+            thresholds are the model's.
         output: the folder for `reproduction.json` and `reproduction.png`.
         object_aware: whether to measure it.
         grids: points per side of each grid to measure.
+        confidence: the detector's least score of a box that becomes a prompt.
         sample: how many images to draw at random, at most.
         seed: of the draw.
         batch_size: images that are segmented together.
@@ -321,7 +323,12 @@ def reproduce(
         ValueError: the file is in neither format; there is a dataset of that name that is no reproduction's; nothing
             is to be measured; or no image could be segmented.
     """
-    fields = {OBJECT_AWARE: {"prompting": "object_aware", "max_prompts": MAX_PROMPTS}} if object_aware else {}
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"confidence must be between 0 and 1, not {confidence}.")
+    fields = {}
+    if object_aware:
+        settings = {"prompting": "object_aware", "max_prompts": MAX_PROMPTS, "confidence_thresh": confidence}
+        fields[OBJECT_AWARE] = settings
     fields |= {f"grid_{side}": {"prompting": "grid", "points_per_side": side} for side in grids}
     if not fields:
         raise ValueError("Nothing to measure: choose object-aware prompting, a grid, or both.")
@@ -336,6 +343,7 @@ def reproduce(
         "encoder": pretrained_model(config.name).encoder,
         "device": str(model.model.device),
         "dtype": config.dtype,
+        "confidence": confidence,
         "pred_iou_thresh": config.pred_iou_thresh,
         "stability_score_thresh": config.stability_score_thresh,
         "annotations": annotations.name,
@@ -377,14 +385,9 @@ def _keep(dataset: fo.Dataset, name: str, about: dict) -> None:
 
 def _load_ground_truth(annotations: Path, images: Path, sample: int, seed: int) -> fo.Dataset:
     instances = read_instances(annotations)
-    keys = sorted(instances.images)
-    drawn = sample if sample < len(keys) else None
-    if any("frequency" in category for category in instances.categories.values()):
-        return load_lvis(images, annotations, drawn, seed, gt_field=GT_FIELD)
-    if drawn is not None:
-        keys = sorted(random.Random(seed).sample(keys, drawn))
-    paths = {key: images / instances.value(instances.images[key], "file_name") for key in keys}
-    return make_dataset(instances, paths, None, GT_FIELD)
+    is_lvis = any("frequency" in category for category in instances.categories.values())
+    drawn = sample if sample < len(instances.images) else None
+    return (load_lvis if is_lvis else load_coco)(images, annotations, drawn, seed, gt_field=GT_FIELD)
 
 
 def _warm_up(model: zoo.MobileSAMv2Model) -> None:

@@ -197,6 +197,17 @@ def test_missing_images(files):
         files.load()
 
 
+def test_a_sample_of_the_images_that_exist(files):
+    for key in range(2, 9):
+        files.image(key, exists=key > 4)
+    for seed in range(3):
+        drawn = files.load(sample=4, seed=seed).values("filepath")
+        assert len(set(drawn)) == 4 and drawn == files.load(sample=4, seed=seed).values("filepath")
+    assert len(files.load(sample=5)) == 5
+    with pytest.raises(FileNotFoundError, match=r"002\.png.*draw fewer than 6"):
+        files.load(sample=6)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [

@@ -88,7 +88,9 @@ def test_images_are_drawn_from_all_that_exist(load):
     dataset = load(keys=existing, sample=15)
     assert set(image_ids(dataset)) == existing
     assert 0 in dataset.values(fo.ViewField("ground_truth.detections").length())  # without objects too
-    with pytest.raises(FileNotFoundError, match=r"^15 of the 30 images .*lvis\.json exist .* 16 are to be drawn"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^15 of the 30 images .*lvis\.json don't exist: .* draw fewer than 16"
+    ):
         load(keys=existing, sample=16)
 
 

@@ -7,11 +7,10 @@ import cv2
 import fiftyone as fo
 import numpy as np
 import pytest
-from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2 import cli, evaluate_proposals, zoo
 from fiftyone_mobilesamv2.evaluation.reproduction import PAPER_AR, PAPER_AR_BY_PROMPTS, Reproduction, reproduce
-from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene, write_coco
 
 MODEL = "mobilesamv2-demo-torch"
 COUNT = 3
@@ -22,29 +21,15 @@ PREFIX = "mobilesamv2-reproduce"
 def coco(tmp_path_factory):
     """The folder of `val2017/` and coco.json. The objects' areas are four times what their masks cover."""
     folder = tmp_path_factory.mktemp("coco")
-    (folder / "val2017").mkdir()
-    images, annotations = [], []
-    for index in range(COUNT):
-        scene = make_scene(TEST_SEED, index)
-        name = f"{index:03d}.png"
-        cv2.imwrite(str(folder / "val2017" / name), scene.image[:, :, ::-1])
-        height, width = scene.labels.shape
-        url = f"http://images.cocodataset.org/val2017/{name}"
-        images.append({"id": index, "file_name": name, "coco_url": url, "height": height, "width": width})
-        for mask in scene.masks():
-            rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index,
-                    "category_id": 1 + len(annotations) % 2,
-                    "area": 4 * int(mask.sum()),
-                    "bbox": mask_utils.toBbox(rle).tolist(),
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                }
-            )
-    categories = [{"id": 1, "name": "thing"}, {"id": 2, "name": "other"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    images, file = write_coco(folder, COUNT)
+    images.rename(folder / "val2017")
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{image['file_name']}"
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["area"] *= 4
+        annotation["category_id"] = 1 + number % 2
+    categories = content["categories"] = [{"id": 1, "name": "thing"}, {"id": 2, "name": "other"}]
     (folder / "coco.json").write_text(json.dumps(content))
     for category, frequency in zip(categories, "rf"):
         category["frequency"] = frequency

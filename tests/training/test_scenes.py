@@ -1,8 +1,13 @@
 """Scenes are reproducible and their masks exact."""
 
-import numpy as np
+import contextlib
+import io
 
-from fiftyone_mobilesamv2.training.scenes import MIN_OBJECT_AREA, TEST_SEED, TRAIN_SEED, make_scene
+import cv2
+import numpy as np
+from pycocotools.coco import COCO
+
+from fiftyone_mobilesamv2.training.scenes import MIN_OBJECT_AREA, TEST_SEED, TRAIN_SEED, make_scene, write_coco
 
 
 def test_seed_and_index_decide_everything():
@@ -41,3 +46,18 @@ def test_objects_can_be_seen():
         inside.append(np.median(edges[outline]))
         outside.append(np.median(edges[~outline]))
     assert np.median(inside) > 3 * np.median(outside)
+
+
+def test_scenes_in_cocos_format(tmp_path):
+    images, file = write_coco(tmp_path, 2)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(file))
+    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == ["000.png", "001.png"]
+    for index in range(2):
+        scene = make_scene(TEST_SEED, index)
+        np.testing.assert_array_equal(cv2.imread(str(images / f"{index:03d}.png"))[:, :, ::-1], scene.image)
+        annotations = coco.imgToAnns[index]
+        assert len(annotations) == scene.num_objects
+        for annotation, mask, (x0, y0, x1, y1) in zip(annotations, scene.masks(), scene.boxes()):
+            np.testing.assert_array_equal(coco.annToMask(annotation), mask)
+            assert annotation["area"] == mask.sum() and annotation["bbox"] == [x0, y0, x1 - x0, y1 - y0]
