@@ -54,7 +54,7 @@ def offer_evaluation_method() -> None:
     os.environ[_METHODS_VARIABLE] = ",".join(methods)
     os.environ[f"FIFTYONE_DETECTION_{EVALUATION_METHOD.upper()}_CONFIG_CLS"] = _EVALUATION_CONFIG
     if config := getattr(sys.modules.get("fiftyone"), "evaluation_config", None):
-        config.detection_backends[EVALUATION_METHOD] = {"config_cls": _EVALUATION_CONFIG}
+        config.detection_backends.setdefault(EVALUATION_METHOD, {})["config_cls"] = _EVALUATION_CONFIG
 
 
 def install() -> list[Path]:
@@ -134,9 +134,10 @@ def _setting(key: str, variable: str) -> str | list[str] | None:
 def _config_file(variable: str, name: str) -> dict:
     path = Path(os.environ.get(variable, f"~/.fiftyone/{name}")).expanduser()
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):  # there is none, or FiftyOne will complain of it
-        return {}
+        content = {}
+    return content if isinstance(content, dict) else {}
 
 
 def _fiftyone_config():

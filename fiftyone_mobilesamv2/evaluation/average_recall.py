@@ -166,6 +166,18 @@ class AverageRecall:
         recall.found = {name: np.array(counts, np.int64) for name, counts in d["found"].items()}
         return recall
 
+    @classmethod
+    def of_ranks(cls, ks: Iterable[int], ranks: np.ndarray) -> AverageRecall:
+        """That of objects whose ranks, [objects, thresholds], are known: one group, "all".
+
+        Args:
+            ranks: from 0; -1 where no proposal finds the object.
+        """
+        recall = cls(ks)
+        recall.totals, recall.found = {}, {}
+        recall._count("all", np.where(ranks < 0, NOT_FOUND, ranks).T)
+        return recall
+
     def _no_counts(self) -> np.ndarray:
         return np.zeros((len(IOU_THRESHOLDS), self.ks[-1]), np.int64)
 

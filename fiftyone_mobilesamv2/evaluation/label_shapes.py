@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -27,28 +28,26 @@ class MissingError(LabelError):
     """A label lacks what its whole field is expected to have."""
 
 
-def masks_of(labels: Sequence[Mapping], size: tuple[int, int], near: np.ndarray | None = None) -> list[dict]:
+def masks_of(labels: Sequence[Mapping], size: tuple[int, int], wanted: Sequence[bool] | None = None) -> list[dict]:
     """COCO RLE of each label of an image.
 
-    A mask whose size isn't its box's in pixels is stretched to it, as the App draws it.
+    A mask of another resolution than its box in pixels is stretched to it, as the App draws it.
 
     Args:
         labels: documents of `fo.Detection`, with their mask in `mask` or a file, or of `fo.Polyline`.
         size: (height, width) of the image in pixels.
-        near: [N, 4], boxes as :func:`boxes_of` gives them: a label whose box meets none of them gets an empty mask, for
-            decoding masks is what takes the time.
+        wanted: of each label; the others get an empty mask, for decoding masks is what takes the time. Default: all.
 
     Raises:
-        MissingError: a detection has no mask.
+        MissingError: a detection has no mask, wanted or not.
         LabelError: a label can't be used; the message names it and says why.
     """
-    if near is None:
-        return [_mask_of(label, size) for label in labels]
-    empty = _empty_mask(size)
-    meets = _meet(boxes_of(labels, size), near).any(1)
     for label in labels:
         _check_has_mask(label)
-    return [_mask_of(label, size) if decode else empty for label, decode in zip(labels, meets)]
+    if wanted is None:
+        wanted = [True] * len(labels)
+    empty = _empty_mask(size)
+    return [_mask_of(label, size) if decode else empty for label, decode in zip(labels, wanted)]
 
 
 def boxes_of(labels: Sequence[Mapping], size: tuple[int, int]) -> np.ndarray:
@@ -57,8 +56,11 @@ def boxes_of(labels: Sequence[Mapping], size: tuple[int, int]) -> np.ndarray:
     return np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
 
 
-def _meet(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """bool [boxes, others]: they overlap, or are a pixel apart: masks begin at whole pixels, boxes may not."""
+def meet(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """bool [boxes, others], for x, y, width, height in pixels: whether labels of these boxes could overlap.
+
+    They may be a pixel or two apart: masks begin at whole pixels, boxes need not.
+    """
     starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
     ends = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
     return (starts <= ends + 2).all(2)
@@ -72,14 +74,16 @@ def _mask_of(label: Mapping, size: tuple[int, int]) -> dict:
     x, y, w, h = _relative_box(label) * [width, height, width, height]
     if not mask.any():
         return _empty_mask(size)
-    if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        raise LabelError(f"{name_of(label)} has a mask, but its bounding_box lies outside the image or is empty")
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        raise LabelError(f"{name_of(label)} has a mask, but its bounding_box lies outside the image")
     rows, columns = mask.shape
     if abs(rows - h) > 1 or abs(columns - w) > 1:  # else the box's ends were rounded to pixels, this way or that
-        if mask.shape == size:
+        # A coarser mask's pixels are squares in the image, again but for rounding at the ends.
+        scale = max(h / rows, w / columns)
+        if mask.shape == size or abs(rows * scale - h) > 1 + scale or abs(columns * scale - w) > 1 + scale:
             raise LabelError(
-                f"{name_of(label)} has a mask of the whole image, {columns}x{rows}, in a bounding_box of "
-                f"{w:.0f}x{h:.0f} pixels: a mask must be cropped to its box"
+                f"{name_of(label)} has a mask of {columns}x{rows} pixels in a bounding_box of {w:.0f}x{h:.0f}: a mask "
+                f"must be cropped to its box"
             )
         rows, columns = max(1, round(h)), max(1, round(w))
         mask = cv2.resize(mask.view(np.uint8), (columns, rows), interpolation=cv2.INTER_NEAREST).view(bool)
@@ -113,8 +117,10 @@ def _relative_box(label: Mapping) -> np.ndarray:
         box = [*low, *(high - low)]
     else:
         box = label.get("bounding_box") or []
-    if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
-        raise LabelError(f"{name_of(label)} has bounding_box={box}: four relative numbers were expected")
+    if len(box) != 4 or not all(isinstance(v, (int, float)) and abs(v) <= 2 for v in box) or min(box[2:]) <= 0:
+        raise LabelError(
+            f"{name_of(label)} has bounding_box={box}: [x, y, width, height] was expected, relative to the image"
+        )
     return np.array(box, float)
 
 
@@ -124,7 +130,7 @@ def _stored_mask(label: Mapping) -> np.ndarray:
     if (stored := label.get("mask")) is not None:
         try:
             mask = _deserialized(stored)
-        except (zlib.error, ValueError, TypeError) as error:
+        except (zlib.error, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
             raise LabelError(f"{name_of(label)} has a mask that can't be decoded: {error}") from error
     else:
         path = label["mask_path"]
@@ -136,10 +142,23 @@ def _stored_mask(label: Mapping) -> np.ndarray:
         if mask is None:
             raise LabelError(f"{name_of(label)} has a mask_path that is no image: {path}")
     if mask.ndim == 3:
-        mask = mask[..., 0]
+        mask = _single_channel(label, mask)
     if mask.ndim != 2:
         raise LabelError(f"{name_of(label)} has a mask of shape {mask.shape}: two dimensions were expected")
-    return np.ascontiguousarray(mask if mask.dtype == bool else mask > 0)
+    if mask.dtype != bool:
+        if not (mask >= 0).all():
+            raise LabelError(f"{name_of(label)} has a mask with values that are negative or no numbers")
+        mask = mask > 0
+    return np.ascontiguousarray(mask)
+
+
+def _single_channel(label: Mapping, mask: np.ndarray) -> np.ndarray:
+    colors, alpha = mask[..., :3], mask[..., 3:]
+    if (colors != colors[..., :1]).any() or (alpha != alpha.max(initial=0)).any():
+        raise LabelError(
+            f"{name_of(label)} has a mask in colours or with transparency: grey was expected, 0 is outside"
+        )
+    return mask[..., 0]
 
 
 def _check_has_mask(label: Mapping) -> None:
@@ -153,8 +172,8 @@ def _check_has_mask(label: Mapping) -> None:
 def _deserialized(stored: bytes) -> np.ndarray:
     """What `fiftyone.core.utils.deserialize_numpy_array` gives, but for the 60 µs of parsing the header each time."""
     data = zlib.decompress(stored)
-    if data[:8] != b"\x93NUMPY\x01\x00":
-        return np.load(io.BytesIO(data), allow_pickle=False)
+    if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which numpy writes for headers of up to 64 KB
+        raise ValueError("it is no array in numpy's format")
     start = 10 + int.from_bytes(data[8:10], "little")
     shape, fortran_order, dtype = _array_header(data[8:start])
     array = np.frombuffer(data, dtype, math.prod(shape), start)

@@ -50,22 +50,29 @@ class ProposalResults(foud.DetectionResults):
 
     @property
     def average_recall(self) -> AverageRecall:
-        """The counts over all images."""
+        """The counts over all images; within `use_subset`, those of the subset's objects, matched as in the whole."""
+        if self.has_subset:
+            return AverageRecall.of_ranks(self.config.ks, self._ranks)
         return AverageRecall.from_dict(self.recall)
 
-    def metrics(self, *args: object, **kwargs: object) -> dict[str, float]:
+    @property
+    def _ranks(self) -> np.ndarray:
+        """Of the objects in `ytrue`."""
+        return self.ranks[np.isin(self._ytrue_ids_orig, self.ytrue_ids)] if self.has_subset else self.ranks
+
+    def metrics(self) -> dict[str, float]:
         """AR@K by group of objects, e.g. `{"AR@10", "AR", "ARs@10", ...}`; NaN for a group without objects.
 
-        "AR" is the mean over K. "recall" is the share of objects found at IoU 0.5 by any of the proposals, "support"
-        the number of objects. Within `use_subset`, only the subset's objects count, matched as in the whole.
+        "AR" is the mean over K. "recall" is the share of objects found at IoU 0.5 within the largest K, "support" the
+        number of objects.
         """
-        if self.has_subset:
-            ranks = self.ranks[np.isin(self._ytrue_ids_orig, self.ytrue_ids)]
-            metrics = {f"AR@{k}": _mean((ranks >= 0) & (ranks < k)) for k in self.config.ks}
-            metrics["AR"] = _mean(list(metrics.values()))
-        else:
-            metrics = self._get_custom_metrics() | self.average_recall.metrics()
-        return metrics | {"recall": _mean(self.ytrue == self.ypred), "support": len(self.ytrue)}
+        custom = {} if self.has_subset else self._get_custom_metrics()
+        found = {"recall": _mean(self.ytrue == self.ypred), "support": len(self.ytrue)}
+        return custom | self.average_recall.metrics() | found
+
+    def print_metrics(self, digits: int = 3) -> None:
+        """Prints :meth:`metrics`."""
+        self._print_metrics(self.metrics(), digits=digits)
 
     def mAR(self) -> float:
         """AR at the largest K: the App's row of that name."""
@@ -109,19 +116,18 @@ class ProposalResults(foud.DetectionResults):
         from plotly.subplots import make_subplots
 
         if others:
-            lines = {
-                results.key or results.config.pred_field: (results.average_recall, "all") for results in (self, *others)
-            }
+            runs = (self, *others)
+            lines = [(results.key or results.config.pred_field, results.average_recall, "all") for results in runs]
         else:
             recall = self.average_recall
-            lines = {f"{group} ({total})": (recall, group) for group, total in recall.totals.items() if total}
-        k = min((recall.ks[-1] for recall, _ in lines.values()), default=self.config.ks[-1])
+            lines = [(f"{group} ({total})", recall, group) for group, total in recall.totals.items() if total]
+        k = min((recall.ks[-1] for _, recall, _ in lines), default=self.config.ks[-1])
         figure = make_subplots(1, 2, subplot_titles=("AR by number of proposals K", f"Recall by IoU, K={k}"))
-        for number, (name, (recall, group)) in enumerate(lines.items()):
+        for number, (name, recall, group) in enumerate(lines):
             curve = recall.curve(group)
             style = {
                 "name": name,
-                "legendgroup": name,
+                "legendgroup": str(number),
                 "mode": "lines",
                 "line_color": _COLORS[number % len(_COLORS)],
             }
@@ -134,15 +140,16 @@ class ProposalResults(foud.DetectionResults):
         figure.update_yaxes(range=[0, 1])
         return figure
 
-    def missed(self, iou: float = 0.5, k: int = 100) -> fo.DatasetView:
+    def missed(self, iou: float = 0.5, k: int | None = None) -> fo.DatasetView:
         """The objects that none of the `k` best-ranked proposals of their image finds at that IoU.
 
         Args:
             iou: 0.5, 0.55, ... or 0.95.
+            k: default: the largest K of the run.
         """
         return self._objects(~self._found(iou, k))
 
-    def compare(self, other: ProposalResults, iou: float = 0.5, k: int = 100) -> Comparison:
+    def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> Comparison:
         """What this run finds among the `k` best-ranked proposals of an image and `other` doesn't, and the reverse.
 
         Raises:
@@ -158,10 +165,13 @@ class ProposalResults(foud.DetectionResults):
         here, there = self._found(iou, k), np.array([id in found_by_other for id in self.ytrue_ids], bool)
         return Comparison(gained=self._objects(here & ~there), lost=self._objects(there & ~here))
 
-    def _found(self, iou: float, k: int) -> np.ndarray:
-        ranks = self.ranks[:, threshold_index(iou)]
-        if k > self.config.ks[-1]:
-            raise ValueError(f"Only the {self.config.ks[-1]} best-ranked proposals were matched; k={k} is beyond them.")
+    def _found(self, iou: float, k: int | None) -> np.ndarray:
+        """bool, of the objects in `ytrue`."""
+        most = self.config.ks[-1]
+        k = most if k is None else k
+        if not 1 <= k <= most:
+            raise ValueError(f"k={k}: the {most} best-ranked proposals of an image were matched.")
+        ranks = self._ranks[:, _threshold_index(iou)]
         return (ranks >= 0) & (ranks < k)
 
     def _objects(self, chosen: np.ndarray) -> fo.DatasetView:
@@ -216,7 +226,7 @@ def comparison_table(runs: Mapping[str, ProposalResults]) -> pd.DataFrame:
     return pd.DataFrame({name: results.average_recall.metrics() for name, results in runs.items()}).T
 
 
-def threshold_index(iou: float) -> int:
+def _threshold_index(iou: float) -> int:
     """The place of `iou` in `IOU_THRESHOLDS`. Raises ValueError where it is none of them."""
     index = int(np.abs(IOU_THRESHOLDS - iou).argmin())
     if abs(IOU_THRESHOLDS[index] - iou) > 1e-6:

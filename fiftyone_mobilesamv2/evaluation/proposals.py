@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -16,14 +16,17 @@ import fiftyone.core.validation as fov
 import fiftyone.utils.eval.detection as foud
 import numpy as np
 from bson import ObjectId
+from fiftyone import ViewField as F
 from pymongo import UpdateOne
 
-from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, Matches, ranking
-from .label_shapes import LabelError, MissingError, boxes_of, masks_of, name_of
-from .proposal_results import ProposalResults, threshold_index
+from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, ranking
+from .label_shapes import LabelError, MissingError, boxes_of, masks_of, meet, name_of
+from .proposal_results import ProposalResults
 
 if TYPE_CHECKING:
     import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +39,13 @@ RANKINGS = {
 }
 LABEL_TYPES = (fol.Detections, fol.Polylines, fol.Detection, fol.Polyline)
 UNLABELED = "object"  # of objects without a class, which the App counts by their class
-_WRITES_AT_ONCE = 200
+_FOUND_AT = 0  # the place of IoU 0.5, of "tp" and "fn", in IOU_THRESHOLDS
+_UPDATES_AT_ONCE = 200
+_LABELS_IN_AN_UPDATE = 100  # MongoDB looks for each of them among all labels of the document
 
 
 def evaluate_proposals(
-    samples: fo.core.collections.SampleCollection,
+    samples: Samples,
     pred_field: str,
     gt_field: str = "ground_truth",
     eval_key: str | None = None,
@@ -52,18 +57,21 @@ def evaluate_proposals(
 ) -> ProposalResults:
     """Measures class-agnostic proposals against ground truth: AR@K, by COCO's rules.
 
-    Nothing is stored before everything has been measured, so an earlier run of that key is replaced by a complete one
-    or stays.
+    An earlier run of that key is replaced only after everything has been measured.
+
+    An image with a label that can't be used (a file that is no mask, a score that is no number, a mask that isn't
+    cropped to its box) is skipped, logged, and listed in `results.skipped`. Masks of proposals whose boxes meet no
+    object are not looked at. What a view hides isn't seen: neither samples and labels nor attributes such as `iscrowd`.
 
     Args:
-        samples: a dataset or view of images or videos.
+        samples: a dataset or view of images or videos. Where image sizes are missing, metadata is computed and stored.
         pred_field: the proposals: detections or polylines, of samples or, as "frames.x", of frames.
         gt_field: the objects, likewise. `iscrowd` marks regions that are ignored; "r", "c" or "f" in `frequency` puts
             objects into LVIS's groups.
         eval_key: the key of the run. Then each object gets `<eval_key>` ("tp" or "fn" at IoU 0.5), `<eval_key>_iou`
             (its best IoU with any proposal), `<eval_key>_rank` (from 1) and `<eval_key>_id` of the proposal that finds
             it, and that proposal the same; each sample gets `<eval_key>_tp`, `_fp` (proposals that match nothing),
-            `_fn` and `_recall_at_<K>`, its AR@K. None stores nothing.
+            `_fn` and `_recall_at_<K>`, its AR@K. None stores nothing of these.
         ks: how many proposals of an image count.
         use_masks: compares masks; else boxes.
         rank_by: "confidence": the detector's score, by which MobileSAMv2 caps its prompts, so that the K best are what
@@ -76,33 +84,25 @@ def evaluate_proposals(
         the results; `results.metrics()` are the figures.
 
     Raises:
-        ValueError: a field is missing or of the wrong type, objects have no masks, or nothing could be measured.
+        ValueError: a field is missing or of the wrong type; a mask, a score or an area is missing; what a run of this
+            key would store is there already and no earlier run's; or every image had to be skipped.
     """
-    config = ProposalEvaluationConfig(
+    method = ProposalEvaluationConfig(
         pred_field, gt_field, ks=ks, use_masks=use_masks, rank_by=rank_by, area_field=area_field
-    )
-    method = config.build()
+    ).build()
+    method.register_run(samples, eval_key, progress=progress)
+    method.register_samples(samples, eval_key)
     if eval_key is not None:
-        method.validate_run(samples, eval_key)
-    measured = method.measure(samples, eval_key, progress)
-    results = method.results_of(samples, measured, eval_key)
-    if eval_key is not None:
-        method.register_run(samples, eval_key)
-        try:
-            method.write(samples, measured, eval_key)
-            method.save_run_results(samples, eval_key, results)
-            method.add_fields_to_sidebar_group(samples, eval_key)
-        except BaseException:
-            method.delete_run(samples, eval_key)
-            raise
-    return results
+        method.add_fields_to_sidebar_group(samples, eval_key)
+    return method.results
 
 
 class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
-    """See :func:`evaluate_proposals`; what FiftyOne's `evaluate_detections(method="proposals")` makes.
+    """See :func:`evaluate_proposals`. FiftyOne's `evaluate_detections(method="proposals")` makes one, too.
 
-    Args:
-        iou: one of 0.5, 0.55, ..., 0.95: where an object counts as found in "tp" and "fn".
+    Attributes:
+        view: "frames" or "patches" if the run was over such a view, whose labels are in other fields of its dataset.
+        stored_as: the key in the names of the fields, which isn't the run's if those of a new key were taken.
     """
 
     def __init__(
@@ -113,18 +113,25 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         use_masks: bool = False,
         rank_by: str = "confidence",
         area_field: str | None = None,
+        view: str | None = None,
+        stored_as: str | None = None,
+        # What FiftyOne passes to any method:
         iou: float = 0.5,
-        classwise: bool = False,  # FiftyOne passes True by default; classes never count here
-        **kwargs,
+        classwise: bool = False,
+        use_boxes: bool = False,
+        custom_metrics: list | dict | None = None,
     ) -> None:
-        super().__init__(pred_field, gt_field, iou=iou, classwise=False, **kwargs)
+        super().__init__(pred_field, gt_field, iou=iou, classwise=False, custom_metrics=custom_metrics)
         self.ks = list(AverageRecall(ks).ks)
-        self.use_masks = use_masks
+        self.use_masks = use_masks and not use_boxes
         self.rank_by = rank_by
         self.area_field = area_field
+        self.view = view
+        self.stored_as = stored_as
         if rank_by not in RANKINGS:
             raise ValueError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
-        threshold_index(iou)
+        if iou != IOU_THRESHOLDS[_FOUND_AT]:
+            raise ValueError(f'iou={iou}: "tp" and "fn" are told at 0.5; the results have recall at 0.5 to 0.95.')
         if pred_field == gt_field:
             raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
 
@@ -134,80 +141,102 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
 
 
 @dataclass
-class _Image:
-    """What was measured in one image: a sample, or a frame of a video."""
-
-    id: ObjectId
-    sample_id: ObjectId
-    found_at_k: list[float] | None  # its AR at each K; None without objects
-    fp: int
-    objects: list[_Object] = field(default_factory=list)
-
-
-@dataclass
 class _Object:
     id: ObjectId
     label: str
     best_iou: float
     ranks: np.ndarray  # [thresholds], from 0
-    match_id: ObjectId | None
+    match_id: ObjectId | None  # of the proposal that finds it at IoU 0.5; the next two are of this match
     match_iou: float | None
     match_confidence: float | None
 
+    @property
+    def rank(self) -> int | None:
+        """From 1, as users count."""
+        return None if self.match_id is None else int(self.ranks[_FOUND_AT]) + 1
+
+    @property
+    def match(self) -> tuple:
+        """FiftyOne's (label of the object, of the proposal, IoU, confidence, id of the object, of the proposal).
+
+        The proposal is given the object's label, or FiftyOne would not count it as a true positive.
+        """
+        if self.match_id is None:
+            return self.label, None, None, None, str(self.id), None
+        return self.label, self.label, self.match_iou, self.match_confidence, str(self.id), str(self.match_id)
+
 
 @dataclass
-class _Measured:
-    recall: AverageRecall
-    images: list[_Image]
-    skipped: list[dict]
+class _Image:
+    """A sample, or a frame of a video: what was found in it.
+
+    Attributes:
+        sample_id: of the dataset's sample that it is, or belongs to.
+        recalls: its AR at each K; None without objects.
+        fp: how many proposals match nothing at IoU 0.5.
+    """
+
+    id: ObjectId
+    sample_id: ObjectId
+    frame_number: int | None
+    recalls: list[float] | None
+    fp: int
+    objects: list[_Object] = field(default_factory=list)
 
 
 class ProposalEvaluation(foud.DetectionEvaluation):
-    """The method. It reads labels from the database itself, and each mask once."""
+    """The method. It reads labels from the database itself, and each mask once.
 
-    def measure(
-        self, samples: fo.core.collections.SampleCollection, eval_key: str | None, progress: bool | Callable | None
-    ) -> _Measured:
-        """Reads and matches everything, and writes nothing but missing metadata."""
-        self._check(samples, eval_key)
-        measured = _Measured(AverageRecall(self.config.ks), [], [])
-        _ensure_metadata(samples)
-        with fou.ProgressBar(total=_num_images(samples, self.config.gt_field), progress=progress) as bar:
-            for document, sample_id, path, size in bar(self._documents(samples)):
-                try:
-                    measured.images.append(self._match(document, sample_id, size, measured.recall))
-                except MissingError as error:
-                    raise ValueError(f"{path}: {error}") from error
-                except LabelError as error:
-                    measured.skipped.append({"id": str(document["_id"]), "filepath": path, "cause": str(error)})
-        self._report_skipped(measured)
-        return measured
+    FiftyOne calls `register_run`, which would delete an earlier run, then `register_samples`, and then, having loaded
+    every label, `evaluate` for each sample. Here the first measures, the second stores, and the third tells.
+    """
 
-    def _documents(
-        self, samples: fo.core.collections.SampleCollection
-    ) -> Iterator[tuple[dict, ObjectId, str, tuple[int, int] | None]]:
-        """Of each image: its document, its sample's id, what messages call it, and its (height, width)."""
-        names = [samples._handle_frame_field(name)[0] for name in (self.config.pred_field, self.config.gt_field)]
-        keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
-        if not samples._is_frame_field(self.config.gt_field):
-            for document in samples._aggregate(pipeline=[{"$project": keep}]):
-                metadata = document.get("metadata") or {}
-                size = (metadata["height"], metadata["width"]) if metadata.get("width") else None
-                yield document, document["_id"], document["filepath"], size
+    def __init__(self, config: ProposalEvaluationConfig) -> None:
+        super().__init__(config)
+        self.results: ProposalResults | None = None
+        self._images: list[_Image] = []
+
+    def register_run(self, samples, key, overwrite=True, cleanup=True, progress=None):
+        if key is not None:
+            self.validate_run(samples, key, overwrite=overwrite)
+        self._check_fields(samples)
+        if samples._is_generated:
+            self.config.view = "frames" if samples._is_frames else "patches"
+        if key is not None:
+            self._check_names(samples, key)
+        self.config.stored_as = key
+        self._measure(samples, key, progress)
+        super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
+
+    def register_samples(self, samples, eval_key, dynamic=True):
+        if eval_key is None:
             return
-        paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
-        videos = {ObjectId(id): (path, (h, w) if w else None) for id, path, h, w in zip(*samples.values(paths))}
-        for document in samples._aggregate(frames_only=True, post_pipeline=[{"$project": keep}]):
-            path, size = videos[document["_sample_id"]]
-            yield document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size
+        try:
+            self._write(samples, eval_key)
+            self.save_run_results(samples, eval_key, self.results)
+        except BaseException:
+            self.delete_run(samples, eval_key)
+            raise
 
-    def _check(self, samples: fo.core.collections.SampleCollection, eval_key: str | None) -> None:
+    def evaluate(self, doc, eval_key=None):
+        # FiftyOne counts these, and stores the counts once more.
+        image = self._by_id.get(doc.id)
+        return [] if image is None else [o.match for o in image.objects] + [(None, UNLABELED, *[None] * 4)] * image.fp
+
+    def generate_results(self, samples, matches, eval_key=None, classes=None, missing=None, progress=None):
+        if eval_key is not None:
+            self._forget_counts_of_skipped(samples, eval_key)
+        return self.results
+
+    # Checks ---------------------------------------------------------------------------------------------------------
+
+    def _check_fields(self, samples: Samples) -> None:
         fov.validate_non_grouped_collection(samples)
         config = self.config
         for name, role in ((config.pred_field, "proposals"), (config.gt_field, "ground truth")):
             found = samples.get_field(name)
             if found is None:
-                labels = [p for p, f in samples.get_field_schema(embedded_doc_type=LABEL_TYPES).items()]
+                labels = samples.get_field_schema(flat=True, embedded_doc_type=LABEL_TYPES)
                 raise ValueError(
                     f"{samples._root_dataset.name} has no field '{name}' for the {role}. Fields that could be meant: "
                     f"{', '.join(sorted(labels)) or 'none'}."
@@ -217,17 +246,92 @@ class ProposalEvaluation(foud.DetectionEvaluation):
                 raise ValueError(f"Field '{name}' holds {kind}; detections or polylines were expected as {role}.")
         if samples._is_frame_field(config.pred_field) != samples._is_frame_field(config.gt_field):
             raise ValueError(f"'{config.pred_field}' and '{config.gt_field}' must both be of frames, or of samples.")
-        if eval_key is not None and eval_key not in samples.list_evaluations():
-            for name in self.get_fields(samples, eval_key):
-                if samples.get_field(name) is not None:
-                    raise ValueError(f"'{name}' exists, and is no earlier evaluation's. Choose another eval_key.")
-        for name in (config.pred_field, config.gt_field):
-            if eval_key is not None and samples.get_field(name).read_only:
-                raise ValueError(f"'{name}' is read-only: nothing can be noted on its labels. Use eval_key=None.")
+        if samples._is_clips or (samples._is_patches and samples._root_dataset.media_type == "video"):
+            raise ValueError("Clips, and patches of frames, can't be measured: evaluate the frames of the videos.")
 
-    def _match(
+    def _check_names(self, samples: Samples, eval_key: str) -> None:
+        """That nothing of the user's is where the run is going to store, and at last delete, its own."""
+        dataset = samples._root_dataset
+        for name in self._label_names(dataset):
+            if dataset.get_field(name).read_only:
+                raise ValueError(f"'{name}' is read-only: nothing can be noted on its labels. Use eval_key=None.")
+        names, attributes = set(self._fields(dataset, eval_key)), set(self._attributes(dataset, eval_key))
+        if eval_key in dataset.list_evaluations():
+            earlier = dataset.get_evaluation_info(eval_key).config
+            names -= set(earlier.build()._fields(dataset, earlier.stored_as))
+            attributes &= names
+        taken = [name for name in sorted(names) if dataset.has_field(name)]
+        if attributes and not taken:
+            # Attributes of labels needn't be declared.
+            paths = {dataset._handle_frame_field(name)[0]: name for name in attributes}
+            collection = dataset._frame_collection if self._is_of_frames(dataset) else dataset._sample_collection
+            if collection.find_one({"$or": [{path: {"$exists": True}} for path in paths]}, {"_id": True}):
+                taken = [name for path, name in paths.items() if collection.find_one({path: {"$exists": True}})]
+        if taken:
+            raise ValueError(f"'{taken[0]}' exists, and is no earlier evaluation's. Choose another eval_key.")
+
+    # Measuring ------------------------------------------------------------------------------------------------------
+
+    def _measure(self, samples: Samples, eval_key: str | None, progress: bool | Callable | None) -> None:
+        """Reads and matches everything, and stores nothing but missing metadata."""
+        config = self.config
+        recall, skipped = AverageRecall(config.ks), []
+        self._images = []
+        of_frames = self._is_of_frames(samples)
+        _ensure_metadata(samples, progress)
+        with fou.ProgressBar(total=samples.count("frames") if of_frames else len(samples), progress=progress) as bar:
+            for document, sample_id, path, size in bar(self._documents(samples)):
+                try:
+                    self._images.append(self._measured(document, sample_id, size, recall))
+                except MissingError as error:
+                    raise ValueError(f"{path}: {error}.") from error
+                except LabelError as error:
+                    skipped.append({"id": str(document["_id"]), "filepath": path, "cause": str(error)})
+        if skipped:
+            first = skipped[0]
+            told = f"images skipped: {len(skipped)}; the first: {first['filepath']}: {first['cause']}"
+            if not self._images:
+                raise ValueError(f"Nothing could be measured; {told}.")
+            logger.warning("%s. All are in `results.skipped`.", told)
+        self._by_id = {str(image.id): image for image in self._images}
+
+        objects = [found for image in self._images for found in image.objects]
+        ranks = np.array([found.ranks for found in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
+        self.results = ProposalResults(
+            samples,
+            config,
+            eval_key,
+            [found.match for found in objects],
+            recall=recall.to_dict(),
+            ranks=np.where(ranks == NOT_FOUND, -1, ranks),
+            skipped=skipped,
+            # The App's panel breaks down without any class.
+            classes=None if objects else [UNLABELED],
+            custom_metrics=_panel_metrics(recall),
+            backend=self,
+        )
+
+    def _documents(self, samples: Samples) -> Iterator[tuple[dict, ObjectId, str, tuple[int, int] | None]]:
+        """Of each image: its document, its sample's id, what messages call it, and its (height, width)."""
+        names = [samples._handle_frame_field(name)[0] for name in (self.config.pred_field, self.config.gt_field)]
+        keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
+        if not self._is_of_frames(samples):
+            for document in samples._aggregate(pipeline=[{"$project": keep}]):
+                metadata = document.get("metadata") or {}
+                size = metadata.get("height"), metadata.get("width")
+                sample_id = document.get("_sample_id", document["_id"])  # of the source, if it is a patch or a frame
+                yield document, sample_id, document["filepath"], size if all(size) else None
+            return
+        paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
+        videos = {ObjectId(id): (path, (h, w) if h and w else None) for id, path, h, w in zip(*samples.values(paths))}
+        for document in samples._aggregate(frames_only=True, post_pipeline=[{"$project": keep}]):
+            path, size = videos[document["_sample_id"]]
+            yield document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size
+
+    def _measured(
         self, document: Mapping, sample_id: ObjectId, size: tuple[int, int] | None, recall: AverageRecall
     ) -> _Image:
+        """Matches the image's proposals to its objects, and counts them in `recall`."""
         if size is None:
             raise LabelError("it has no metadata, and its size can't be read from its file")
         config = self.config
@@ -236,32 +340,25 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         scores = [_number(label, RANKINGS[config.rank_by]) for label in proposals]
         # Masks beyond the largest K need no decoding.
         proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]
+        crowd = [_is_crowd(label) for label in objects]
+        areas = None if config.area_field is None else [_number(label, [config.area_field]) for label in objects]
         frequencies = [label.get("frequency") for label in objects]
         shapes = boxes_of(proposals, size), boxes_of(objects, size)
         if config.use_masks:
-            shapes = masks_of(proposals, size, near=shapes[1]), masks_of(objects, size)
-        matches = recall.add(
-            *shapes,
-            is_crowd=[bool(label.get("iscrowd")) for label in objects],
-            areas=None if config.area_field is None else [_number(label, [config.area_field]) for label in objects],
-            frequencies=frequencies if any(frequencies) else None,
-        )
-        return self._image(document["_id"], sample_id, objects, proposals, matches)
+            shapes = masks_of(proposals, size, meet(*shapes).any(1)), masks_of(objects, size)
+        matches = recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
 
-    def _image(
-        self, id: ObjectId, sample_id: ObjectId, objects: list[Mapping], proposals: list[Mapping], matches: Matches
-    ) -> _Image:
-        threshold = threshold_index(self.config.iou)
-        counted = [i for i, label in enumerate(objects) if not label.get("iscrowd")]
+        counted = [i for i, ignored in enumerate(crowd) if not ignored]
         ranks = matches.ranks[:, counted]
         image = _Image(
-            id,
+            document["_id"],
             sample_id,
-            [float((ranks < k).mean()) for k in self.config.ks] if counted else None,
-            int(matches.unmatched.sum()),
+            document.get("frame_number"),
+            recalls=[float((ranks < k).mean()) for k in config.ks] if counted else None,
+            fp=int(matches.unmatched.sum()),
         )
         for i in counted:
-            rank = matches.ranks[threshold, i]
+            rank = matches.ranks[_FOUND_AT, i]
             match = proposals[rank] if rank != NOT_FOUND else {}
             image.objects.append(
                 _Object(
@@ -276,216 +373,231 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             )
         return image
 
-    def _report_skipped(self, measured: _Measured) -> None:
-        if not measured.skipped:
-            return
-        first = measured.skipped[0]
-        told = f"{len(measured.skipped)} images were skipped, the first: {first['filepath']}: {first['cause']}"
-        if not measured.images:
-            raise ValueError(f"Nothing could be measured; {told}.")
-        logger.warning("%s. All are in `results.skipped`.", told)
+    # Storing --------------------------------------------------------------------------------------------------------
 
-    def register_samples(self, samples, eval_key, dynamic=True):
-        # FiftyOne calls this before it loads every label for `evaluate`, which then needs none of them.
-        try:
-            self._measured = self.measure(samples, eval_key, progress=None)
-            if eval_key is not None:
-                self.write(samples, self._measured, eval_key)
-        except BaseException:
-            if eval_key is not None:
-                self.delete_run(samples, eval_key)
-            raise
-        self._by_id = {str(image.id): image for image in self._measured.images}
-
-    def evaluate(self, doc, eval_key=None):
-        # FiftyOne only counts these.
-        image = self._by_id.get(doc.id)
-        if image is None:
-            return []
-        unmatched = [(None, UNLABELED, None, None, None, None)] * image.fp
-        return [self._match_tuple(found) for found in image.objects] + unmatched
-
-    def generate_results(self, samples, matches, eval_key=None, classes=None, missing=None, progress=None):
-        return self.results_of(samples, self._measured, eval_key)
-
-    def results_of(
-        self, samples: fo.core.collections.SampleCollection, measured: _Measured, eval_key: str | None
-    ) -> ProposalResults:
-        objects = [found for image in measured.images for found in image.objects]
-        ranks = np.array([found.ranks for found in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
-        return ProposalResults(
-            samples,
-            self.config,
-            eval_key,
-            [self._match_tuple(found) for found in objects],
-            recall=measured.recall.to_dict(),
-            ranks=np.where(ranks == NOT_FOUND, -1, ranks),
-            skipped=measured.skipped,
-            # The App's panel breaks down without any class.
-            classes=None if objects else [UNLABELED],
-            custom_metrics=_panel_metrics(measured.recall),
-            backend=self,
-        )
-
-    def write(self, samples: fo.core.collections.SampleCollection, measured: _Measured, eval_key: str) -> None:
+    def _write(self, samples: Samples, eval_key: str) -> None:
         """Notes on objects, on the proposals that find them and on samples what was found.
 
         Attributes on every proposal would cost 50 s for a sample of 1000.
         """
-        dataset, of_frames = samples._dataset, samples._is_frame_field(self.config.gt_field)
-        for name, kind in self._fields(samples, eval_key).items():
-            name, of_frame = samples._handle_frame_field(name)
+        dataset, root = samples._dataset, samples._root_dataset
+        if dataset is not root:
+            self._delete_fields(dataset, eval_key)  # an earlier run's that was deleted in the source alone
+            of_frames = self._is_of_frames(root)
+            self._update(
+                root,
+                eval_key,
+                lambda image: (
+                    {"_sample_id": image.sample_id, "frame_number": image.frame_number}
+                    if of_frames
+                    else {"_id": image.sample_id}
+                ),
+            )
+        self._update(dataset, eval_key, lambda image: {"_id": image.id})
+        if self._is_of_frames(dataset):
+            videos: dict[ObjectId, list[_Image]] = {}
+            for image in self._images:
+                videos.setdefault(image.sample_id, []).append(image)
+            for name in self._counts([]):
+                values = {str(id): self._counts(images)[name] for id, images in videos.items()}
+                dataset.set_values(eval_key + name, values, key_field="id")
+
+    def _update(self, dataset: fo.Dataset, eval_key: str, query: Callable[[_Image], dict]) -> None:
+        for name, kind in self._fields(dataset, eval_key).items():
+            name, of_frame = dataset._handle_frame_field(name)
             (dataset.add_frame_field if of_frame else dataset.add_sample_field)(name, kind)
-        ids, operations = [], []
-        for image in measured.images:
-            ids.append(image.id)
-            operations.append(self._update(samples, image, eval_key))
-            if len(ids) == _WRITES_AT_ONCE or image is measured.images[-1]:
-                dataset._bulk_write(operations, ids=ids, frames=of_frames)
-                ids, operations = [], []
+        of_frames = self._is_of_frames(dataset)
+        has_counts = bool(self._count_fields(dataset, eval_key))
+        paths = []
+        for name in self._label_names(dataset):
+            path, is_list = dataset._get_label_field_root(name)
+            paths.append((dataset._handle_frame_field(path)[0], is_list))
+        operations: list[UpdateOne] = []
+        for number, image in enumerate(self._images, 1):
+            counts = {eval_key + name: value for name, value in self._counts([image]).items()} if has_counts else {}
+            operations += _updates(query(image), image, eval_key, *paths, counts)
+            if len(operations) >= _UPDATES_AT_ONCE or (operations and number == len(self._images)):
+                dataset._bulk_write(operations, frames=of_frames)
+                operations = []
+
+    def _forget_counts_of_skipped(self, samples: Samples, eval_key: str) -> None:
+        # FiftyOne has stored zeros.
+        ends = [f"{eval_key}{end}" for end in ("_tp", "_fp", "_fn")]
+        dataset, of_frames = samples._dataset, self._is_of_frames(samples)
+        nothing = {"$set": dict.fromkeys(ends)}
+        if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self.results.skipped]:
+            dataset._bulk_write(operations, frames=of_frames)
         if of_frames:
-            self._write_video_counts(samples, measured, eval_key)
-        if samples._is_generated:
-            # A view of patches or frames has a dataset of its own, whose source is to know as well.
-            for name in self._fields(samples, eval_key):
-                samples._sync_source_field_schema(name)
-            fields = sorted({name.split(".")[0] for name in self._fields(samples, eval_key)})
-            samples._sync_source(fields=fields, ids=[str(image.id) for image in measured.images])
-
-    def _update(self, samples: fo.core.collections.SampleCollection, image: _Image, eval_key: str) -> UpdateOne:
-        values = {f"{eval_key}{name}": value for name, value in self._counts([image]).items()}
-        values["last_modified_at"] = datetime.now(timezone.utc)
-        filters = []
-
-        def note(field_name: str, label_id: ObjectId, state: str, iou: float, rank: int | None, other: ObjectId | None):
-            path, is_list = samples._get_label_field_root(field_name)
-            path, _ = samples._handle_frame_field(path)
-            if is_list:
-                # By id, since a view may hide labels, and others may have been added since.
-                path += f".$[l{len(filters)}]"
-                filters.append({f"l{len(filters)}._id": label_id})
-            path += f".{eval_key}"
-            values.update({path: state, f"{path}_iou": iou, f"{path}_rank": rank, f"{path}_id": other and str(other)})
-
-        for found in image.objects:
-            rank = self._rank(found)
-            note(self.config.gt_field, found.id, "fn" if rank is None else "tp", found.best_iou, rank, found.match_id)
-            if rank is not None:
-                note(self.config.pred_field, found.match_id, "tp", found.match_iou, rank, found.id)
-        return UpdateOne({"_id": image.id}, {"$set": values}, array_filters=filters or None)
-
-    def _write_video_counts(
-        self, samples: fo.core.collections.SampleCollection, measured: _Measured, eval_key: str
-    ) -> None:
-        videos: dict[ObjectId, list[_Image]] = {}
-        for image in measured.images:
-            videos.setdefault(image.sample_id, []).append(image)
-        counts = {sample_id: self._counts(images) for sample_id, images in videos.items()}
-        for name in self._counts([]):
-            values = {str(sample_id): values[name] for sample_id, values in counts.items()}
-            samples.set_values(f"{eval_key}{name}", values, key_field="id")
+            measured = {str(image.sample_id) for image in self._images}
+            empty = [id for id in samples.values("id") if id not in measured]
+            if empty:
+                dataset._bulk_write([UpdateOne({"_id": ObjectId(id)}, nothing) for id in empty])
 
     def _counts(self, images: Sequence[_Image]) -> dict[str, float | None]:
         """By the end of the field's name: what `images`, one or those of a video, sum up to."""
         objects = [found for image in images for found in image.objects]
-        tp = sum(self._rank(found) is not None for found in objects)
-        with_objects = [image for image in images if image.found_at_k is not None]
+        tp = sum(found.rank is not None for found in objects)
+        with_objects = [image for image in images if image.objects]
         weights = [len(image.objects) for image in with_objects]
         recalls = {
-            f"_recall_at_{k}": float(np.average([image.found_at_k[i] for image in with_objects], weights=weights))
+            f"_recall_at_{k}": float(np.average([image.recalls[i] for image in with_objects], weights=weights))
             if with_objects
             else None
             for i, k in enumerate(self.config.ks)
         }
         return {"_tp": tp, "_fp": sum(image.fp for image in images), "_fn": len(objects) - tp, **recalls}
 
-    def _match_tuple(self, found: _Object) -> tuple:
-        """FiftyOne's (label of the object, of the proposal, IoU, confidence, id of the object, of the proposal).
+    # Fields of a run ------------------------------------------------------------------------------------------------
 
-        The proposal has the object's label, or it would not count as a true positive.
-        """
-        label = None if found.match_id is None else found.label
-        match_id = None if found.match_id is None else str(found.match_id)
-        return found.label, label, found.match_iou, found.match_confidence, str(found.id), match_id
+    def _label_names(self, dataset: fo.Dataset) -> list[str]:
+        """The fields of objects and proposals in `dataset`, which may be a view's source; only those that exist."""
+        prefix = dataset._FRAMES_PREFIX if self.config.view == "frames" and not dataset._is_frames else ""
+        names = [prefix + name for name in (self.config.gt_field, self.config.pred_field)]
+        return [name for name in names if dataset.has_field(name)]
 
-    def _rank(self, found: _Object) -> int | None:
-        """From 1, as users count."""
-        rank = found.ranks[threshold_index(self.config.iou)]
-        return None if rank == NOT_FOUND else int(rank) + 1
+    def _is_of_frames(self, samples: Samples) -> bool:
+        """Whether the labels are of videos' frames there."""
+        from_view = self.config.view == "frames" and not samples._is_frames
+        return from_view or samples._is_frame_field(self.config.gt_field)
 
-    def _fields(self, samples: fo.core.collections.SampleCollection, eval_key: str) -> dict[str, type[fof.Field]]:
-        """Everything that a run stores, on labels of fields that still exist."""
-        frames = samples._FRAMES_PREFIX
-        label_fields = [self.config.gt_field, self.config.pred_field]
-        if samples._has_frame_fields() and not any(samples.has_field(name) for name in label_fields):
-            label_fields = [frames + name for name in label_fields]  # the run was over a view of the videos' frames
+    def _fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
+        """Everything that a run stores in `dataset`."""
+        return self._count_fields(dataset, eval_key) | self._attributes(dataset, eval_key)
+
+    def _count_fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
+        if self.config.view == "patches" and not dataset._is_patches:
+            return {}  # counts of patches are none of their samples
         fields = {f"{eval_key}{end}": fof.IntField for end in ("_tp", "_fp", "_fn")}
         fields |= {f"{eval_key}_recall_at_{k}": fof.FloatField for k in self.config.ks}
-        if samples._is_frame_field(label_fields[0]):
-            fields |= {frames + name: kind for name, kind in fields.items()}
-        for name in label_fields:
-            if samples.has_field(name):
-                root, _ = samples._get_label_field_root(name)
-                fields |= {
-                    f"{root}.{eval_key}": fof.StringField,
-                    f"{root}.{eval_key}_id": fof.StringField,
-                    f"{root}.{eval_key}_iou": fof.FloatField,
-                    f"{root}.{eval_key}_rank": fof.IntField,
-                }
+        if not self._is_of_frames(dataset):
+            return fields
+        of_frames = {dataset._FRAMES_PREFIX + name: kind for name, kind in fields.items()}
+        return of_frames if self.config.view == "frames" else fields | of_frames
+
+    def _attributes(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
+        fields = {}
+        for name in self._label_names(dataset):
+            root, _ = dataset._get_label_field_root(name)
+            fields |= {
+                f"{root}.{eval_key}": fof.StringField,
+                f"{root}.{eval_key}_id": fof.StringField,
+                f"{root}.{eval_key}_iou": fof.FloatField,
+                f"{root}.{eval_key}_rank": fof.IntField,
+            }
         return fields
 
     def get_fields(self, samples, eval_key, include_custom_metrics=True):
-        return list(self._fields(samples, eval_key))
+        fields = list(self._fields(samples._dataset, self.config.stored_as))
+        return fields + (self.get_custom_metric_fields(samples, eval_key) if include_custom_metrics else [])
 
     def rename(self, samples, eval_key, new_eval_key):
-        dataset = samples._dataset
-        names = zip(self._fields(dataset, eval_key), self._fields(dataset, new_eval_key))
-        names = {old: new for old, new in names if dataset.has_field(old)}
-        of_samples, of_frames = fou.split_frame_fields(names)
-        if of_samples:
-            dataset.rename_sample_fields(of_samples)
-        if of_frames:
-            dataset.rename_frame_fields(of_frames)
+        renamed = []
+        for dataset in _datasets(samples):
+            names = zip(self._fields(dataset, self.config.stored_as), self._fields(dataset, new_eval_key))
+            renamed.append((dataset, {old: new for old, new in names if dataset.has_field(old)}))
+            if taken := [new for new in renamed[-1][1].values() if dataset.has_field(new)]:
+                raise ValueError(f"'{taken[0]}' exists; the fields keep the name '{self.config.stored_as}'")
+        for dataset, names in renamed:
+            of_samples, of_frames = fou.split_frame_fields(names)
+            if of_samples:
+                dataset.rename_sample_fields(of_samples)
+            if of_frames:
+                dataset.rename_frame_fields(of_frames)
+        self.config.stored_as = new_eval_key
+        self.update_run_config(samples, eval_key, self.config)
+        self.rename_custom_metrics(samples, eval_key, new_eval_key)
         samples._rename_sidebar_group(eval_key, new_eval_key)
 
     def cleanup(self, samples, eval_key):
-        dataset = samples._dataset
-        of_samples, of_frames = fou.split_frame_fields(
-            [name for name in self._fields(dataset, eval_key) if dataset.has_field(name)]
-        )
-        dataset.delete_sample_fields(of_samples)
-        if of_frames:
-            dataset.delete_frame_fields(of_frames)
+        for dataset in _datasets(samples):
+            self._delete_fields(dataset, self.config.stored_as)
+        self.cleanup_custom_metrics(samples, eval_key)
         samples._delete_empty_sidebar_group(eval_key)
 
+    def _delete_fields(self, dataset: fo.Dataset, eval_key: str) -> None:
+        names = [name for name in self._fields(dataset, eval_key) if dataset.has_field(name)]
+        of_samples, of_frames = fou.split_frame_fields(names)
+        if of_samples:
+            dataset.delete_sample_fields(of_samples)
+        if of_frames:
+            dataset.delete_frame_fields(of_frames)
 
-def _ensure_metadata(samples: fo.core.collections.SampleCollection) -> None:
-    missing = samples.exists("metadata.width" if samples.media_type == "image" else "metadata.frame_width", False)
+
+def _updates(
+    query: dict,
+    image: _Image,
+    eval_key: str,
+    objects_path: tuple[str, bool],
+    proposals_path: tuple[str, bool],
+    values: dict,
+) -> Iterator[UpdateOne]:
+    """Of one document: sets `values`, and the attributes of the image's objects and of the proposals that find them.
+
+    Labels are told by id: a view may hide some, and others may have come and gone since they were read.
+
+    Args:
+        objects_path, proposals_path: where the labels are in the document, and whether in a list.
+    """
+    notes = []
+    for found in image.objects:
+        state = "fn" if found.rank is None else "tp"
+        notes.append((objects_path, found.id, state, found.best_iou, found.rank, found.match_id))
+        if found.rank is not None:
+            notes.append((proposals_path, found.match_id, state, found.match_iou, found.rank, found.id))
+    values = {**values, "last_modified_at": datetime.now(timezone.utc)}
+    for start in range(0, max(len(notes), 1), _LABELS_IN_AN_UPDATE):
+        filters = []
+        for (path, is_list), label_id, state, iou, rank, other in notes[start : start + _LABELS_IN_AN_UPDATE]:
+            if is_list:
+                path += f".$[l{len(filters)}]"
+                filters.append({f"l{len(filters)}._id": label_id})
+            path += f".{eval_key}"
+            values |= {path: state, f"{path}_iou": iou, f"{path}_rank": rank, f"{path}_id": other and str(other)}
+        yield UpdateOne(query, {"$set": values}, array_filters=filters or None)
+        values = {}
+
+
+def _datasets(samples: Samples) -> list[fo.Dataset]:
+    """The dataset, and that of a view of patches or frames."""
+    root, own = samples._root_dataset, samples._dataset
+    return [root] if own is root else [root, own]
+
+
+def _ensure_metadata(samples: Samples, progress: bool | Callable | None) -> None:
+    sides = ("metadata.height", "metadata.width")
+    if samples.media_type == "video":
+        sides = ("metadata.frame_height", "metadata.frame_width")
+    missing = samples.match((F(sides[0]) == None) | (F(sides[1]) == None))  # noqa: E711
     if len(missing):
-        missing.compute_metadata()
-
-
-def _num_images(samples: fo.core.collections.SampleCollection, gt_field: str) -> int:
-    return samples.count("frames") if samples._is_frame_field(gt_field) else len(samples)
+        missing.compute_metadata(overwrite=True, progress=progress)
 
 
 def _labels_in(document: Mapping, field_name: str) -> list[dict]:
-    labels = document.get(field_name.removeprefix("frames."))
+    labels = document
+    for part in field_name.removeprefix("frames.").split("."):
+        labels = (labels or {}).get(part)
     for name in ("detections", "polylines"):
         if labels and name in labels:
             return labels[name] or []  # None where a view hides all
     return [labels] if labels else []
 
 
-def _number(label: Mapping, names: Sequence[str]) -> float:
+def _number(label: Mapping, names: Iterable[str]) -> float:
     """The mean of these attributes."""
-    values = [label.get(name) for name in names]
-    for name, value in zip(names, values):
+    values = {name: label.get(name) for name in names}
+    for name, value in values.items():
         if value is None:
             raise MissingError(f"{name_of(label)} has no {name}")
         if not isinstance(value, (int, float)) or math.isnan(value):
             raise LabelError(f"{name_of(label)} has {name}={value!r}: a number was expected")
-    return sum(values) / len(values)
+    return sum(values.values()) / len(values)
+
+
+def _is_crowd(label: Mapping) -> bool:
+    value = label.get("iscrowd")
+    if value not in (None, 0, 1):  # False and True are equal to these
+        raise LabelError(f"{name_of(label)} has iscrowd={value!r}: true or false, or 0 or 1, was expected")
+    return bool(value)
 
 
 def _panel_metrics(recall: AverageRecall) -> dict[str, dict]:
