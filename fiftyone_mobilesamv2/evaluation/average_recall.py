@@ -251,9 +251,10 @@ def _settle(first: np.ndarray, ious: np.ndarray) -> np.ndarray:
         int64 [thresholds, objects]: the rank of the proposal that finds the object, or `NOT_FOUND`.
     """
     ranks = first.copy()
-    for row, threshold in zip(ranks, IOU_THRESHOLDS):
-        while len(contested := _repeated(row)):
-            rank = contested[0]
+    for number in np.flatnonzero(_repeated(ranks).any(1)):
+        row, threshold = ranks[number], IOU_THRESHOLDS[number]
+        while (repeated := _repeated(row)).any():
+            rank = np.sort(row)[1:][repeated][0]
             rivals = np.flatnonzero(row == rank)
             # Among equals COCO keeps the last.
             winner = rivals[::-1][ious[rank, rivals[::-1]].argmax()]
@@ -264,5 +265,6 @@ def _settle(first: np.ndarray, ious: np.ndarray) -> np.ndarray:
 
 
 def _repeated(ranks: np.ndarray) -> np.ndarray:
-    ranks = np.sort(ranks[ranks != NOT_FOUND])
-    return ranks[1:][ranks[1:] == ranks[:-1]]
+    """bool: of each rank but the first, in ascending order along the last axis, whether it is the one before it."""
+    ranks = np.sort(ranks)
+    return (ranks[..., 1:] == ranks[..., :-1]) & (ranks[..., 1:] != NOT_FOUND)

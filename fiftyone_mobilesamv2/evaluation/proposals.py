@@ -194,7 +194,9 @@ class ProposalEvaluation(foud.DetectionEvaluation):
     def __init__(self, config: ProposalEvaluationConfig) -> None:
         super().__init__(config)
         self.results: ProposalResults | None = None
+        self._recall = AverageRecall(config.ks)
         self._images: list[_Image] = []
+        self._skipped: list[dict] = []
 
     def register_run(self, samples, key, overwrite=True, cleanup=True, progress=None):
         if key is not None:
@@ -205,7 +207,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         if key is not None:
             self._check_names(samples, key)
         self.config.stored_as = key
-        self._measure(samples, key, progress)
+        self._measure(samples, progress)
+        self.results = self._results(samples, key)
         super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
 
     def register_samples(self, samples, eval_key, dynamic=True):
@@ -226,6 +229,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
     def generate_results(self, samples, matches, eval_key=None, classes=None, missing=None, progress=None):
         if eval_key is not None:
             self._forget_counts_of_skipped(samples, eval_key)
+        self.results = self._results(samples, eval_key, classes, missing)
         return self.results
 
     # Checks ---------------------------------------------------------------------------------------------------------
@@ -272,42 +276,44 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
-    def _measure(self, samples: Samples, eval_key: str | None, progress: bool | Callable | None) -> None:
+    def _measure(self, samples: Samples, progress: bool | Callable | None) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
-        config = self.config
-        recall, skipped = AverageRecall(config.ks), []
-        self._images = []
         of_frames = self._is_of_frames(samples)
         _ensure_metadata(samples, progress)
         with fou.ProgressBar(total=samples.count("frames") if of_frames else len(samples), progress=progress) as bar:
             for document, sample_id, path, size in bar(self._documents(samples)):
                 try:
-                    self._images.append(self._measured(document, sample_id, size, recall))
+                    self._images.append(self._measured(document, sample_id, size))
                 except MissingError as error:
                     raise ValueError(f"{path}: {error}.") from error
                 except LabelError as error:
-                    skipped.append({"id": str(document["_id"]), "filepath": path, "cause": str(error)})
-        if skipped:
-            first = skipped[0]
-            told = f"images skipped: {len(skipped)}; the first: {first['filepath']}: {first['cause']}"
+                    self._skipped.append({"id": str(document["_id"]), "filepath": path, "cause": str(error)})
+        if self._skipped:
+            first = self._skipped[0]
+            told = f"images skipped: {len(self._skipped)}; the first: {first['filepath']}: {first['cause']}"
             if not self._images:
                 raise ValueError(f"Nothing could be measured; {told}.")
             logger.warning("%s. All are in `results.skipped`.", told)
         self._by_id = {str(image.id): image for image in self._images}
 
+    def _results(
+        self, samples: Samples, eval_key: str | None, classes: list[str] | None = None, missing: str | None = None
+    ) -> ProposalResults:
         objects = [found for image in self._images for found in image.objects]
         ranks = np.array([found.ranks for found in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
-        self.results = ProposalResults(
+        if not objects:
+            classes = [UNLABELED]  # the App's panel breaks down without any
+        return ProposalResults(
             samples,
-            config,
+            self.config,
             eval_key,
             [found.match for found in objects],
-            recall=recall.to_dict(),
+            recall=self._recall.to_dict(),
             ranks=np.where(ranks == NOT_FOUND, -1, ranks),
-            skipped=skipped,
-            # The App's panel breaks down without any class.
-            classes=None if objects else [UNLABELED],
-            custom_metrics=_panel_metrics(recall),
+            skipped=self._skipped,
+            classes=classes,
+            missing=missing,
+            custom_metrics=_panel_metrics(self._recall),
             backend=self,
         )
 
@@ -328,10 +334,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             path, size = videos[document["_sample_id"]]
             yield document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size
 
-    def _measured(
-        self, document: Mapping, sample_id: ObjectId, size: tuple[int, int] | None, recall: AverageRecall
-    ) -> _Image:
-        """Matches the image's proposals to its objects, and counts them in `recall`."""
+    def _measured(self, document: Mapping, sample_id: ObjectId, size: tuple[int, int] | None) -> _Image:
+        """Matches the image's proposals to its objects, and counts them."""
         if size is None:
             raise LabelError("it has no metadata, and its size can't be read from its file")
         config = self.config
@@ -346,7 +350,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         shapes = boxes_of(proposals, size), boxes_of(objects, size)
         if config.use_masks:
             shapes = masks_of(proposals, size, meet(*shapes).any(1)), masks_of(objects, size)
-        matches = recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
+        matches = self._recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
 
         counted = [i for i, ignored in enumerate(crowd) if not ignored]
         ranks = matches.ranks[:, counted]
@@ -425,7 +429,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         ends = [f"{eval_key}{end}" for end in ("_tp", "_fp", "_fn")]
         dataset, of_frames = samples._dataset, self._is_of_frames(samples)
         nothing = {"$set": dict.fromkeys(ends)}
-        if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self.results.skipped]:
+        if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self._skipped]:
             dataset._bulk_write(operations, frames=of_frames)
         if of_frames:
             measured = {str(image.sample_id) for image in self._images}

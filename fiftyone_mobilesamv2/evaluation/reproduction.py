@@ -64,7 +64,7 @@ COMPARABLE = (
     "(mobilesamv2-vith-torch); by encoder, also EfficientViT-L2 and TinyViT. It doesn't name its GPU: compare ratios "
     "of times."
 )
-DEMO = "The demo model was trained on synthetic scenes and never saw a photo: its figures say nothing of the method."
+DEMO = "The demo model was trained on synthetic scenes alone: on photos, its figures say nothing of the method."
 
 # All fields of a sample share one document, which MongoDB limits to 16 MiB; evaluations add attributes to each label.
 _LABEL_BYTES = 12 * 2**20
