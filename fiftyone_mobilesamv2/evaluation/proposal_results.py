@@ -200,11 +200,13 @@ class Report(dict):
         for group, total in recall.totals.items():
             rows = {f"AR@{k}": float(recall.recalls(k, group).mean()) for k in recall.ks}
             columns[group] = {**rows, "AR": _mean(list(rows.values())), "objects": total}
-        self.table = pd.DataFrame(columns, dtype=object)
+        self.table = pd.DataFrame(columns)
 
     def rounded(self, digits: int = 3) -> pd.DataFrame:
         """The table as text."""
-        return self.table.map(lambda value: f"{value:.{digits}f}" if isinstance(value, float) else str(value))
+        text = self.table.map(lambda value: f"{value:.{digits}f}")
+        text.loc["objects"] = [f"{number:.0f}" for number in self.table.loc["objects"]]
+        return text
 
     def __repr__(self) -> str:
         return self.rounded().to_string()

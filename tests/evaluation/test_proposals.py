@@ -641,6 +641,7 @@ def test_tables_and_plots(labeled):
     assert table.loc["AR@5", "small"] == metrics["ARs@5"] and table.loc["AR", "all"] == metrics["AR"]
     assert table.loc["objects"].tolist() == list(recall.totals.values())
     assert f"{metrics['AR@20']:.3f}" in str(results.report())
+    assert re.search(r"^objects +25 ", str(results.report()), re.M)
 
     tidy = results.to_pandas()
     assert len(tidy) == 4 * 3 * 10
