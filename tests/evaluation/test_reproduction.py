@@ -155,8 +155,8 @@ def test_the_papers_figures_stand_beside_ours(run):
     assert costs.loc["object_aware", "all but encoder ms"] == f"{aware.ms:.1f} (97.0)"
 
     # And it says when they compare.
-    assert "LVIS val" in str(reproduction) and "never saw a photo" in str(reproduction)
-    assert "never saw a photo" not in str(Reproduction(about, {"object_aware": aware}))
+    assert "LVIS val" in str(reproduction) and "synthetic scenes alone" in str(reproduction)
+    assert "synthetic scenes alone" not in str(Reproduction(about, {"object_aware": aware}))
 
 
 def test_the_picture_shows_every_way_of_prompting(run):
