@@ -416,13 +416,15 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         for name in self._label_names(dataset):
             path, is_list = dataset._get_label_field_root(name)
             paths.append((dataset._handle_frame_field(path)[0], is_list))
+        ids: list[ObjectId] = []  # of what is in memory, too, and then reloaded
         operations: list[UpdateOne] = []
         for number, image in enumerate(self._images, 1):
             counts = {eval_key + name: value for name, value in self._counts([image]).items()} if has_counts else {}
             operations += _updates(query(image), image, eval_key, *paths, counts)
-            if len(operations) >= _UPDATES_AT_ONCE or (operations and number == len(self._images)):
-                dataset._bulk_write(operations, frames=of_frames)
-                operations = []
+            ids.append(query(image).get("_id", image.id))  # a frame has its id in a view of frames as well
+            if len(operations) >= _UPDATES_AT_ONCE or number == len(self._images):
+                dataset._bulk_write(operations, ids=ids, frames=of_frames)
+                ids, operations = [], []
 
     def _forget_counts_of_skipped(self, samples: Samples, eval_key: str) -> None:
         # FiftyOne has stored zeros.

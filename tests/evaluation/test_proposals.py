@@ -325,6 +325,7 @@ def test_a_view_of_frames(dataset, images, tmp_path):
         )
     dataset.add_sample(sample)
     frames = dataset.to_frames()
+    held = dataset.first().frames[1]
     results = evaluate_proposals(frames, "proposals", eval_key="ar", ks=KS, progress=False)
     assert_equals_coco(results, coco_recall(images[:2]))
     states = frames.values("ground_truth.detections.ar", unwind=True)
@@ -333,6 +334,7 @@ def test_a_view_of_frames(dataset, images, tmp_path):
     dataset.reload()
     assert dataset.values("frames.ground_truth.detections.ar", unwind=True) == states
     assert dataset.to_frames().values("ar_tp") == frames.values("ar_tp")
+    assert held.ground_truth.detections[0].ar == states[0]
     dataset.rename_evaluation("ar", "new")
     assert dataset.values("frames.ground_truth.detections.new", unwind=True) == states
     dataset.delete_evaluation("new")
