@@ -1,6 +1,6 @@
 """Labels as the database holds them -> the masks and boxes that are measured.
 
-FiftyOne's own loading takes 0.8 s for a sample of 1000 masks, most of it for attributes that nobody reads here.
+FiftyOne's own loading alone takes longer than everything here (benchmarks/evaluation.py).
 """
 
 from __future__ import annotations
