@@ -10,17 +10,27 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import fiftyone.core.fields as fof
-import fiftyone.core.labels as fol
 import fiftyone.core.utils as fou
 import fiftyone.core.validation as fov
 import fiftyone.utils.eval.detection as foud
 import numpy as np
 from bson import ObjectId
-from fiftyone import ViewField as F
 from pymongo import UpdateOne
 
+from ..stored_labels import (
+    LabelError,
+    MissingError,
+    StoredImage,
+    boxes_of,
+    check_shapes_field,
+    ensure_metadata,
+    is_crowd,
+    masks_of,
+    meet,
+    name_of,
+    stored_images,
+)
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, ranking
-from .label_shapes import LabelError, MissingError, boxes_of, masks_of, meet, name_of
 from .proposal_results import ProposalResults
 
 if TYPE_CHECKING:
@@ -37,7 +47,6 @@ RANKINGS = {
     "stability": ("stability",),
     "sam": ("predicted_iou", "stability"),
 }
-LABEL_TYPES = (fol.Detections, fol.Polylines, fol.Detection, fol.Polyline)
 UNLABELED = "object"  # of objects without a class, which the App counts by their class
 _FOUND_AT = 0  # the place of IoU 0.5, of "tp" and "fn", in IOU_THRESHOLDS
 _UPDATES_AT_ONCE = 200
@@ -237,17 +246,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
     def _check_fields(self, samples: Samples) -> None:
         fov.validate_non_grouped_collection(samples)
         config = self.config
-        for name, role in ((config.pred_field, "proposals"), (config.gt_field, "ground truth")):
-            found = samples.get_field(name)
-            if found is None:
-                labels = samples.get_field_schema(flat=True, embedded_doc_type=LABEL_TYPES)
-                raise ValueError(
-                    f"{samples._root_dataset.name} has no field '{name}' for the {role}. Fields that could be meant: "
-                    f"{', '.join(sorted(labels)) or 'none'}."
-                )
-            if not (isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, LABEL_TYPES)):
-                kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else found
-                raise ValueError(f"Field '{name}' holds {kind}; detections or polylines were expected as {role}.")
+        check_shapes_field(samples, config.pred_field, "proposals")
+        check_shapes_field(samples, config.gt_field, "ground truth")
         if samples._is_frame_field(config.pred_field) != samples._is_frame_field(config.gt_field):
             raise ValueError(f"'{config.pred_field}' and '{config.gt_field}' must both be of frames, or of samples.")
         if samples._is_clips or (samples._is_patches and samples._root_dataset.media_type == "video"):
@@ -279,15 +279,16 @@ class ProposalEvaluation(foud.DetectionEvaluation):
     def _measure(self, samples: Samples, progress: bool | Callable | None) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
         of_frames = self._is_of_frames(samples)
-        _ensure_metadata(samples, progress)
+        ensure_metadata(samples, progress)
         with fou.ProgressBar(total=samples.count("frames") if of_frames else len(samples), progress=progress) as bar:
-            for document, sample_id, path, size in bar(self._documents(samples)):
+            for stored in bar(stored_images(samples, [self.config.pred_field, self.config.gt_field])):
                 try:
-                    self._images.append(self._measured(document, sample_id, size))
+                    self._images.append(self._measured(stored))
                 except MissingError as error:
-                    raise ValueError(f"{path}: {error}.") from error
+                    raise ValueError(f"{stored.name}: {error}.") from error
                 except LabelError as error:
-                    self._skipped.append({"id": str(document["_id"]), "filepath": path, "cause": str(error)})
+                    skipped = {"id": str(stored.document["_id"]), "filepath": stored.name, "cause": str(error)}
+                    self._skipped.append(skipped)
         if self._skipped:
             first = self._skipped[0]
             told = f"images skipped: {len(self._skipped)}; the first: {first['filepath']}: {first['cause']}"
@@ -317,34 +318,18 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             backend=self,
         )
 
-    def _documents(self, samples: Samples) -> Iterator[tuple[dict, ObjectId, str, tuple[int, int] | None]]:
-        """Of each image: its document, its sample's id, what messages call it, and its (height, width)."""
-        names = [samples._handle_frame_field(name)[0] for name in (self.config.pred_field, self.config.gt_field)]
-        keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
-        if not self._is_of_frames(samples):
-            for document in samples._aggregate(pipeline=[{"$project": keep}]):
-                metadata = document.get("metadata") or {}
-                size = metadata.get("height"), metadata.get("width")
-                sample_id = document.get("_sample_id", document["_id"])  # of the source, if it is a patch or a frame
-                yield document, sample_id, document["filepath"], size if all(size) else None
-            return
-        paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
-        videos = {ObjectId(id): (path, (h, w) if h and w else None) for id, path, h, w in zip(*samples.values(paths))}
-        for document in samples._aggregate(frames_only=True, post_pipeline=[{"$project": keep}]):
-            path, size = videos[document["_sample_id"]]
-            yield document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size
-
-    def _measured(self, document: Mapping, sample_id: ObjectId, size: tuple[int, int] | None) -> _Image:
+    def _measured(self, stored: StoredImage) -> _Image:
         """Matches the image's proposals to its objects, and counts them."""
+        size = stored.size
         if size is None:
             raise LabelError("it has no metadata, and its size can't be read from its file")
         config = self.config
-        objects = _labels_in(document, config.gt_field)
-        proposals = _labels_in(document, config.pred_field)
+        objects = stored.labels(config.gt_field)
+        proposals = stored.labels(config.pred_field)
         scores = [_number(label, RANKINGS[config.rank_by]) for label in proposals]
         # Masks beyond the largest K need no decoding.
         proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]
-        crowd = [_is_crowd(label) for label in objects]
+        crowd = [is_crowd(label) for label in objects]
         areas = None if config.area_field is None else [_number(label, [config.area_field]) for label in objects]
         frequencies = [label.get("frequency") for label in objects]
         shapes = boxes_of(proposals, size), boxes_of(objects, size)
@@ -355,9 +340,9 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         counted = [i for i, ignored in enumerate(crowd) if not ignored]
         ranks = matches.ranks[:, counted]
         image = _Image(
-            document["_id"],
-            sample_id,
-            document.get("frame_number"),
+            stored.document["_id"],
+            stored.sample_id,
+            stored.document.get("frame_number"),
             recalls=[float((ranks < k).mean()) for k in config.ks] if counted else None,
             fp=int(matches.unmatched.sum()),
         )
@@ -569,25 +554,6 @@ def _datasets(samples: Samples) -> list[fo.Dataset]:
     return [root] if own is root else [root, own]
 
 
-def _ensure_metadata(samples: Samples, progress: bool | Callable | None) -> None:
-    sides = ("metadata.height", "metadata.width")
-    if samples.media_type == "video":
-        sides = ("metadata.frame_height", "metadata.frame_width")
-    missing = samples.match((F(sides[0]) == None) | (F(sides[1]) == None))  # noqa: E711
-    if len(missing):
-        missing.compute_metadata(overwrite=True, progress=progress)
-
-
-def _labels_in(document: Mapping, field_name: str) -> list[dict]:
-    labels = document
-    for part in field_name.removeprefix("frames.").split("."):
-        labels = (labels or {}).get(part)
-    for name in ("detections", "polylines"):
-        if labels and name in labels:
-            return labels[name] or []  # None where a view hides all
-    return [labels] if labels else []
-
-
 def _number(label: Mapping, names: Iterable[str]) -> float:
     """The mean of these attributes."""
     values = {name: label.get(name) for name in names}
@@ -597,13 +563,6 @@ def _number(label: Mapping, names: Iterable[str]) -> float:
         if not isinstance(value, (int, float)) or math.isnan(value):
             raise LabelError(f"{name_of(label)} has {name}={value!r}: a number was expected")
     return sum(values.values()) / len(values)
-
-
-def _is_crowd(label: Mapping) -> bool:
-    value = label.get("iscrowd")
-    if value not in (None, 0, 1):  # False and True are equal to these
-        raise LabelError(f"{name_of(label)} has iscrowd={value!r}: true or false, or 0 or 1, was expected")
-    return bool(value)
 
 
 def _panel_metrics(recall: AverageRecall) -> dict[str, dict]:

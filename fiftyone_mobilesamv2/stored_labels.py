@@ -1,4 +1,4 @@
-"""Labels as the database holds them -> the masks and boxes that are measured.
+"""Labels as the database holds them -> their masks and boxes.
 
 FiftyOne's own loading alone takes longer than everything here (benchmarks/evaluation.py).
 """
@@ -9,15 +9,28 @@ import io
 import math
 import tokenize
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import cv2
+import fiftyone.core.fields as fof
+import fiftyone.core.labels as fol
 import fiftyone.core.storage as fos
 import numpy as np
+from bson import ObjectId
+from fiftyone import ViewField as F
 from pycocotools import mask as mask_utils
 
-from ..modeling.masks import rle_from_crop
+from .modeling.masks import rle_from_crop
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+SHAPE_TYPES = (fol.Detections, fol.Polylines, fol.Detection, fol.Polyline)
 
 
 class LabelError(ValueError):
@@ -26,6 +39,89 @@ class LabelError(ValueError):
 
 class MissingError(LabelError):
     """A label lacks what its whole field is expected to have."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A sample, or a frame of a video, with its labels as they are stored.
+
+    Attributes:
+        document: what the database holds of it: the fields that were asked for.
+        sample_id: of the dataset's sample that it is, or belongs to.
+        name: what messages call it.
+        size: (height, width) in pixels; None where its metadata is missing.
+    """
+
+    document: Mapping
+    sample_id: ObjectId
+    name: str
+    size: tuple[int, int] | None
+
+    def labels(self, field_name: str) -> list[dict]:
+        """The single labels of a field that was asked for."""
+        return labels_in(self.document, field_name)
+
+
+def stored_images(samples: Samples, field_names: Iterable[str]) -> Iterator[StoredImage]:
+    """The images of a collection with these fields of theirs; the frames of its videos if the fields are of frames."""
+    field_names = list(field_names)
+    names = [samples._handle_frame_field(name)[0] for name in field_names]
+    keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
+    if not any(samples._is_frame_field(name) for name in field_names):
+        for document in samples._aggregate(pipeline=[{"$project": keep}]):
+            metadata = document.get("metadata") or {}
+            size = metadata.get("height"), metadata.get("width")
+            sample_id = document.get("_sample_id", document["_id"])  # of the source, if it is a patch or a frame
+            yield StoredImage(document, sample_id, document["filepath"], size if all(size) else None)
+        return
+    paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
+    videos = {ObjectId(id): (path, (h, w) if h and w else None) for id, path, h, w in zip(*samples.values(paths))}
+    for document in samples._aggregate(frames_only=True, post_pipeline=[{"$project": keep}]):
+        path, size = videos[document["_sample_id"]]
+        yield StoredImage(document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size)
+
+
+def labels_in(document: Mapping, field_name: str) -> list[dict]:
+    """The single labels of a field of a document of a sample or frame."""
+    labels = document
+    for part in field_name.removeprefix("frames.").split("."):
+        labels = (labels or {}).get(part)
+    for name in ("detections", "polylines"):
+        if labels and name in labels:
+            return labels[name] or []  # None where a view hides all
+    return [labels] if labels else []
+
+
+def check_shapes_field(samples: Samples, name: str, role: str) -> None:
+    """Raises ValueError unless `name` is a field of detections or polylines; `role` is what the message calls them."""
+    found = samples.get_field(name)
+    if found is None:
+        labels = samples.get_field_schema(flat=True, embedded_doc_type=SHAPE_TYPES)
+        raise ValueError(
+            f"{samples._root_dataset.name} has no field '{name}' for the {role}. Fields that could be meant: "
+            f"{', '.join(sorted(labels)) or 'none'}."
+        )
+    if not (isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, SHAPE_TYPES)):
+        kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else found
+        raise ValueError(f"Field '{name}' holds {kind}; detections or polylines were expected as {role}.")
+
+
+def ensure_metadata(samples: Samples, progress: bool | Callable | None = None) -> None:
+    """Computes and stores the sizes of the images that have none."""
+    sides = ("metadata.height", "metadata.width")
+    if samples.media_type == "video":
+        sides = ("metadata.frame_height", "metadata.frame_width")
+    missing = samples.match((F(sides[0]) == None) | (F(sides[1]) == None))  # noqa: E711
+    if len(missing):
+        missing.compute_metadata(overwrite=True, progress=progress)
+
+
+def is_crowd(label: Mapping) -> bool:
+    """COCO's `iscrowd`: a region of several objects. Raises LabelError where it is neither 0 nor 1."""
+    value = label.get("iscrowd")
+    if value not in (None, 0, 1):  # False and True are equal to these
+        raise LabelError(f"{name_of(label)} has iscrowd={value!r}: true or false, or 0 or 1, was expected")
+    return bool(value)
 
 
 def masks_of(labels: Sequence[Mapping], size: tuple[int, int], wanted: Sequence[bool] | None = None) -> list[dict]:
