@@ -67,7 +67,7 @@ def load_model(model_name, model_path, **kwargs):
 
 def register(plugin):
     """FiftyOne's plugins: registers the operators and panels; importing the package offers its zoo models."""
-    _package("fiftyone_mobilesamv2")
+    _package("fiftyone_mobilesamv2.operators").register(plugin)
 
 
 def resolve_input(model_name, ctx):

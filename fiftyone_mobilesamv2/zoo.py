@@ -60,9 +60,10 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         points_per_side (32): points of the grid along each side.
         pred_iou_thresh (0.88), stability_score_thresh (0.95): least predicted IoU and stability of the grid's masks;
             SAM's values, and 0 keeps all.
+        min_area (0): least area of a mask in pixels. A prompt of your own gets its mask whatever the area.
         max_masks (None): most masks stored for an image, most confident first.
-        mask_dir (None): folder for masks that don't fit into the database; None: "mobilesamv2_masks" in FiftyOne's
-            `default_dataset_dir`.
+        masks_on_disk (False): store every mask as a PNG file; else only those that don't fit into the database.
+        mask_dir (None): folder for these files; None: "mobilesamv2_masks" in FiftyOne's `default_dataset_dir`.
         encoder_checkpoint, decoder_checkpoint, detector_checkpoint (None): files to use instead of the zoo's.
     """
 
@@ -80,7 +81,9 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         self.stability_score_thresh = self.parse_number(
             d, "stability_score_thresh", default=SAM_GRID_FILTER.stability_score_thresh
         )
+        self.min_area = self.parse_int(d, "min_area", default=0)
         self.max_masks = self.parse_int(d, "max_masks", default=None)
+        self.masks_on_disk = self.parse_bool(d, "masks_on_disk", default=False)
         self.mask_dir = self.parse_string(d, "mask_dir", default=None)
         self.encoder_checkpoint = self.parse_string(d, "encoder_checkpoint", default=None)
         self.decoder_checkpoint = self.parse_string(d, "decoder_checkpoint", default=None)
@@ -92,7 +95,7 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
             value = getattr(self, key)
             if value not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        for key, least in (("max_prompts", 1), ("points_per_side", 1), ("max_masks", 1)):
+        for key, least in (("max_prompts", 1), ("points_per_side", 1), ("min_area", 0), ("max_masks", 1)):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ValueError(f"{key} must be at least {least}, not {value}.")
@@ -170,7 +173,8 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
 
     Attributes:
         failures: the images of the current or last run that were not segmented.
-        num_labels: how many objects that run has found.
+        num_images, num_labels: how many images that run has gone through, and how many objects it has found.
+        keep_boxes: whether prompted detections keep their boxes, to which their masks are cut; else tight ones.
         label_bytes: what the labels of an image may take in the database; masks beyond it go to disk.
     """
 
@@ -183,12 +187,15 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         }
         self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **files)
         self.failures: list[Failure] = []
+        self.num_images = 0
         self.num_labels = 0
-        self.label_bytes = LABEL_BYTES_PER_SAMPLE
+        self.keep_boxes = False
+        self.label_bytes = 0 if config.masks_on_disk else LABEL_BYTES_PER_SAMPLE
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
         self.failures = []
+        self.num_images = 0
         self.num_labels = 0
         self.model.seconds.clear()
         return self
@@ -264,6 +271,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         for i, label in zip(good, predicted):
             labels[i] = label
             self.num_labels += 0 if label is None else len(label.detections)
+        self.num_images += len(items)
         return labels
 
     def _predict_or_record(self, item: ImageItem) -> fol.Label | None:
@@ -295,6 +303,8 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     def _to_labels(self, found: Segmentation) -> fol.Detections:
         if self.config.confidence_thresh is not None:
             found = found.select(np.flatnonzero(found.confidence >= self.config.confidence_thresh))
+        if self.config.min_area:
+            found = found.select(np.flatnonzero(found.areas >= self.config.min_area))
         if self.config.max_masks is not None:
             found = found.select(np.argsort(-found.confidence, kind="stable")[: self.config.max_masks])
         detections = [
@@ -317,7 +327,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             points, point_labels = zip(*(keypoint_prompt(prompt) for prompt in prompts))
             points = [p * scale for p in points]
             found = self.model.segment_anything([item.image], points=[points], point_labels=[point_labels])[0]
-        detections = [prompted_detection(prompt, found, i) for i, prompt in enumerate(prompts)]
+        detections = [prompted_detection(prompt, found, i, self.keep_boxes) for i, prompt in enumerate(prompts)]
         thresh = self.config.confidence_thresh
         if thresh is not None:
             detections = [d for d, iou in zip(detections, found.predicted_iou) if iou >= thresh]
@@ -341,7 +351,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             path = os.path.join(folder, detection.id[-2:], f"{detection.id}.png")
             detection.export_mask(path, update=True)
             moved += 1
-        if moved:
+        if moved and not self.config.masks_on_disk:
             logger.info(
                 "Stored %d of %d masks of an image in %s: they don't fit into its document", moved, len(sizes), folder
             )
@@ -362,12 +372,29 @@ def mask_attributes(found: Segmentation, index: int) -> dict:
     }
 
 
-def prompted_detection(prompt: fol.Detection | fol.Keypoint, found: Segmentation, index: int) -> fol.Detection:
+def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> np.ndarray:
+    """bool: what a mask has inside a relative box [x, y, width, height], cropped to the box's pixels."""
+    (height, width), (x, y, w, h) = found.size, box
+    left, top = max(0, round(x * width)), max(0, round(y * height))
+    right, bottom = round((x + w) * width), round((y + h) * height)
+    return found.full_mask(index)[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def prompted_detection(
+    prompt: fol.Detection | fol.Keypoint, found: Segmentation, index: int, keep_box: bool = False
+) -> fol.Detection:
     """The detection that a prompt becomes: its mask, and the prompt's own label, id and attributes.
 
     Where the decoder finds nothing, the mask is None and a box stays as it was.
+
+    Args:
+        keep_box: a detection keeps its box, and its mask is cut to that.
     """
     attributes = mask_attributes(found, index)
+    if keep_box:
+        box = attributes["bounding_box"] = prompt.bounding_box
+        mask = attributes["mask"] = mask_in_box(found, index, box)
+        attributes["area_px"] = int(np.count_nonzero(mask))
     if isinstance(prompt, fol.Detection):
         detection = prompt.copy()
     else:

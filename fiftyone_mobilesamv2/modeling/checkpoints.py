@@ -25,7 +25,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -208,11 +208,16 @@ def local_path(weights: Weights) -> Path:
     return packaged if not weights.sources else weights_dir() / weights.filename
 
 
-def fetch_model(name: str, skip: Collection[str] = ()) -> dict[str, Path]:
+# What a download reports: the file's name, the bytes that have come, and those that it has, where the server says so.
+DownloadProgress = Callable[[str, int, int | None], None]
+
+
+def fetch_model(name: str, skip: Collection[str] = (), progress: DownloadProgress | None = None) -> dict[str, Path]:
     """Makes sure of the files of the model `name`, downloading what is missing.
 
     Args:
         skip: arguments whose files the caller has: "encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint".
+        progress: told of downloads, in place of a bar on stderr. What it raises ends the download, to be resumed.
 
     Returns:
         argument -> verified path.
@@ -224,7 +229,7 @@ def fetch_model(name: str, skip: Collection[str] = ()) -> dict[str, Path]:
     paths, failures = {}, []
     for key, weights in needed.items():
         try:
-            paths[key] = fetch(weights)
+            paths[key] = fetch(weights, progress)
         except DownloadError as error:
             failures.append((weights, error))
     if failures:
@@ -246,8 +251,8 @@ class DownloadError(CheckpointError):
         super().__init__(f"{weights.filename} could not be downloaded ({tried}).")
 
 
-def fetch(weights: Weights) -> Path:
-    """The verified path of a file, downloaded if it is not there.
+def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
+    """The verified path of a file, downloaded if it is not there; `progress` as for :func:`fetch_model`.
 
     Raises:
         CheckpointError: the file that is there is not the expected one (it is left where it is).
@@ -261,28 +266,28 @@ def fetch(weights: Weights) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 if not path.is_file():  # else another process was faster
-                    _download(weights, path)
+                    _download(weights, path, progress)
         except OSError as error:
             raise DownloadError(weights, {str(path.parent): f"can't be written to: {error}"}) from error
     verify(path, weights)
     return path
 
 
-def _download(weights: Weights, path: Path) -> None:
+def _download(weights: Weights, path: Path, progress: DownloadProgress | None) -> None:
     """Downloads to a file beside `path`, which takes its place only when it is the right one."""
     partial = path.with_name(path.name + ".partial")
     left_over = partial.exists()
     reasons = {}
     for source in weights.sources:
         try:
-            _transfer(_url(source), partial)
+            _transfer(_url(source), partial, progress)
         except Exception as error:  # from OSError to the types of the hub's HTTP client, which share no other base
             reasons[str(source)] = " ".join(f"{type(error).__name__}: {error}".split())
             continue  # what has come stays, to be resumed
         if problem := _problem(partial, weights, _record_path(path)):
             partial.unlink()
             if left_over:  # by an earlier attempt, perhaps of another file: once more from the start
-                return _download(weights, path)
+                return _download(weights, path, progress)
             reasons[str(source)] = f"the file there {problem}"
             continue
         partial.replace(path)
@@ -300,7 +305,7 @@ def _url(source: HubFile | str) -> str:
     return get_hf_file_metadata(hf_hub_url(source.repo, source.path)).location
 
 
-def _transfer(url: str, partial: Path) -> None:
+def _transfer(url: str, partial: Path, progress: DownloadProgress | None) -> None:
     """Downloads `url` to `partial`, going on where an earlier attempt stopped."""
     start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -315,11 +320,21 @@ def _transfer(url: str, partial: Path) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        bar = tqdm(initial=start, total=total, unit="B", unit_scale=True, desc=partial.stem, file=sys.stderr)
-        with partial.open("ab" if start else "wb") as file, bar as progress:
+        bar = tqdm(
+            initial=start,
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc=partial.stem,
+            file=sys.stderr,
+            disable=progress is not None,
+        )
+        with partial.open("ab" if start else "wb") as file, bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                progress.update(len(chunk))
+                bar.update(len(chunk))
+                if progress is not None:
+                    progress(partial.stem, file.tell(), total)
     if total is not None and partial.stat().st_size < total:
         raise OSError(f"the connection broke after {partial.stat().st_size:,} of {total:,} bytes; try again to resume")
 

@@ -53,11 +53,15 @@ class ImageEmbeddings:
         return len(self.original_sizes)
 
 
+def available_devices() -> list[str]:
+    """What models can run on here, best first: "cuda", Apple's "mps", "cpu"."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, is_there in there.items() if is_there]
+
+
 def default_device() -> torch.device:
-    """CUDA if there is one, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The best that there is."""
+    return torch.device(available_devices()[0])
 
 
 class MobileSAMv2(nn.Module):

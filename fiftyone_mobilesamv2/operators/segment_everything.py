@@ -1,0 +1,174 @@
+"""Segment every object of every image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import fiftyone as fo
+from fiftyone.operators import types
+
+from .models import device_choice, fetch_with_progress, model_choice
+from .operator import MANY_IMAGES, Form, FormError, Operator, Outcome, Progress, label_fields
+
+if TYPE_CHECKING:
+    from fiftyone.operators.executor import ExecutionContext
+
+    from ..segmentation import SegmentationRun
+
+PROMPTINGS = {
+    "object_aware": "Object-aware: find the objects first, then one mask each (fast)",
+    "grid": "Grid: SAM's search over a grid of points (many times slower)",
+}
+EXISTING = {
+    "keep": "Skip samples that have masks there already",
+    "replace": "Replace what is there",
+}
+STORAGES = {
+    "database": "In the database, as far as they fit into a sample's document",
+    "disk": "On disk, as PNG files",
+}
+
+
+class SegmentEverything(Operator):
+    identifier = "segment_everything"
+    title = "Segment everything"
+    description = "Give every object of every image a mask, by MobileSAMv2"
+    icon = "segment"
+    risk = "medium"
+
+    def resolve_placement(self, ctx: ExecutionContext) -> types.Placement:
+        icon = self.config
+        return types.Placement(
+            types.Places.SAMPLES_GRID_SECONDARY_ACTIONS,
+            types.Button(label=self.title, icon=icon.icon, light_icon=icon.light_icon, dark_icon=icon.dark_icon),
+        )
+
+    def form(self, form: Form) -> None:
+        from ..modeling.grid_prompts import POINTS_PER_SIDE
+        from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
+
+        samples = form.target("Segment")
+        self._label_field(form)
+        model_choice(form)
+        prompting = form.choice("prompting", PROMPTINGS, "object_aware", "Prompting", radio=True)
+        if prompting == "object_aware":
+            form.number(
+                "max_prompts", MAX_PROMPTS, "Most prompts", "Most objects to look for in an image", least=1, whole=True
+            )
+            form.number(
+                "confidence_thresh",
+                CONFIDENCE,
+                "Least confidence",
+                "How sure the detector has to be; lower finds more objects, and more that are none",
+                least=0,
+                most=1,
+            )
+            form.number("iou", NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", least=0, most=1)
+        else:
+            side = form.number(
+                "points_per_side", POINTS_PER_SIDE, "Points per side", "Of the grid over an image", least=1, whole=True
+            )
+            if isinstance(side, int) and side >= 1:
+                form.note(f"{side**2:,} prompts an image, three masks each, most of which are thrown away.")
+        form.number("min_area", 0, "Smallest area", "Of a mask, in pixels; 0 keeps all", least=0, whole=True)
+        form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
+        form.number("batch_size", 8, "Batch size", "Images at a time", least=1, whole=True)
+        device_choice(form)
+        if len(samples) > MANY_IMAGES:
+            form.note(
+                f"{len(samples):,} images take a while, and the tab has to stay open. Better schedule this, for a "
+                f"'fiftyone delegated launch' worker."
+                if fo.config.allow_legacy_orchestrators
+                else f"{len(samples):,} images take a while, and the tab has to stay open. To schedule such work "
+                f"instead, start the App with FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS=true and a 'fiftyone delegated "
+                f"launch' worker."
+            )
+
+    def _label_field(self, form: Form) -> None:
+        from ..segmentation import check_label_field, unsegmented
+
+        samples = form.samples
+        prefix = samples._FRAMES_PREFIX if samples.media_type == "video" else ""
+        known = [name for name in label_fields(samples, (fo.Detections,)) if name.startswith(prefix)]
+        name = form.new_field(
+            "label_field",
+            f"{prefix}segmentations",
+            "Label field",
+            "Where the masks go: a new field or one of detections",
+            known,
+        )
+        try:
+            check_label_field(samples, name)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        if not samples.has_field(name):
+            return
+        objects = samples.count(f"{name}.detections")
+        left = len(unsegmented(samples, name))
+        if left == len(samples):
+            return
+        existing = form.choice("existing", EXISTING, "keep", f"'{name}' exists", radio=True)
+        done = len(samples) - left
+        if existing == "replace":
+            form.warn(f"{objects:,} labels of {done:,} samples in '{name}' will be deleted and replaced.")
+        elif left:
+            form.note(f"{done:,} of {len(samples):,} samples are done already; {left:,} are left.")
+        else:
+            raise FormError(f"All {done:,} samples are done already. Replace what is there, or name another field.")
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from .. import zoo
+        from ..segmentation import segment_everything
+
+        values = form.values
+        fetch_with_progress(values["model"], progress)
+        names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device")
+        parameters = {name: values[name] for name in names if name in values}
+        progress.tell(None, f"Loading {values['model']}")
+        model = zoo.load_model(values["model"], masks_on_disk=values["storage"] == "disk", **parameters)
+
+        def report(bar: fo.ProgressBar) -> None:
+            done = f"{bar.iteration:,} of {bar.total:,} images, {model.num_labels:,} objects"
+            progress.tell(bar.iteration / bar.total, done)
+
+        run = segment_everything(
+            form.samples,
+            model,
+            values["label_field"],
+            replace=values.get("existing") == "replace",
+            batch_size=values["batch_size"],
+            progress=report,
+        )
+        return segmentation_outcome(run)
+
+
+def segmentation_outcome(run: SegmentationRun) -> Outcome:
+    """The summary of a run of segment_everything or segment_anything."""
+    lines = [
+        f"### {run.objects:,} objects in {run.images:,} images",
+        f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
+    ]
+    if run.cancelled:
+        lines.append("**Cancelled before the end.** What was stored stays; run it again to go on with the rest.")
+    stages = [f"{name} {seconds:.1f} s" for name, seconds in run.seconds.items() if name != "total"]
+    if stages:
+        lines.append(f"Time: {run.seconds['total']:.1f} s, of which {', '.join(stages)}.")
+    buttons = []
+    if run.failures:
+        first = run.failures[0]
+        lines.append(
+            f"**{len(run.failures):,} images failed** and were left as they were. The first: `{first.filepath}`: "
+            f"{first.error}"
+        )
+        ids = [failure.sample_id for failure in run.failures]
+        buttons.append(("Show failed samples", "@voxel51/operators/show_samples", {"samples": ids}))
+    result = {
+        "label_field": run.label_field,
+        "images": run.images,
+        "objects": run.objects,
+        "images_per_second": run.images_per_second,
+        "seconds": run.seconds,
+        "cancelled": run.cancelled,
+        "failures": [vars(failure) for failure in run.failures],
+    }
+    return Outcome("\n\n".join(lines), result, buttons=buttons)

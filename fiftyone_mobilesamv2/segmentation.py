@@ -1,0 +1,326 @@
+"""Runs of a model over a dataset: what is left to do, where masks go, and a record of what was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import fiftyone.core.fields as fof
+import fiftyone.core.labels as fol
+import fiftyone.core.utils as fou
+import fiftyone.core.validation as fov
+from bson import ObjectId
+from fiftyone import ViewField as F
+from pymongo import UpdateOne
+
+from .progress import Cancelled
+from .zoo import Failure, ImageGetItem, MobileSAMv2Model
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
+
+# Of a model's configuration, what says where it runs and not what it finds.
+_RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
+_RECORDED_FAILURES = 1000
+_PROMPTS_AT_ONCE = 100  # MongoDB looks for each of them among all labels of the document
+
+
+@dataclass
+class SegmentationRun:
+    """What a run did.
+
+    Attributes:
+        label_field: where the masks are.
+        parameters: the model's, by name.
+        started: when, UTC.
+        images: how many images, or frames of videos, it went through; those that failed are among them.
+        objects: how many masks it stored.
+        seconds: wall time by stage ("encode", "discover", "decode", "crop"), and of everything as "total".
+        failures: the images that could not be segmented; their labels are as they were.
+        cancelled: whether it was stopped before its end. What it had stored stays.
+    """
+
+    label_field: str
+    parameters: dict
+    started: str
+    images: int = 0
+    objects: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole run, with reading and storing."""
+        return self.images / self.seconds["total"] if self.seconds.get("total") else 0.0
+
+
+def segment_everything(
+    samples: Samples,
+    model: MobileSAMv2Model,
+    label_field: str = "segmentations",
+    replace: bool = False,
+    batch_size: int = 8,
+    progress: bool | Callable | None = None,
+) -> SegmentationRun:
+    """Stores the masks of all objects of every image, as `apply_model` does, and keeps a record of it in the dataset.
+
+    Args:
+        samples: a dataset or view of images, or of videos: then `label_field` is one of frames, as "frames.x".
+        label_field: a new field, or one of detections.
+        replace: replaces the labels of samples that have some. Else these are left as they are, so that a run that was
+            stopped goes on.
+        progress: as everywhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.progress.Cancelled`.
+
+    Returns:
+        the run, which :func:`recorded_runs` lists from then on, whether it came to its end or not.
+
+    Raises:
+        ValueError: the field can't take masks; or it would go on with masks that were made with other parameters.
+    """
+    check_label_field(samples, label_field)
+    todo = samples if replace else unsegmented(samples, label_field)
+    if not replace:
+        check_same_parameters(samples, label_field, parameters_of(model))
+    with _recorded(samples, model, label_field) as run:
+        todo.apply_model(
+            model, label_field=label_field, batch_size=batch_size, num_workers=_workers(samples), progress=progress
+        )
+    return run
+
+
+def segment_anything(
+    samples: Samples,
+    model: MobileSAMv2Model,
+    prompt_field: str,
+    label_field: str | None = None,
+    replace: bool = False,
+    batch_size: int = 8,
+    progress: bool | Callable | None = None,
+) -> SegmentationRun:
+    """Turns boxes or keypoints into masks.
+
+    Args:
+        samples: a dataset or view of images; what a view filters out is no prompt.
+        prompt_field: detections or keypoints.
+        label_field: the field for the masks, which take their prompts' labels, ids and attributes. None writes masks
+            into the detections of `prompt_field` themselves, which keep their boxes: what lies outside is cut off.
+        replace: also where there are masks already.
+
+    The rest is as with :func:`segment_everything`.
+    """
+    check_prompt_field(samples, prompt_field, in_place=label_field is None)
+    if label_field is not None:
+        check_label_field(samples, label_field)
+        todo = samples if replace else unsegmented(samples, label_field)
+        with _recorded(samples, model, label_field) as run:
+            todo.apply_model(
+                model,
+                label_field=label_field,
+                prompt_field=prompt_field,
+                batch_size=batch_size,
+                num_workers=_workers(samples),
+                progress=progress,
+            )
+        return run
+    with _recorded(samples, model, prompt_field) as run, model:
+        _give_masks(samples, model, prompt_field, replace, batch_size, progress)
+    return run
+
+
+def unsegmented(samples: Samples, label_field: str) -> Samples:
+    """The samples without labels in this field. An image in which nothing was found has labels: none."""
+    if not samples.has_field(label_field):
+        return samples
+    name, of_frames = samples._handle_frame_field(label_field)
+    if of_frames:
+        return samples.match((F("frames").length() == 0) | (F("frames").filter(F(name) == None).length() > 0))  # noqa: E711
+    return samples.match(F(name) == None)  # noqa: E711
+
+
+def without_masks(samples: Samples, field_name: str) -> fo.DatasetView:
+    """The detections of a field that have no mask, and their samples."""
+    return samples.filter_labels(field_name, (F("mask") == None) & (F("mask_path") == None))  # noqa: E711
+
+
+def check_label_field(samples: Samples, label_field: str) -> None:
+    """Raises ValueError where masks can't be stored in this field of these samples."""
+    fov.validate_non_grouped_collection(samples)
+    if samples._is_patches or samples._is_clips:
+        raise ValueError("Patches and clips can't be segmented: go back to the samples that they are of.")
+    is_video = samples.media_type == "video"
+    if is_video != label_field.startswith(samples._FRAMES_PREFIX):
+        wanted = f"{samples._FRAMES_PREFIX}{label_field}" if is_video else label_field.removeprefix("frames.")
+        raise ValueError(f"Masks of {samples.media_type}s go into a field such as '{wanted}', not '{label_field}'.")
+    if not label_field.removeprefix(samples._FRAMES_PREFIX).isidentifier():
+        raise ValueError(f"'{label_field}' can't be the name of a field: letters, digits and _ were expected.")
+    found = samples.get_field(label_field)
+    if found is None:
+        return
+    if not _holds(found, (fol.Detections,)):
+        kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else type(found).__name__
+        raise ValueError(f"'{label_field}' holds {kind}, not Detections: choose another field for the masks.")
+    if found.read_only:
+        raise ValueError(f"'{label_field}' is read-only: choose another field for the masks.")
+
+
+def check_prompt_field(samples: Samples, prompt_field: str, in_place: bool) -> None:
+    """Raises ValueError where this field can't prompt or, `in_place`, can't take the masks itself."""
+    fov.validate_non_grouped_collection(samples)
+    if samples._is_patches or samples._is_clips:
+        raise ValueError("Patches and clips can't be segmented: go back to the samples that they are of.")
+    found = samples.get_field(prompt_field)
+    if found is None:
+        raise ValueError(f"{samples._root_dataset.name} has no field '{prompt_field}' to take prompts from.")
+    if not _holds(found, PROMPT_TYPES):
+        raise ValueError(f"'{prompt_field}' holds neither detections nor keypoints, so it can't prompt.")
+    if samples.media_type == "video":
+        raise ValueError("Prompts on videos need their frames: open dataset.to_frames(sample_frames=True).")
+    if not in_place:
+        return
+    if not _holds(found, (fol.Detections, fol.Detection)):
+        raise ValueError(f"'{prompt_field}' holds keypoints, which can't carry masks: name a field for the masks.")
+    if found.read_only:
+        raise ValueError(f"'{prompt_field}' is read-only: name a field for the masks.")
+
+
+def _holds(found: fof.Field, kinds: tuple[type, ...]) -> bool:
+    return isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, kinds)
+
+
+def _workers(samples: Samples) -> int | None:
+    # Videos are read frame by frame without workers. A worker is a fork of this process, which may be the App's server.
+    return None if samples.media_type == "video" else 0
+
+
+# Masks for labels that exist ----------------------------------------------------------------------------------------
+
+
+def _give_masks(
+    samples: Samples,
+    model: MobileSAMv2Model,
+    prompt_field: str,
+    replace: bool,
+    batch_size: int,
+    progress: bool | Callable | None,
+) -> None:
+    dataset = samples._root_dataset
+    root, is_list = dataset._get_label_field_root(prompt_field)
+    for name, kind in (("predicted_iou", fof.FloatField), ("stability", fof.FloatField), ("area_px", fof.IntField)):
+        dataset.add_sample_field(f"{root}.{name}", kind)
+    prompts = samples if replace else without_masks(samples, prompt_field)
+    read = ImageGetItem({"prompt_field": prompt_field})
+    with fou.SetAttributes(model, keep_boxes=True), fou.ProgressBar(prompts, progress=progress) as bar:
+        for batch in fou.iter_batches(prompts.select_fields(prompt_field), batch_size):
+            items = [read({"id": s.id, "filepath": s.filepath, "prompt_field": s[prompt_field]}) for s in batch]
+            operations, ids = [], []
+            for sample, labels in zip(batch, model.predict_all(items)):
+                if labels is not None:
+                    operations += _mask_updates(ObjectId(sample.id), root, is_list, labels.detections)
+                    ids.append(sample.id)
+            if operations:
+                dataset._bulk_write(operations, ids=ids)
+            bar.update(len(batch))
+
+
+def _mask_updates(
+    sample_id: ObjectId, root: str, is_list: bool, detections: Sequence[fol.Detection]
+) -> Iterator[UpdateOne]:
+    """Labels are told by id: others may have come and gone since they were read."""
+    detections = [d for d in detections if d.mask is not None or d.mask_path is not None]
+    for start in range(0, len(detections), _PROMPTS_AT_ONCE):
+        values: dict[str, object] = {"last_modified_at": datetime.now(timezone.utc)}
+        filters = []
+        for detection in detections[start : start + _PROMPTS_AT_ONCE]:
+            path = root
+            if is_list:
+                path += f".$[l{len(filters)}]"
+                filters.append({f"l{len(filters)}._id": ObjectId(detection.id)})
+            values |= {
+                f"{path}.mask": None if detection.mask is None else fou.serialize_numpy_array(detection.mask),
+                f"{path}.mask_path": detection.mask_path,
+                f"{path}.predicted_iou": detection.predicted_iou,
+                f"{path}.stability": detection.stability,
+                f"{path}.area_px": detection.area_px,
+            }
+        yield UpdateOne({"_id": sample_id}, {"$set": values}, array_filters=filters or None)
+
+
+# The record ---------------------------------------------------------------------------------------------------------
+
+
+def parameters_of(model: MobileSAMv2Model) -> dict:
+    """What of the model's configuration decides what it finds."""
+    return {name: value for name, value in vars(model.config).items() if name not in _RUNTIME}
+
+
+def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
+    """The runs that stored masks in this field, oldest first; none, where the field is gone since."""
+    dataset = samples._root_dataset
+    key = _record_key(label_field)
+    if key not in dataset.list_runs() or not dataset.has_field(label_field):
+        return []
+    runs = dataset.load_run_results(key, cache=False).runs
+    return [SegmentationRun(**run | {"failures": [Failure(**each) for each in run["failures"]]}) for run in runs]
+
+
+def segmented_fields(samples: Samples) -> list[str]:
+    """The fields that have a record."""
+    dataset = samples._root_dataset
+    infos = [dataset.get_run_info(key) for key in dataset.list_runs(method="mobilesamv2")]
+    return [info.config.label_field for info in infos if dataset.has_field(info.config.label_field)]
+
+
+def check_same_parameters(samples: Samples, label_field: str, parameters: dict) -> None:
+    """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
+    runs = recorded_runs(samples, label_field)
+    if not runs or runs[-1].parameters == parameters:
+        return
+    earlier = runs[-1].parameters
+    changed = [
+        f"{name} {earlier.get(name)} then, {value} now"
+        for name, value in parameters.items()
+        if earlier.get(name) != value
+    ]
+    raise ValueError(
+        f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
+        f"the same ones; else replace what is there, or choose another field."
+    )
+
+
+def _record_key(label_field: str) -> str:
+    return "mobilesamv2_" + label_field.replace(".", "_")
+
+
+@contextmanager
+def _recorded(samples: Samples, model: MobileSAMv2Model, label_field: str) -> Iterator[SegmentationRun]:
+    """Notes what the model does inside, and keeps it in the dataset, whatever ends it. Takes `Cancelled` for an end."""
+    dataset = samples._root_dataset
+    earlier = recorded_runs(dataset, label_field)
+    run = SegmentationRun(label_field, parameters_of(model), datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    start = time.perf_counter()
+    try:
+        yield run
+    except BaseException as error:
+        run.cancelled = True
+        if not isinstance(error, Cancelled):
+            raise
+    finally:
+        run.images, run.objects = model.num_images, model.num_labels
+        run.seconds = {**model.seconds, "total": time.perf_counter() - start}
+        run.failures = list(model.failures)
+        key = _record_key(label_field)
+        config = dataset.init_run(method="mobilesamv2", label_field=label_field)
+        dataset.register_run(key, config, overwrite=True)
+        runs = [asdict(each) for each in (*earlier, run)]
+        for each in runs:
+            each["failures"] = each["failures"][:_RECORDED_FAILURES]
+        dataset.save_run_results(key, dataset.init_run_results(key, runs=runs), cache=False)

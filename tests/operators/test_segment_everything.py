@@ -1,0 +1,269 @@
+import shutil
+
+import fiftyone as fo
+import numpy as np
+import pytest
+from PIL import Image
+
+from fiftyone_mobilesamv2 import segmentation
+
+DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def expected(scene_files):
+    """What the model itself finds in the scenes, by file name: relative boxes and masks."""
+    from fiftyone_mobilesamv2 import MobileSAMv2
+    from fiftyone_mobilesamv2.images import read_image
+
+    model = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu")
+    found = {}
+    for path in sorted(scene_files[0].iterdir()):
+        (found[path.name],) = model.segment_everything([read_image(path)])
+    return found
+
+
+def assert_as_expected(dataset, field, expected):
+    for sample in dataset:
+        found = expected[sample.filename]
+        detections = sample[field].detections
+        assert len(detections) == len(found) > 0
+        for detection, mask in zip(detections, found.masks):
+            assert np.array_equal(detection.get_mask() if detection.mask is None else detection.mask, mask)
+
+
+def test_form_of_a_fresh_dataset(plugin, scenes):
+    form = plugin.form("segment_everything", scenes)
+    assert form.errors == []
+    assert form.default("label_field") == "segmentations"
+    assert form.default("prompting") == "object_aware"
+    assert (form.default("max_prompts"), form.default("confidence_thresh"), form.default("iou")) == (320, 0.4, 0.9)
+    assert "existing" not in form.inputs and "points_per_side" not in form.inputs
+    assert len(form.choices("model")) == 8
+
+
+def test_form_tells_which_weights_are_here(plugin, scenes, monkeypatch, tmp_path):
+    monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))
+    form = plugin.form("segment_everything", scenes)
+    labels = {choice.value: choice.label for choice in form.inputs["model"].view.choices}
+    assert "weights are here" in labels["mobilesamv2-demo-torch"]
+    assert "196 MB to download" in labels["mobilesamv2-tinyvit-torch"]
+    assert form.default("model") == "mobilesamv2-tinyvit-torch"
+    assert any("196 MB will be downloaded" in message for message in form.messages)
+    for name in ("mobile_sam.pt", "Prompt_guided_Mask_Decoder.pt", "ObjectAwareModel.pt"):
+        (tmp_path / name).touch()
+    labels = {c.value: c.label for c in plugin.form("segment_everything", scenes).inputs["model"].view.choices}
+    assert "weights are here" in labels["mobilesamv2-tinyvit-torch"]
+    assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # the encoder alone
+    form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-demo-torch"})
+    assert any("synthetic scenes alone" in message for message in form.messages)
+
+
+def test_grid_has_its_own_inputs(plugin, scenes):
+    form = plugin.form("segment_everything", scenes, {"prompting": "grid", "points_per_side": 16})
+    assert "max_prompts" not in form.inputs
+    assert any("256 prompts an image" in message for message in form.messages)
+
+
+@pytest.mark.parametrize(
+    "params, error",
+    [
+        ({"max_prompts": 0}, "Most prompts: a whole number of at least 1 was expected, not 0"),
+        ({"max_prompts": 2.5}, "a whole number of at least 1 was expected, not 2.5"),
+        ({"confidence_thresh": 1.5}, "Least confidence: a number from 0 to 1 was expected, not 1.5"),
+        ({"iou": -0.1}, "NMS IoU: a number from 0 to 1 was expected"),
+        ({"min_area": -1}, "Smallest area: a whole number of at least 0"),
+        ({"batch_size": 0}, "Batch size"),
+        ({"prompting": "grid", "points_per_side": 0}, "Points per side"),
+        ({"label_field": "no name"}, "'no name' can't be the name of a field"),
+        ({"label_field": "filepath"}, "'filepath' holds StringField, not Detections"),
+        ({"label_field": "frames.x"}, "Masks of images go into a field such as 'x'"),
+        ({"model": "sam"}, "Model: 'sam' isn't there"),
+    ],
+)
+def test_form_says_what_is_wrong(plugin, scenes, params, error):
+    (found,) = plugin.form("segment_everything", scenes, params).errors
+    assert error in found
+
+
+def test_form_without_samples(plugin, scenes, dataset):
+    assert "has no samples" in plugin.form("segment_everything", dataset).errors[0]
+    assert "view has no samples" in plugin.form("segment_everything", scenes.limit(0)).errors[0]
+    assert "Open a dataset" in plugin.form("segment_everything", None).errors[0]
+    patches = scenes.to_patches("ground_truth")
+    assert "go back to the samples" in plugin.form("segment_everything", patches).errors[0]
+
+
+def test_read_only_field(plugin, scenes):
+    scenes.add_sample_field("locked", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections, read_only=True)
+    assert "'locked' is read-only" in plugin.form("segment_everything", scenes, {"label_field": "locked"}).errors[0]
+
+
+def test_masks_of_every_object(plugin, scenes, expected):
+    result = plugin.call("segment_everything", scenes, **DEMO)
+    assert_as_expected(scenes, "segmentations", expected)
+    assert result["images"] == 4 and result["failures"] == [] and not result["cancelled"]
+    assert result["objects"] == sum(len(found) for found in expected.values())
+    (run,) = segmentation.recorded_runs(scenes, "segmentations")
+    assert (run.images, run.objects) == (4, result["objects"])
+    assert run.parameters["name"] == "mobilesamv2-demo-torch" and run.parameters["confidence_thresh"] == 0.4
+    assert {"encode", "discover", "decode", "crop", "total"} == set(run.seconds)
+
+
+def test_masks_on_disk(plugin, scenes, expected):
+    plugin.call("segment_everything", scenes, storage="disk", **DEMO)
+    detections = [d for sample in scenes for d in sample.segmentations.detections]
+    assert all(d.mask is None and d.mask_path for d in detections)
+    assert_as_expected(scenes, "segmentations", expected)
+
+
+def test_smallest_area(plugin, scenes, expected):
+    plugin.call("segment_everything", scenes, min_area=400, **DEMO)
+    areas = [d.area_px for sample in scenes for d in sample.segmentations.detections]
+    assert sorted(areas) == sorted(int(a) for found in expected.values() for a in found.areas if a >= 400)
+    assert 0 < len(areas) < sum(len(found) for found in expected.values())
+
+
+def test_target(plugin, scenes, expected):
+    ids = scenes.values("id")
+    plugin.call("segment_everything", scenes.limit(1), label_field="of_view", **DEMO)
+    assert [labels is not None for labels in scenes.values("of_view")] == [True, False, False, False]
+    params = {"label_field": "of_selection", "view_target": "SELECTED_SAMPLES"}
+    plugin.call("segment_everything", scenes, selected=ids[2:], **DEMO, **params)
+    assert [labels is not None for labels in scenes.values("of_selection")] == [False, False, True, True]
+
+
+def test_second_run_does_what_is_left(plugin, scenes, expected):
+    plugin.call("segment_everything", scenes.limit(1), **DEMO)
+    first = scenes.first().segmentations.detections[0].id
+    form = plugin.form("segment_everything", scenes, DEMO)
+    assert form.errors == [] and any("1 of 4 samples are done already; 3 are left" in m for m in form.messages)
+    assert plugin.call("segment_everything", scenes, **DEMO)["images"] == 3
+    assert scenes.first().segmentations.detections[0].id == first
+    assert_as_expected(scenes, "segmentations", expected)
+    assert "All 4 samples are done already" in plugin.form("segment_everything", scenes, DEMO).errors[0]
+    assert [run.images for run in segmentation.recorded_runs(scenes, "segmentations")] == [1, 3]
+
+
+def test_replacing_says_how_many_labels_go(plugin, scenes, expected):
+    plugin.call("segment_everything", scenes, **DEMO)
+    objects = sum(len(found) for found in expected.values())
+    params = {**DEMO, "existing": "replace"}
+    form = plugin.form("segment_everything", scenes, params)
+    assert form.errors == [] and any(f"{objects} labels of 4 samples in 'segmentations'" in m for m in form.messages)
+    before = scenes.values("segmentations.detections.id", unwind=True)
+    assert plugin.call("segment_everything", scenes, **params)["objects"] == objects
+    assert not set(before) & set(scenes.values("segmentations.detections.id", unwind=True))
+
+
+def test_other_parameters_do_not_mix(plugin, scenes):
+    plugin.call("segment_everything", scenes.limit(1), **DEMO)
+    with pytest.raises(Exception, match=r"confidence_thresh 0.4 then, 0.2 now"):
+        plugin.call("segment_everything", scenes, confidence_thresh=0.2, **DEMO)
+    assert [labels is not None for labels in scenes.values("segmentations")] == [True, False, False, False]
+    scenes.delete_sample_field("segmentations")
+    assert plugin.call("segment_everything", scenes, confidence_thresh=0.2, **DEMO)["images"] == 4
+
+
+def test_bad_image(plugin, scenes, expected, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    scenes.add_sample(fo.Sample(str(bad)))
+    text, told = plugin.run_to_the_end("segment_everything", scenes, DEMO)
+    assert "1 images failed" in text and "bad.png" in text
+    assert_as_expected(scenes.limit(4), "segmentations", expected)
+    assert scenes.last().segmentations is None
+    properties = told["show_output"]["outputs"]["type"]["properties"]
+    (button,) = [each for each in properties.values() if each["view"].get("label") == "Show failed samples"]
+    assert button["view"]["operator"] == "@voxel51/operators/show_samples"
+    assert button["view"]["params"] == {"samples": [scenes.last().id]}
+
+
+def test_cancel_keeps_what_is_stored(plugin, scenes, expected):
+    cancelled = False
+    for operator, params in plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1}):
+        if operator != "show_output":
+            continue
+        properties = params["outputs"]["type"]["properties"]
+        label = properties["share"]["view"]["label"] if "share" in properties else ""
+        if label.startswith("1 of 4") and not cancelled:
+            button = properties["cancel"]["view"]
+            ctx = plugin.context("cancel", scenes, button["params"])
+            assert plugin.operators["cancel"].execute(ctx) == {"cancelled": True}
+            cancelled = True
+    text = params["results"]["text"]
+    assert cancelled and "Cancelled before the end" in text
+    done = scenes.match(fo.ViewField("segmentations") != None)  # noqa: E711
+    assert 1 <= len(done) < 4
+    assert_as_expected(done, "segmentations", expected)
+    (run,) = segmentation.recorded_runs(scenes, "segmentations")
+    assert run.cancelled and run.images == len(done)
+    plugin.call("segment_everything", scenes, **DEMO)
+    assert_as_expected(scenes, "segmentations", expected)
+
+
+def test_closing_the_tab_stops_the_work(plugin, scenes):
+    from fiftyone_mobilesamv2.operators.operator import _running
+
+    messages = plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1})
+    next(messages)
+    (work,) = _running.values()
+    messages.close()
+    assert work.finished.wait(30) and _running == {}
+    assert sum(labels is not None for labels in scenes.values("segmentations")) < 4
+
+
+def test_missing_weights_are_explained(plugin, scenes, monkeypatch, tmp_path):
+    monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    *_, (operator, params) = plugin.run_in_app("segment_everything", scenes, {"model": "mobilesamv2-tinyvit-torch"})
+    view = params["outputs"]["type"]["properties"]["error"]["view"]
+    assert operator == "show_output" and view["label"] == "Segment everything failed"
+    assert "mobile_sam.pt" in view["description"] and str(tmp_path) in view["description"]
+    assert not scenes.has_field("segmentations")
+
+
+def test_large_targets_are_better_scheduled(plugin, scenes, monkeypatch):
+    assert not any("schedule" in message for message in plugin.form("segment_everything", scenes).messages)
+    big = fo.Dataset()
+    big.add_samples([fo.Sample(f"{i}.png") for i in range(501)])
+    try:
+        for allowed in (True, False):
+            monkeypatch.setattr(fo.config, "allow_legacy_orchestrators", allowed)
+            form = plugin.form("segment_everything", big)
+            assert any("501 images take a while" in message for message in form.messages)
+            ctx = plugin.context("segment_everything", big)
+            options = plugin.operators["segment_everything"].resolve_execution_options(ctx)
+            assert options.default_choice_to_delegated is allowed and options.allow_delegated_execution
+    finally:
+        big.delete()
+
+
+def test_toolbar_button(plugin, scenes):
+    placement = plugin.operators["segment_everything"].resolve_placement(plugin.context("segment_everything", scenes))
+    view = placement.to_json()["view"]
+    assert placement.place == fo.operators.types.Places.SAMPLES_GRID_SECONDARY_ACTIONS
+    assert view["label"] == "Segment everything"
+
+
+def test_videos(plugin, mongod, tmp_path):
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs ffmpeg")
+    import subprocess
+
+    for i in range(3):
+        Image.new("RGB", (64, 48), (40 * i, 90, 30)).save(tmp_path / f"{i}.png")
+    video = tmp_path / "video.mp4"
+    subprocess.run(["ffmpeg", "-loglevel", "error", "-i", tmp_path / "%d.png", video], check=True)
+    dataset = fo.Dataset()
+    try:
+        dataset.add_sample(fo.Sample(str(video)))
+        assert plugin.form("segment_everything", dataset).default("label_field") == "frames.segmentations"
+        result = plugin.call("segment_everything", dataset, **DEMO)
+        assert result["images"] == 3
+        assert all(frame.segmentations is not None for frame in dataset.first().frames.values())
+        assert "All 1 samples are done" in plugin.form("segment_everything", dataset, DEMO).errors[0]
+    finally:
+        dataset.delete()
