@@ -18,7 +18,7 @@ from fiftyone import ViewField as F
 from pymongo import UpdateOne
 
 from .progress import Cancelled
-from .zoo import Failure, ImageGetItem, MobileSAMv2Model
+from .zoo import Failure, ImageGetItem, ImageItem, MobileSAMv2Model, labels_of
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     Samples = fo.core.collections.SampleCollection
 
 PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
+
+_MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField, "area_px": fof.IntField}
 
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
@@ -39,7 +41,7 @@ class SegmentationRun:
 
     Attributes:
         label_field: where the masks are.
-        parameters: the model's, by name.
+        parameters: the model's, by name. "prompting" names the field where prompts were the user's.
         started: when, UTC.
         images: how many images, or frames of videos, it went through; those that failed are among them.
         objects: how many masks it stored.
@@ -90,7 +92,7 @@ def segment_everything(
     todo = samples if replace else unsegmented(samples, label_field)
     if not replace:
         check_same_parameters(samples, label_field, parameters_of(model))
-    with _recorded(samples, model, label_field) as run:
+    with _recorded(samples, model, label_field, parameters_of(model)) as run:
         todo.apply_model(
             model, label_field=label_field, batch_size=batch_size, num_workers=_workers(samples), progress=progress
         )
@@ -111,28 +113,19 @@ def segment_anything(
     Args:
         samples: a dataset or view of images; what a view filters out is no prompt.
         prompt_field: detections or keypoints.
-        label_field: the field for the masks, which take their prompts' labels, ids and attributes. None writes masks
-            into the detections of `prompt_field` themselves, which keep their boxes: what lies outside is cut off.
-        replace: also where there are masks already.
+        label_field: the field for the masks, which have their prompts' labels, ids and attributes. What is there of
+            other prompts stays. None writes masks into the detections of `prompt_field` themselves, which keep their
+            boxes: what lies outside is cut off.
+        replace: also masks that are there already.
 
     The rest is as with :func:`segment_everything`.
     """
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
     if label_field is not None:
         check_label_field(samples, label_field)
-        todo = samples if replace else unsegmented(samples, label_field)
-        with _recorded(samples, model, label_field) as run:
-            todo.apply_model(
-                model,
-                label_field=label_field,
-                prompt_field=prompt_field,
-                batch_size=batch_size,
-                num_workers=_workers(samples),
-                progress=progress,
-            )
-        return run
-    with _recorded(samples, model, prompt_field) as run, model:
-        _give_masks(samples, model, prompt_field, replace, batch_size, progress)
+    parameters = parameters_of(model) | {"prompting": prompt_field}
+    with _recorded(samples, model, label_field or prompt_field, parameters) as run, model:
+        _answer_prompts(samples, model, prompt_field, label_field, replace, batch_size, progress)
     return run
 
 
@@ -144,11 +137,6 @@ def unsegmented(samples: Samples, label_field: str) -> Samples:
     if of_frames:
         return samples.match((F("frames").length() == 0) | (F("frames").filter(F(name) == None).length() > 0))  # noqa: E711
     return samples.match(F(name) == None)  # noqa: E711
-
-
-def without_masks(samples: Samples, field_name: str) -> fo.DatasetView:
-    """The detections of a field that have no mask, and their samples."""
-    return samples.filter_labels(field_name, (F("mask") == None) & (F("mask_path") == None))  # noqa: E711
 
 
 def check_label_field(samples: Samples, label_field: str) -> None:
@@ -175,15 +163,16 @@ def check_label_field(samples: Samples, label_field: str) -> None:
 def check_prompt_field(samples: Samples, prompt_field: str, in_place: bool) -> None:
     """Raises ValueError where this field can't prompt or, `in_place`, can't take the masks itself."""
     fov.validate_non_grouped_collection(samples)
-    if samples._is_patches or samples._is_clips:
-        raise ValueError("Patches and clips can't be segmented: go back to the samples that they are of.")
+    if samples.media_type == "video" or samples._is_generated:
+        raise ValueError(
+            "Prompts have to be on a dataset's own images. Go back from patches to their samples; of videos, make a "
+            "dataset of frames: dataset.to_frames(sample_frames=True).clone()."
+        )
     found = samples.get_field(prompt_field)
     if found is None:
         raise ValueError(f"{samples._root_dataset.name} has no field '{prompt_field}' to take prompts from.")
     if not _holds(found, PROMPT_TYPES):
         raise ValueError(f"'{prompt_field}' holds neither detections nor keypoints, so it can't prompt.")
-    if samples.media_type == "video":
-        raise ValueError("Prompts on videos need their frames: open dataset.to_frames(sample_frames=True).")
     if not in_place:
         return
     if not _holds(found, (fol.Detections, fol.Detection)):
@@ -201,41 +190,89 @@ def _workers(samples: Samples) -> int | None:
     return None if samples.media_type == "video" else 0
 
 
-# Masks for labels that exist ----------------------------------------------------------------------------------------
+# Prompts of the dataset ---------------------------------------------------------------------------------------------
 
 
-def _give_masks(
+def _answer_prompts(
     samples: Samples,
     model: MobileSAMv2Model,
     prompt_field: str,
+    label_field: str | None,
     replace: bool,
     batch_size: int,
     progress: bool | Callable | None,
 ) -> None:
     dataset = samples._root_dataset
-    root, is_list = dataset._get_label_field_root(prompt_field)
-    for name, kind in (("predicted_iou", fof.FloatField), ("stability", fof.FloatField), ("area_px", fof.IntField)):
+    if label_field is not None and not dataset.has_field(label_field):
+        dataset.add_sample_field(label_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
+    root, is_list = dataset._get_label_field_root(label_field or prompt_field)
+    for name, kind in _MASK_ATTRIBUTES.items():
         dataset.add_sample_field(f"{root}.{name}", kind)
-    prompts = samples if replace else without_masks(samples, prompt_field)
+    answered = {}
+    if label_field is not None and not replace:
+        answered = dict(zip(*samples.values(["id", f"{root}.id"])))
     read = ImageGetItem({"prompt_field": prompt_field})
-    with fou.SetAttributes(model, keep_boxes=True), fou.ProgressBar(prompts, progress=progress) as bar:
-        for batch in fou.iter_batches(prompts.select_fields(prompt_field), batch_size):
-            items = [read({"id": s.id, "filepath": s.filepath, "prompt_field": s[prompt_field]}) for s in batch]
-            operations, ids = [], []
-            for sample, labels in zip(batch, model.predict_all(items)):
-                if labels is not None:
-                    operations += _mask_updates(ObjectId(sample.id), root, is_list, labels.detections)
-                    ids.append(sample.id)
+
+    def items(batch: Sequence[fo.Sample]) -> Iterator[ImageItem]:
+        for sample in batch:
+            prompts = _left(sample[prompt_field], label_field is None, replace, answered.get(sample.id) or ())
+            if prompts is not None:
+                yield read({"id": sample.id, "filepath": sample.filepath, "prompt_field": prompts})
+
+    keep_boxes = fou.SetAttributes(model, keep_boxes=label_field is None)
+    with keep_boxes, fou.ProgressBar(samples, progress=progress) as bar:
+        for batch in fou.iter_batches(samples.select_fields(prompt_field), batch_size):
+            read_items = list(items(batch))
+            operations = []
+            for item, labels in zip(read_items, model.predict_all(read_items)):
+                if labels is None:
+                    continue
+                if label_field is None:
+                    operations += _mask_updates(ObjectId(item.sample_id), root, is_list, labels.detections)
+                else:
+                    operations.append(_merge(ObjectId(item.sample_id), label_field, labels))
             if operations:
-                dataset._bulk_write(operations, ids=ids)
+                dataset._bulk_write(operations, ids=[item.sample_id for item in read_items])
             bar.update(len(batch))
+
+
+def _left(prompts: fol.Label | None, in_place: bool, replace: bool, answered: Sequence[str]) -> fol.Label | None:
+    """Those of a sample's prompts that have no mask yet; None if there are none."""
+    every = labels_of(prompts)
+    left = every
+    if not replace:
+        left = [p for p in every if (not _has_mask(p) if in_place else p.id not in answered)]
+    if not left:
+        return None
+    return fol.Keypoints(keypoints=left) if isinstance(left[0], fol.Keypoint) else fol.Detections(detections=left)
+
+
+def _has_mask(detection: fol.Detection) -> bool:
+    return detection.mask is not None or detection.mask_path is not None
+
+
+def _merge(sample_id: ObjectId, label_field: str, labels: fol.Detections) -> UpdateOne:
+    """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
+    found = [label.to_mongo().to_dict() for label in labels.detections]
+    others = {
+        "$filter": {
+            "input": {"$ifNull": [f"${label_field}.detections", []]},
+            "cond": {"$not": {"$in": ["$$this._id", [label["_id"] for label in found]]}},
+        }
+    }
+    values = {
+        f"{label_field}._cls": "Detections",
+        f"{label_field}.detections": {"$concatArrays": [others, {"$literal": found}]},
+        "last_modified_at": datetime.now(timezone.utc),
+    }
+    return UpdateOne({"_id": sample_id}, [{"$set": values}])
 
 
 def _mask_updates(
     sample_id: ObjectId, root: str, is_list: bool, detections: Sequence[fol.Detection]
 ) -> Iterator[UpdateOne]:
     """Labels are told by id: others may have come and gone since they were read."""
-    detections = [d for d in detections if d.mask is not None or d.mask_path is not None]
+    detections = [d for d in detections if _has_mask(d)]
     for start in range(0, len(detections), _PROMPTS_AT_ONCE):
         values: dict[str, object] = {"last_modified_at": datetime.now(timezone.utc)}
         filters = []
@@ -247,9 +284,7 @@ def _mask_updates(
             values |= {
                 f"{path}.mask": None if detection.mask is None else fou.serialize_numpy_array(detection.mask),
                 f"{path}.mask_path": detection.mask_path,
-                f"{path}.predicted_iou": detection.predicted_iou,
-                f"{path}.stability": detection.stability,
-                f"{path}.area_px": detection.area_px,
+                **{f"{path}.{name}": detection[name] for name in _MASK_ATTRIBUTES},
             }
         yield UpdateOne({"_id": sample_id}, {"$set": values}, array_filters=filters or None)
 
@@ -301,11 +336,13 @@ def _record_key(label_field: str) -> str:
 
 
 @contextmanager
-def _recorded(samples: Samples, model: MobileSAMv2Model, label_field: str) -> Iterator[SegmentationRun]:
+def _recorded(
+    samples: Samples, model: MobileSAMv2Model, label_field: str, parameters: dict
+) -> Iterator[SegmentationRun]:
     """Notes what the model does inside, and keeps it in the dataset, whatever ends it. Takes `Cancelled` for an end."""
     dataset = samples._root_dataset
     earlier = recorded_runs(dataset, label_field)
-    run = SegmentationRun(label_field, parameters_of(model), datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    run = SegmentationRun(label_field, parameters, datetime.now(timezone.utc).isoformat(timespec="seconds"))
     start = time.perf_counter()
     try:
         yield run

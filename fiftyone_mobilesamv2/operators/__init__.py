@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .operator import CancelWork
+from .segment_anything import SegmentAnything
 from .segment_everything import SegmentEverything
 
 if TYPE_CHECKING:
     from fiftyone.plugins.context import PluginContext
 
-OPERATORS = (SegmentEverything, CancelWork)
+OPERATORS = (SegmentEverything, SegmentAnything, CancelWork)
 
 
 def register(plugin: PluginContext) -> None:

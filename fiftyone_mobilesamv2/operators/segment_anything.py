@@ -1,0 +1,108 @@
+"""Turn boxes and points into masks."""
+
+from __future__ import annotations
+
+import fiftyone as fo
+from fiftyone import ViewField as F
+
+from .models import device_choice, fetch_with_progress, model_choice
+from .operator import Form, FormError, Operator, Outcome, Progress, label_fields
+from .segment_everything import STORAGES, segmentation_outcome
+
+PROMPT_KINDS = (fo.Detections, fo.Keypoints, fo.Detection, fo.Keypoint)
+BOX_KINDS = (fo.Detections, fo.Detection)
+
+
+class SegmentAnything(Operator):
+    identifier = "segment_anything"
+    title = "Segment from prompts"
+    description = "Give masks to boxes or points: to the labels that are selected, or to a whole field of them"
+    icon = "segment"
+
+    def form(self, form: Form) -> None:
+        from ..segmentation import check_label_field, check_prompt_field
+
+        selected = form.ctx.selected_labels
+        prompts = "field"
+        if selected:
+            choices = {"selected": f"The {len(selected):,} labels that are selected", "field": "All labels of a field"}
+            prompts = form.choice("prompts", choices, "selected", "Prompts", radio=True)
+        if prompts == "selected":
+            field = self._field_of_selected(form)
+        else:
+            form.target("Segment")
+            field = form.label_field(
+                "prompt_field", PROMPT_KINDS, "Field of prompts", "Boxes, or points inside objects", "ground_truth"
+            )
+        are_boxes = field in label_fields(form.samples, BOX_KINDS)
+        places = {"new": "In a field of their own, with labels like their prompts'"}
+        if are_boxes:
+            places = {"labels": "In the boxes' own labels, which keep their boxes"} | places
+        place = form.choice("place", places, next(iter(places)), "Where masks go", radio=True)
+        label_field = None
+        if place == "new":
+            known = [name for name in label_fields(form.samples, (fo.Detections,)) if name != field]
+            label_field = form.new_field(
+                "label_field", "masks", "Label field", "A new field, or one of detections; what is there stays", known
+            )
+            if label_field == field:
+                raise FormError(f"'{field}' has the prompts: to write masks into them choose so above.")
+        try:
+            check_prompt_field(form.samples, field, in_place=label_field is None)
+            if label_field is not None:
+                check_label_field(form.samples, label_field)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        replace = form.switch("replace", False, "Replace masks", "Also where a label has a mask already")
+        if label_field is None:
+            self._count(form, field, bool(replace))
+        model_choice(form)
+        form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
+        form.number("batch_size", 8, "Batch size", "Images at a time", least=1, whole=True)
+        device_choice(form)
+
+    def _field_of_selected(self, form: Form) -> str:
+        fields = sorted({label["field"] for label in form.ctx.selected_labels})
+        if len(fields) > 1:
+            raise FormError(f"The selected labels are of several fields, {', '.join(fields)}: select labels of one.")
+        (field,) = fields
+        gone = FormError("The selected labels are gone. Select others.")
+        if not form.dataset.has_field(field):
+            raise gone
+        form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)
+        if not form.samples.count(form.dataset._get_label_field_root(field)[0]):
+            raise gone
+        form.values["prompt_field"] = field
+        return field
+
+    def _count(self, form: Form, field: str, replace: bool) -> None:
+        root, _ = form.samples._get_label_field_root(field)
+        total = form.samples.count(root)
+        bare = form.samples.filter_labels(field, (F("mask") == None) & (F("mask_path") == None)).count(root)  # noqa: E711
+        if replace and total > bare:
+            form.warn(f"The masks of {total - bare:,} labels in '{field}' will be replaced.")
+        elif not total:
+            raise FormError(f"'{field}' has no labels here.")
+        elif not bare:
+            raise FormError(f"All {total:,} labels have masks already. Choose to replace them, or other labels.")
+        elif total > bare:
+            form.note(f"{bare:,} of {total:,} labels have no mask yet.")
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from .. import zoo
+        from ..segmentation import segment_anything
+
+        values = form.values
+        fetch_with_progress(values["model"], progress)
+        progress.tell(None, f"Loading {values['model']}")
+        model = zoo.load_model(values["model"], device=values["device"], masks_on_disk=values["storage"] == "disk")
+        run = segment_anything(
+            form.samples,
+            model,
+            values["prompt_field"],
+            values.get("label_field"),
+            replace=values["replace"],
+            batch_size=values["batch_size"],
+            progress=progress,
+        )
+        return segmentation_outcome(run)

@@ -1,0 +1,199 @@
+import fiftyone as fo
+import numpy as np
+import pytest
+
+from fiftyone_mobilesamv2 import MobileSAMv2
+from fiftyone_mobilesamv2.images import read_image
+from fiftyone_mobilesamv2.stored_labels import masks_of
+
+DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def sam():
+    return MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu")
+
+
+@pytest.fixture
+def boxed(scenes):
+    """Scenes with boxes alone, three an image, in `boxes`, and points at their middles in `points`."""
+    for sample in scenes:
+        boxes = [[round(v, 3) for v in d.bounding_box] for d in sample.ground_truth.detections[:3]]
+        sample["boxes"] = fo.Detections(
+            detections=[fo.Detection(label=f"thing {i}", bounding_box=box, color="red") for i, box in enumerate(boxes)]
+        )
+        sample["points"] = fo.Keypoints(
+            keypoints=[fo.Keypoint(label="thing", points=[(x + w / 2, y + h / 2)]) for x, y, w, h in boxes]
+        )
+        sample.save()
+    return scenes
+
+
+def pixels(detection, size):
+    from pycocotools import mask as mask_utils
+
+    return mask_utils.decode(masks_of([detection.to_mongo()], size)[0]).astype(bool)
+
+
+def expected_masks(sam, sample, prompts):
+    image = read_image(sample.filepath)
+    scale = np.array([image.shape[1], image.shape[0]] * 2)
+    boxes = np.array([d.bounding_box for d in prompts], np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    (found,) = sam.segment_anything([image], boxes=[boxes * scale])
+    return [found.full_mask(i) for i in range(len(found))], image.shape[:2]
+
+
+def test_masks_for_boxes_of_a_field(plugin, boxed, sam):
+    before = {d.id: d for sample in boxed for d in sample.boxes.detections}
+    form = plugin.form("segment_anything", boxed, {"prompt_field": "boxes"})
+    assert form.errors == [] and form.default("place") == "labels"
+    result = plugin.call("segment_anything", boxed, prompt_field="boxes", **DEMO)
+    assert (result["images"], result["objects"]) == (4, 12)
+    for sample in boxed:
+        detections = sample.boxes.detections
+        masks, (height, width) = expected_masks(sam, sample, detections)
+        for detection, mask in zip(detections, masks):
+            old = before[detection.id]
+            assert (detection.bounding_box, detection.label, detection.color) == (old.bounding_box, old.label, "red")
+            assert detection.confidence is None  # a label that a person has drawn is none of a model
+            x, y, w, h = np.array(detection.bounding_box) * [width, height, width, height]
+            inside = np.zeros_like(mask)
+            inside[round(y) : round(y + h), round(x) : round(x + w)] = True
+            assert np.array_equal(pixels(detection, (height, width)), mask & inside)
+            assert detection.area_px == (mask & inside).sum() > 0
+
+
+def test_masks_in_a_new_field(plugin, boxed, sam):
+    plugin.call("segment_anything", boxed, prompt_field="boxes", place="new", label_field="masks", **DEMO)
+    for sample in boxed:
+        masks, size = expected_masks(sam, sample, sample.boxes.detections)
+        found = sample.masks.detections
+        assert [(d.id, d.label, d.color) for d in found] == [(d.id, d.label, "red") for d in sample.boxes.detections]
+        assert all(np.array_equal(pixels(d, size), mask) for d, mask in zip(found, masks))
+        assert all(d.mask is None for d in sample.boxes.detections)
+
+
+def test_points(plugin, boxed, sam):
+    form = plugin.form("segment_anything", boxed, {"prompt_field": "points"})
+    assert form.choices("place") == ["new"]
+    plugin.call("segment_anything", boxed, prompt_field="points", label_field="masks", **DEMO)
+    for sample in boxed:
+        image = read_image(sample.filepath)
+        points = [np.array(k.points) * image.shape[1::-1] for k in sample.points.keypoints]
+        (found,) = sam.segment_anything([image], points=[points])
+        assert [d.id for d in sample.masks.detections] == [k.id for k in sample.points.keypoints]
+        for i, detection in enumerate(sample.masks.detections):
+            assert np.array_equal(pixels(detection, image.shape[:2]), found.full_mask(i))
+
+
+def selected(sample, field, indices):
+    detections = sample[field].detections
+    return [{"label_id": detections[i].id, "sample_id": sample.id, "field": field} for i in indices]
+
+
+def test_selected_labels_alone(plugin, boxed, sam):
+    sample = boxed.first()
+    labels = selected(sample, "boxes", [0, 2])
+    form = plugin.form("segment_anything", boxed, selected_labels=labels)
+    assert form.errors == [] and form.default("prompts") == "selected"
+    result = plugin.call("segment_anything", boxed, selected_labels=labels, **DEMO)
+    assert (result["images"], result["objects"]) == (1, 2)
+    boxed.reload()
+    assert [d.mask is not None for d in boxed.first().boxes.detections] == [True, False, True]
+    assert all(d.mask is None for sample in boxed[1:] for d in sample.boxes.detections)
+    # The others of the field, in a second run, and none twice.
+    assert any(
+        "10 of 12 labels have no mask yet" in m
+        for m in plugin.form("segment_anything", boxed, {"prompt_field": "boxes"}).messages
+    )
+    first = boxed.first().boxes.detections[0].mask
+    assert plugin.call("segment_anything", boxed, prompt_field="boxes", **DEMO)["objects"] == 10
+    assert np.array_equal(boxed.first().boxes.detections[0].mask, first)
+    assert (
+        "All 12 labels have masks already"
+        in plugin.form("segment_anything", boxed, {"prompt_field": "boxes"}).errors[0]
+    )
+
+
+def test_selected_labels_join_those_of_before(plugin, boxed):
+    sample = boxed.first()
+    ids = [d.id for d in sample.boxes.detections]
+    common = {"place": "new", "label_field": "masks", **DEMO}
+    plugin.call("segment_anything", boxed, selected_labels=selected(sample, "boxes", [0]), **common)
+    plugin.call("segment_anything", boxed, selected_labels=selected(sample, "boxes", [1, 0]), **common)
+    boxed.reload()
+    assert [d.id for d in boxed.first().masks.detections] == [ids[0], ids[1]]
+    result = plugin.call(
+        "segment_anything", boxed, selected_labels=selected(sample, "boxes", [0]), replace=True, **common
+    )
+    assert result["objects"] == 1
+    assert sorted(d.id for d in boxed.first().masks.detections) == sorted(ids[:2])
+
+
+def test_what_a_view_hides_is_no_prompt(plugin, boxed):
+    view = boxed.filter_labels("boxes", fo.ViewField("label") == "thing 1")
+    assert plugin.call("segment_anything", view, prompt_field="boxes", **DEMO)["objects"] == 4
+    for sample in boxed:
+        assert [d.mask is not None for d in sample.boxes.detections] == [False, True, False]
+
+
+def test_replacing_masks(plugin, scenes):
+    form = plugin.form("segment_anything", scenes, {"prompt_field": "ground_truth"})
+    assert "have masks already" in form.errors[0]
+    params = {"prompt_field": "ground_truth", "replace": True}
+    form = plugin.form("segment_anything", scenes, params)
+    total = scenes.count("ground_truth.detections")
+    assert form.errors == [] and any(f"The masks of {total} labels" in message for message in form.messages)
+    before = scenes.values("ground_truth.detections.mask", unwind=True)
+    plugin.call("segment_anything", scenes, **params, **DEMO)
+    after = scenes.values("ground_truth.detections.mask", unwind=True)
+    assert len(after) == total and any(not np.array_equal(a, b) for a, b in zip(before, after))
+
+
+def test_masks_on_disk(plugin, boxed, sam):
+    plugin.call("segment_anything", boxed, prompt_field="boxes", storage="disk", **DEMO)
+    for sample in boxed:
+        _, size = expected_masks(sam, sample, sample.boxes.detections)
+        for detection in sample.boxes.detections:
+            assert detection.mask is None and detection.mask_path
+            assert pixels(detection, size).sum() == detection.area_px
+
+
+def test_one_bad_box_costs_its_image_alone(plugin, boxed):
+    sample = boxed.first()
+    sample.boxes.detections[1].bounding_box = [0.1, float("nan"), 0.2, 0.2]
+    sample.save()
+    text, _ = plugin.run_to_the_end("segment_anything", boxed, {"prompt_field": "boxes", **DEMO})
+    assert "1 images failed" in text and "no usable bounding box" in text
+    assert [all(d.mask is not None for d in s.boxes.detections) for s in boxed] == [False, True, True, True]
+
+
+def test_form_says_what_is_wrong(plugin, boxed, dataset):
+    def errors(samples, params=None, **request):
+        return plugin.form("segment_anything", samples, params, **request).errors[0]
+
+    assert "has no samples" in errors(dataset)
+    assert "'boxes' has the prompts" in errors(boxed, {"prompt_field": "boxes", "place": "new", "label_field": "boxes"})
+    assert "isn't there (any more)" in errors(boxed, {"prompt_field": "gone"})
+    assert "Go back from patches" in errors(boxed.to_patches("boxes"), {"prompt_field": "boxes"})
+    sample = boxed.first()
+    mixed = selected(sample, "boxes", [0]) + selected(sample, "ground_truth", [0])
+    assert "of several fields, boxes, ground_truth" in errors(boxed, selected_labels=mixed)
+    gone = [{"label_id": "0" * 24, "sample_id": sample.id, "field": "boxes"}]
+    assert "are gone" in errors(boxed, selected_labels=gone)
+    never = [{"label_id": "0" * 24, "sample_id": sample.id, "field": "deleted"}]
+    assert "are gone" in errors(boxed, selected_labels=never)
+    boxed.clear_sample_field("boxes")
+    assert "'boxes' has no labels here" in errors(boxed, {"prompt_field": "boxes"})
+    dataset.add_sample(fo.Sample("image.png"))
+    assert "has no field of Detections or Keypoints" in errors(dataset)
+
+
+def test_read_only_field(plugin, boxed):
+    field = boxed.get_field("boxes")
+    field.read_only = True
+    field.save()
+    assert "'boxes' is read-only" in plugin.form("segment_anything", boxed, {"prompt_field": "boxes"}).errors[0]
+    field.read_only = False
+    field.save()
