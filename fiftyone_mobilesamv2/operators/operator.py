@@ -33,7 +33,7 @@ MANY_IMAGES = 500  # from which on work is better scheduled than watched
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel's plugin is the package, a checkout's the folder around it.
-_ICONS = "icons" if (_PACKAGE / "fiftyone.yml").exists() else f"{_PACKAGE.name}/icons"
+_ICONS = "/icons" if (_PACKAGE / "fiftyone.yml").exists() else f"/{_PACKAGE.name}/icons"
 
 _REFRESH = 0.4  # seconds between two states of the bar in the App
 
@@ -202,6 +202,11 @@ def label_fields(samples: Samples, kinds: tuple[type, ...]) -> list[str]:
         frames = samples.get_frame_field_schema(flat=True, embedded_doc_type=kinds)
         found += [samples._FRAMES_PREFIX + name for name in frames]
     return found
+
+
+def count(number: int, noun: str) -> str:
+    """Such as "1 image" or "2,000 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 @dataclass

@@ -6,7 +6,7 @@ import fiftyone as fo
 from fiftyone import ViewField as F
 
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import Form, FormError, Operator, Outcome, Progress, label_fields
+from .operator import Form, FormError, Operator, Outcome, Progress, count, label_fields
 from .segment_everything import STORAGES, segmentation_outcome
 
 PROMPT_KINDS = (fo.Detections, fo.Keypoints, fo.Detection, fo.Keypoint)
@@ -25,7 +25,10 @@ class SegmentAnything(Operator):
         selected = form.ctx.selected_labels
         prompts = "field"
         if selected:
-            choices = {"selected": f"The {len(selected):,} labels that are selected", "field": "All labels of a field"}
+            choices = {
+                "selected": f"What is selected: {count(len(selected), 'label')}",
+                "field": "All labels of a field",
+            }
             prompts = form.choice("prompts", choices, "selected", "Prompts", radio=True)
         if prompts == "selected":
             field = self._field_of_selected(form)
@@ -46,16 +49,16 @@ class SegmentAnything(Operator):
                 "label_field", "masks", "Label field", "A new field, or one of detections; what is there stays", known
             )
             if label_field == field:
-                raise FormError(f"'{field}' has the prompts: to write masks into them choose so above.")
+                form.problem(f"'{field}' has the prompts: to write masks into them choose so above.")
+        replace = form.switch("replace", False, "Replace masks", "Also where a label has a mask already")
         try:
             check_prompt_field(form.samples, field, in_place=label_field is None)
-            if label_field is not None:
+            if label_field is None:
+                self._count(form, field, replace)
+            else:
                 check_label_field(form.samples, label_field)
         except ValueError as error:
-            raise FormError(str(error)) from error
-        replace = form.switch("replace", False, "Replace masks", "Also where a label has a mask already")
-        if label_field is None:
-            self._count(form, field, bool(replace))
+            form.problem(str(error))
         model_choice(form)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
         form.number("batch_size", 8, "Batch size", "Images at a time", least=1, whole=True)
@@ -80,11 +83,11 @@ class SegmentAnything(Operator):
         total = form.samples.count(root)
         bare = form.samples.filter_labels(field, (F("mask") == None) & (F("mask_path") == None)).count(root)  # noqa: E711
         if replace and total > bare:
-            form.warn(f"The masks of {total - bare:,} labels in '{field}' will be replaced.")
+            form.warn(f"The masks of {count(total - bare, 'label')} in '{field}' will be replaced.")
         elif not total:
-            raise FormError(f"'{field}' has no labels here.")
+            form.problem(f"'{field}' has no labels here.")
         elif not bare:
-            raise FormError(f"All {total:,} labels have masks already. Choose to replace them, or other labels.")
+            form.problem(f"All {count(total, 'label')} have masks already. Choose to replace them, or other labels.")
         elif total > bare:
             form.note(f"{bare:,} of {total:,} labels have no mask yet.")
 

@@ -8,7 +8,7 @@ import fiftyone as fo
 from fiftyone.operators import types
 
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import MANY_IMAGES, Form, FormError, Operator, Outcome, Progress, label_fields
+from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, count, label_fields
 
 if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
@@ -40,7 +40,9 @@ class SegmentEverything(Operator):
         icon = self.config
         return types.Placement(
             types.Places.SAMPLES_GRID_SECONDARY_ACTIONS,
-            types.Button(label=self.title, icon=icon.icon, light_icon=icon.light_icon, dark_icon=icon.dark_icon),
+            types.Button(
+                label=self.title, prompt=True, icon=icon.icon, light_icon=icon.light_icon, dark_icon=icon.dark_icon
+            ),
         )
 
     def form(self, form: Form) -> None:
@@ -100,7 +102,8 @@ class SegmentEverything(Operator):
         try:
             check_label_field(samples, name)
         except ValueError as error:
-            raise FormError(str(error)) from error
+            form.problem(str(error))
+            return
         if not samples.has_field(name):
             return
         objects = samples.count(f"{name}.detections")
@@ -110,11 +113,11 @@ class SegmentEverything(Operator):
         existing = form.choice("existing", EXISTING, "keep", f"'{name}' exists", radio=True)
         done = len(samples) - left
         if existing == "replace":
-            form.warn(f"{objects:,} labels of {done:,} samples in '{name}' will be deleted and replaced.")
+            form.warn(f"{count(objects, 'label')} of {count(done, 'sample')} in '{name}' will be deleted and replaced.")
         elif left:
             form.note(f"{done:,} of {len(samples):,} samples are done already; {left:,} are left.")
         else:
-            raise FormError(f"All {done:,} samples are done already. Replace what is there, or name another field.")
+            form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo
@@ -145,7 +148,7 @@ class SegmentEverything(Operator):
 def segmentation_outcome(run: SegmentationRun) -> Outcome:
     """The summary of a run of segment_everything or segment_anything."""
     lines = [
-        f"### {run.objects:,} objects in {run.images:,} images",
+        f"**{count(run.objects, 'object')} in {count(run.images - len(run.failures), 'image')}**",
         f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
     ]
     if run.cancelled:
@@ -157,8 +160,8 @@ def segmentation_outcome(run: SegmentationRun) -> Outcome:
     if run.failures:
         first = run.failures[0]
         lines.append(
-            f"**{len(run.failures):,} images failed** and were left as they were. The first: `{first.filepath}`: "
-            f"{first.error}"
+            f"**{count(len(run.failures), 'image')} failed** and kept what labels they had. The first: "
+            f"`{first.filepath}`: {first.error}"
         )
         ids = [failure.sample_id for failure in run.failures]
         buttons.append(("Show failed samples", "@voxel51/operators/show_samples", {"samples": ids}))

@@ -170,7 +170,7 @@ def test_bad_image(plugin, scenes, expected, tmp_path):
     bad.write_bytes(b"no image")
     scenes.add_sample(fo.Sample(str(bad)))
     text, told = plugin.run_to_the_end("segment_everything", scenes, DEMO)
-    assert "1 images failed" in text and "bad.png" in text
+    assert "1 image failed" in text and "bad.png" in text
     assert_as_expected(scenes.limit(4), "segmentations", expected)
     assert scenes.last().segmentations is None
     properties = told["show_output"]["outputs"]["type"]["properties"]
