@@ -1,0 +1,198 @@
+"""Masks of a field -> one JSON file in COCO's format, read back and compared before it takes its place."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from ..evaluation.proposals import UNLABELED
+from ..stored_labels import LabelError, StoredImage, check_shapes_field, is_crowd, masks_of, name_of
+from .findings import check_images, look_at_each
+from .overlaps import size_of
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+# A key of an annotation -> the attribute of the label that it holds.
+SCORES = {"score": "confidence", "predicted_iou": "predicted_iou", "stability": "stability"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What :func:`export_masks` wrote.
+
+    Attributes:
+        path: of the file.
+        root: the folder that the file names of the images are relative to.
+        images, annotations: how many.
+        bytes: the size of the file.
+        skipped: of each image with a label that can't be used, its id, filepath and cause. It isn't in the file.
+    """
+
+    path: Path
+    root: Path
+    images: int
+    annotations: int
+    bytes: int
+    skipped: list[dict]
+
+
+def export_masks(
+    samples: Samples,
+    field: str,
+    path: str | PathLike,
+    overwrite: bool = False,
+    progress: bool | Callable | None = None,
+) -> Export:
+    """Writes the masks of a field as COCO's `instances_*.json` holds them, as RLE.
+
+    Each sample is an image, without objects too; its `file_name` is relative to the deepest folder that holds all
+    images. Each label is an annotation: `category_id` of its class ("object" without one), `segmentation` as RLE with
+    its counts as text, `area` in pixels, the tight `bbox` of the mask, `iscrowd`, and where the label has them
+    `score` (its confidence), `predicted_iou` and `stability`.
+
+    The file is written aside, compared by :func:`check_export` with what is stored, and then moved into place: what
+    was there stays until then. Writing holds the masks of one image in memory, the comparison the whole file, as
+    everyone who opens it with pycocotools does.
+
+    Args:
+        samples: a dataset or view of images. Missing metadata is computed and stored.
+        field: detections with masks, or polylines. What a view hides isn't written.
+        path: ends with ".json". Missing folders are made.
+        overwrite: replaces an existing file.
+        progress: as everywhere in FiftyOne.
+
+    Raises:
+        ValueError: `field` is missing or of the wrong type; `path` has another ending, or exists; there are no
+            samples, or none can be used; or what was written isn't what is stored.
+        OSError: the file can't be written.
+    """
+    check_images(samples)
+    check_shapes_field(samples, field, "masks")
+    path = Path(path)
+    check_path(path, overwrite)
+    if not len(samples):
+        raise ValueError(f"There are no samples in {samples.name}: nothing was written.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        aside = Path(folder, path.name)
+        root = _common_folder(samples)
+        images, annotations, skipped = _write(aside, root, samples, field, progress)
+        check_export(aside, samples.exclude([image["id"] for image in skipped]), field, progress)
+        size = aside.stat().st_size
+        aside.replace(path)
+    return Export(path, root, images, annotations, size, skipped)
+
+
+def check_path(path: Path, overwrite: bool) -> None:
+    """Raises ValueError where an export can't go there."""
+    if path.suffix != ".json":
+        raise ValueError(f"{path} must end with .json.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or overwrite it.")
+
+
+def check_export(path: str | PathLike, samples: Samples, field: str, progress: bool | Callable | None = None) -> None:
+    """Reads a file of :func:`export_masks` with pycocotools and compares all of it with what is stored.
+
+    Raises:
+        ValueError: they differ; the message names the first difference.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports to stdout
+        coco = COCO(str(path))
+    entries = iter(coco.dataset["images"])
+
+    def look(stored: StoredImage) -> None:
+        expected = _annotations(stored, field)
+        entry = next(entries, None)
+        if entry is None or not Path(stored.name).as_posix().endswith(f"/{entry['file_name']}"):
+            raise ValueError(f"{path} has {entry} where {stored.name} was expected.")
+        if (entry["height"], entry["width"]) != stored.size:
+            raise ValueError(f"{path} has {entry}; (height, width) of {stored.name} are {stored.size}.")
+        found = coco.imgToAnns[entry["id"]]
+        if len(found) != len(expected):
+            raise ValueError(f"{path} has {len(found)} annotations of {stored.name}; {len(expected)} were expected.")
+        for annotation, label in zip(found, expected):
+            written = {**annotation, "category": coco.cats[annotation["category_id"]]["name"]}
+            different = [key for key, value in label.items() if written.get(key) != value]
+            if mask_utils.area(coco.annToRLE(annotation)) != label["area"]:
+                different.append("area of the mask")
+            if different:
+                raise ValueError(
+                    f"{path}: annotation {annotation['id']}, of {stored.name}, isn't what is stored: it differs in "
+                    f"{', '.join(different)}."
+                )
+
+    look_at_each(samples, [field], look, progress)
+    if (entry := next(entries, None)) is not None:
+        raise ValueError(f"{path} has {entry}, which isn't among the samples.")
+
+
+def _write(
+    path: Path, root: Path, samples: Samples, field: str, progress: bool | Callable | None
+) -> tuple[int, int, list[dict]]:
+    """Writes the file; returns the numbers of images and annotations, and what was skipped."""
+    images: list[dict] = []
+    categories: dict[str, int] = {}
+    count = 0
+    with path.open("w") as file:
+
+        def look(stored: StoredImage) -> None:
+            nonlocal count
+            annotations = _annotations(stored, field)
+            file_name = Path(stored.name).relative_to(root).as_posix()
+            height, width = stored.size
+            images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
+            for annotation in annotations:
+                category_id = categories.setdefault(annotation.pop("category"), len(categories) + 1)
+                ids = {"id": count + 1, "image_id": len(images), "category_id": category_id}
+                file.write((",\n" if count else "\n") + json.dumps(ids | annotation))
+                count += 1
+
+        file.write('{"annotations": [')
+        skipped = look_at_each(samples, [field], look, progress)
+        named = [{"id": id, "name": name} for name, id in categories.items()]
+        file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(named)}}}\n')
+    return len(images), count, skipped
+
+
+def _annotations(stored: StoredImage, field: str) -> list[dict]:
+    """The image's annotations, without ids, and with the name of their `category`."""
+    labels = stored.labels(field)
+    annotations = []
+    for label, mask in zip(labels, masks_of(labels, size_of(stored))):
+        annotation = {
+            "category": label.get("label") or UNLABELED,
+            "segmentation": {"size": list(mask["size"]), "counts": mask["counts"].decode()},
+            "area": int(mask_utils.area(mask)),
+            "bbox": mask_utils.toBbox(mask).tolist(),
+            "iscrowd": int(is_crowd(label)),
+        }
+        for key, attribute in SCORES.items():
+            if (value := label.get(attribute)) is not None:
+                if not isinstance(value, (int, float)) or not math.isfinite(value):
+                    raise LabelError(f"{name_of(label)} has {attribute}={value!r}: a number was expected")
+                annotation[key] = value
+        annotations.append(annotation)
+    return annotations
+
+
+def _common_folder(samples: Samples) -> Path:
+    """The deepest folder that holds all images."""
+    return Path(os.path.commonpath({os.path.dirname(filepath) for filepath in samples.values("filepath")}))

@@ -1,0 +1,135 @@
+"""Finding labels image by image: tags that follow what is found, and patches that show it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import fiftyone.core.labels as fol
+import fiftyone.core.utils as fou
+from bson import ObjectId
+from pymongo import UpdateOne
+
+from ..evaluation.proposals import RANKINGS
+from ..stored_labels import (
+    LabelError,
+    MissingError,
+    StoredImage,
+    check_shapes_field,
+    ensure_metadata,
+    stored_images,
+)
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+logger = logging.getLogger(__name__)
+
+# By the id of the sample, ids of labels of it.
+LabelIds = Mapping[ObjectId, Iterable[ObjectId]]
+
+
+def check_options(rank_by: str = "confidence", **shares: float) -> None:
+    """Raises ValueError unless this is a ranking, and the others, by the names of their arguments, lie in (0, 1]."""
+    if rank_by not in RANKINGS:
+        raise ValueError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}={share}: more than 0, and at most 1, was expected.")
+
+
+def check_images(samples: Samples) -> None:
+    """Raises ValueError unless these are whole images."""
+    if samples._is_generated or samples.media_type not in ("image", None):  # None: without samples
+        kind = "patches or frames" if samples._is_generated else f"media of type '{samples.media_type}'"
+        raise ValueError(f"The view holds {kind}; images were expected: choose the dataset or a view of whole images.")
+
+
+def check_tagged_field(samples: Samples, name: str, role: str, attributes: Iterable[str] = ()) -> None:
+    """Raises ValueError unless `name` is a field of lists of labels whose tags, and `attributes`, can be edited."""
+    check_shapes_field(samples, name, role)
+    kind = samples._get_label_field_type(name)
+    if not issubclass(kind, (fol.Detections, fol.Polylines)):
+        raise ValueError(f"Field '{name}' holds single labels; lists were expected as {role}.")
+    _, root = samples._get_label_field_path(name)
+    for path in (name, *(f"{root}.{attribute}" for attribute in ("tags", *attributes))):
+        found = samples._root_dataset.get_field(path)
+        if found is not None and found.read_only:
+            raise ValueError(f"'{path}' is read-only: nothing can be noted on its labels.")
+
+
+def have_masks(samples: Samples, field_name: str) -> bool:
+    """Whether labels of the field have masks, or are polygons, as far as the first one tells."""
+    _, path = samples._get_label_field_path(field_name)
+    first = samples.mongo([{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}])
+    for stored in stored_images(first, [field_name]):
+        label = stored.labels(field_name)[0]
+        return bool(label.get("mask") or label.get("mask_path") or "points" in label)
+    return True
+
+
+def look_at_each(
+    samples: Samples, field_names: Iterable[str], look: Callable[[StoredImage], None], progress: bool | Callable | None
+) -> list[dict]:
+    """Calls `look` with each image and these fields of it; stores nothing but missing metadata.
+
+    Returns:
+        of each image that `look` can't use a label of, its id, filepath and cause.
+
+    Raises:
+        ValueError: labels lack what their whole field is expected to have, or no image could be looked at.
+    """
+    ensure_metadata(samples, progress)
+    skipped = []
+    with fou.ProgressBar(total=len(samples), progress=progress) as bar:
+        for stored in bar(stored_images(samples, field_names)):
+            try:
+                look(stored)
+            except MissingError as error:
+                raise ValueError(f"{stored.name}: {error}.") from error
+            except LabelError as error:
+                skipped.append({"id": str(stored.sample_id), "filepath": stored.name, "cause": str(error)})
+    if skipped:
+        told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
+        if len(skipped) == len(samples):
+            raise ValueError(f"No image could be looked at; {told}.")
+        logger.warning("%s. All are in `skipped` of what is returned.", told)
+    return skipped
+
+
+def tags_of(label: Mapping) -> set[str]:
+    """The tags of a label as the database holds it."""
+    return set(label.get("tags") or [])
+
+
+def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now: LabelIds) -> None:
+    """Gives the labels `now` the tag, which those of `before` have, and takes it from the others.
+
+    What changes nothing is not written: storing a sample with its masks is what takes the time.
+    """
+    # Not by `tag_labels`: where a label's tags are null, FiftyOne 1.22 deletes all labels of the sample whose aren't.
+    tags = f"{dataset._get_label_field_path(field_name)[1]}.$[label].tags"
+    operations, ids = [], []
+    for more, less, edit in ((now, before, {"$addToSet": {tags: tag}}), (before, now, {"$pull": {tags: tag}})):
+        for id, labels in more.items():
+            if changed := list(set(labels).difference(less.get(id, ()))):
+                chosen = {"label._id": {"$in": changed}}
+                edits = edit | {"$set": {"last_modified_at": datetime.now(timezone.utc)}}
+                operations += [
+                    UpdateOne({"_id": id}, {"$set": {tags: []}}, array_filters=[chosen | {"label.tags": None}]),
+                    UpdateOne({"_id": id}, edits, array_filters=[chosen]),
+                ]
+                ids.append(id)
+    if operations:
+        dataset._bulk_write(operations, ids=ids, ordered=True)
+
+
+def patches_of(samples: Samples, field_name: str, tag: str, ids: Iterable[str]) -> fo.core.patches.PatchesView:
+    """The labels `ids`, which have this tag, as patches in this order."""
+    # By tag first: making patches by thousands of ids takes ten times as long.
+    patches = samples.select_labels(tags=tag, fields=field_name).to_patches(field_name)
+    return patches.select(list(ids), ordered=True)

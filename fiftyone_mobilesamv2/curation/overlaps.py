@@ -1,0 +1,48 @@
+"""How the labels of one image overlap, by their masks or by their boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from ..evaluation.average_recall import Shapes, _areas, _ious
+from ..stored_labels import LabelError, StoredImage, boxes_of, masks_of
+
+areas = _areas
+
+
+def size_of(stored: StoredImage) -> tuple[int, int]:
+    """(height, width) in pixels. Raises LabelError where it isn't known."""
+    if stored.size is None:
+        raise LabelError("it has no metadata, and its size can't be read from its file")
+    return stored.size
+
+
+def shapes_of(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> Shapes:
+    """The labels' masks, or their boxes. Raises as `stored_labels.masks_of` does."""
+    return masks_of(labels, size) if use_masks else boxes_of(labels, size)
+
+
+def ious(shapes: Shapes, others: Shapes) -> np.ndarray:
+    """float64 [shapes, others]: the IoU of each pair; 0 where one is empty."""
+    return _ious(shapes, others, np.zeros(len(others), bool))
+
+
+def shares_inside(shapes: Shapes, others: Shapes) -> np.ndarray:
+    """float64 [shapes, others]: the share of each shape's area that lies in each of the others; 0 where it is empty."""
+    return _ious(shapes, others, np.ones(len(others), bool))
+
+
+def shares_inside_any(shapes: Shapes, others: Shapes, size: tuple[int, int]) -> np.ndarray:
+    """float64 [shapes]: the share of each shape's area that lies in the union of the others.
+
+    Boxes are rounded to pixels for it. `size` is the image's (height, width).
+    """
+    if not len(shapes) or not len(others):
+        return np.zeros(len(shapes))
+    shapes, others = (
+        mask_utils.frPyObjects(each, *size) if isinstance(each, np.ndarray) else each for each in (shapes, others)
+    )
+    return shares_inside(shapes, [mask_utils.merge(others)])[:, 0]

@@ -1,0 +1,223 @@
+"""Proposals -> ground truth: what the annotators missed, taken over with one's own class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import fiftyone.core.fields as fof
+import fiftyone.core.labels as fol
+import fiftyone.core.storage as fos
+from bson import ObjectId
+from pycocotools import mask as mask_utils
+from pymongo.errors import DocumentTooLarge, WriteError
+
+from ..stored_labels import (
+    LabelError,
+    MissingError,
+    StoredImage,
+    boxes_of,
+    check_shapes_field,
+    labels_in,
+    masks_of,
+    name_of,
+)
+from .findings import LabelIds, check_images, check_tagged_field, look_at_each, retag
+from .overlaps import size_of
+from .unlabeled import PROMOTED, _is_set
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+UNLABELED = "unlabeled"  # the tag that `find_unlabeled_objects` gives
+PROMOTED_FROM = "promoted_from"  # the attribute of a label that holds the id of the proposal it was
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What :func:`promote_to_labels` did.
+
+    Attributes:
+        promoted: how many proposals became labels.
+        already: how many were labels before; these were left as they are.
+        samples: how many samples got labels.
+        missing: the ids that no proposal has.
+        skipped: of each sample that got no label, because one couldn't be made or stored, its id, filepath and cause.
+    """
+
+    promoted: int
+    already: int
+    samples: int
+    missing: list[str]
+    skipped: list[dict]
+
+
+def promote_to_labels(
+    samples: Samples,
+    ids: Iterable[str],
+    pred_field: str,
+    gt_field: str = "ground_truth",
+    *,
+    label: str,
+    progress: bool | Callable | None = None,
+) -> Promotion:
+    """Makes proposals ground truth, in the dataset that `samples` is, or shows.
+
+    Each becomes a label of its own in `gt_field`: its box and its mask, the class `label`, and its id as
+    `promoted_from`. Nothing else is taken over: confidence and notes of evaluations are of proposals. A mask in a file
+    is copied beside it, named after the new label, so that the label outlives the proposal. The proposal stays, and has
+    the tag "promoted" instead of "unlabeled".
+
+    A proposal that is a label of `gt_field` already isn't promoted again, and its label keeps its class. All labels of
+    a sample are stored at once, before the proposals' tags change: after an interruption, the same call does the rest.
+
+    Args:
+        samples: a dataset or view of images, or a view of patches; proposals that it hides are missing.
+        ids: of the proposals.
+        pred_field: the proposals: `fo.Detections`.
+        gt_field: `fo.Detections`, which it becomes if there is no such field, or `fo.Polylines`, which get the outline
+            by FiftyOne's `Detection.to_polyline`.
+        label: the class.
+        progress: as everywhere in FiftyOne.
+
+    Raises:
+        ValueError: a field is missing, read-only or of the wrong type; `label` is empty; or every sample was skipped.
+    """
+    dataset = samples._root_dataset
+    check_promotion(samples, pred_field, gt_field)
+    if not isinstance(label, str) or not label.strip():
+        raise ValueError(f"label={label!r}: the name of a class was expected.")
+    if not dataset.has_field(gt_field):
+        dataset.add_sample_field(gt_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
+    _, attribute = dataset._get_label_field_path(gt_field, PROMOTED_FROM)
+    dataset.add_sample_field(attribute, fof.StringField)
+
+    asked = dict.fromkeys(ids)
+    shown = samples.select_labels(ids=[id for id in asked if ObjectId.is_valid(id)], fields=pred_field)
+    sample_ids = set(shown.values("sample_id" if samples._is_patches else "id"))
+    label_ids = shown.values(shown._get_label_field_path(pred_field, "id")[1], unwind=True)
+    # What a view shows may be incomplete, and what patches show out of date.
+    view = dataset.select(sample_ids).select_labels(ids=label_ids, fields=pred_field)
+
+    labelled: dict[ObjectId, list[ObjectId]] = {}  # by the id of each sample, its proposals that are labels now
+    found: set[str] = set()
+    promoted = samples_changed = 0
+
+    def look(stored: StoredImage) -> None:
+        nonlocal promoted, samples_changed
+        proposals = stored.labels(pred_field)
+        found.update(str(proposal["_id"]) for proposal in proposals)
+        new = _promote(dataset, stored, proposals, gt_field, label)
+        labelled[stored.sample_id] = [proposal["_id"] for proposal in proposals]
+        promoted += new
+        samples_changed += new > 0
+
+    try:
+        skipped = look_at_each(view, [pred_field], look, progress)
+    finally:
+        _tag(samples, pred_field, labelled)
+    already = sum(map(len, labelled.values())) - promoted
+    return Promotion(promoted, already, samples_changed, [id for id in asked if id not in found], skipped)
+
+
+def check_promotion(samples: Samples, pred_field: str, gt_field: str) -> None:
+    """Raises ValueError where proposals of the one field can't become labels of the other."""
+    dataset = samples._root_dataset
+    check_images(dataset)
+    check_shapes_field(samples, pred_field, "proposals")
+    check_tagged_field(dataset, pred_field, "proposals")
+    kind = dataset._get_label_field_type(pred_field)
+    if kind is not fol.Detections:
+        raise ValueError(f"Field '{pred_field}' holds {kind.__name__}; Detections were expected as proposals.")
+    if pred_field == gt_field:
+        raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
+    if dataset.has_field(gt_field):
+        check_tagged_field(dataset, gt_field, "ground truth", [PROMOTED_FROM])
+    elif not gt_field.isidentifier():
+        raise ValueError(f"'{gt_field}' can't be the name of a field: letters, digits and _ were expected.")
+
+
+def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mapping], gt_field: str, label: str) -> int:
+    """Stores the labels of proposals of one sample that are none yet; returns how many.
+
+    Raises:
+        LabelError: one of them can't be made, or they can't be stored. Nothing was stored.
+    """
+    kind = dataset._get_label_field_type(gt_field)
+    path, attribute = (dataset._get_label_field_path(gt_field, name)[1] for name in ("", PROMOTED_FROM))
+    collection, query = dataset._sample_collection, {"_id": stored.sample_id}
+    document = collection.find_one(query, {attribute: True})
+    before = {each.get(PROMOTED_FROM) for each in labels_in(document, gt_field)}
+    new = [proposal for proposal in proposals if str(proposal["_id"]) not in before]
+    if not new:
+        return 0
+    make = _polyline if kind is fol.Polylines else _detection
+    try:
+        labels = [make(proposal, size_of(stored), label) for proposal in new]
+        # Someone else may be promoting the same proposals: the update finds only what is as it was read.
+        if _is_set(document, gt_field):
+            query[attribute] = {"$nin": [made[PROMOTED_FROM] for made in labels]}
+            update = {"$push": {path: {"$each": labels}}}
+        else:  # MongoDB adds to a list, but not to one that isn't there
+            query[gt_field] = None
+            update = {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}
+        update["$currentDate"] = {"last_modified_at": True}
+        result = collection.update_one(query, update)
+    except (OSError, WriteError, DocumentTooLarge) as error:
+        raise LabelError(f"its labels can't be stored: {error}") from error
+    if not result.matched_count:
+        raise LabelError("its labels were changed at the same time: promote once more")
+    return len(new)
+
+
+def _detection(proposal: Mapping, size: tuple[int, int], label: str) -> dict:
+    """As the database holds it; its mask, if in a file, in a file of its own."""
+    _mask(proposal, size)  # only labels that can be used are made
+    made = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal)).to_dict()
+    if proposal.get("mask") is not None:
+        made["mask"] = proposal["mask"]
+    elif path := proposal.get("mask_path"):
+        made["mask_path"] = os.path.join(os.path.dirname(path), f"{made['_id']}{os.path.splitext(path)[1]}")
+        fos.copy_file(path, made["mask_path"])
+    return made
+
+
+def _polyline(proposal: Mapping, size: tuple[int, int], label: str) -> dict:
+    """As the database holds it."""
+    if (mask := _mask(proposal, size)) is None:
+        detection = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal))
+    else:
+        detection = fol.Detection.from_mask(mask_utils.decode(mask), label=label, **_origin(proposal))
+    return detection.to_polyline().to_dict()
+
+
+def _origin(proposal: Mapping) -> dict[str, str]:
+    return {PROMOTED_FROM: str(proposal["_id"])}
+
+
+def _mask(proposal: Mapping, size: tuple[int, int]) -> dict | None:
+    """COCO RLE; None of a box without a mask. Raises LabelError where either can't be used, or the mask is empty."""
+    try:
+        (mask,) = masks_of([proposal], size)
+    except MissingError:
+        boxes_of([proposal], size)
+        return None
+    if not mask_utils.area(mask):
+        raise LabelError(f"{name_of(proposal)} has a mask without any pixel")
+    return mask
+
+
+def _tag(samples: Samples, pred_field: str, labelled: LabelIds) -> None:
+    """Tags these proposals as promoted: in the dataset, and where `samples` shows patches of it, there too."""
+    dataset = samples._root_dataset
+    retag(dataset, pred_field, PROMOTED, {}, labelled)
+    retag(dataset, pred_field, UNLABELED, labelled, {})
+    if samples._dataset is not dataset and labelled:
+        ids = [str(id) for label_ids in labelled.values() for id in label_ids]
+        patches = samples._dataset.select_labels(ids=ids, fields=pred_field)
+        patches.tag_labels(PROMOTED, label_fields=pred_field)
+        patches.untag_labels(UNLABELED, label_fields=pred_field)

@@ -1,0 +1,59 @@
+"""Write masks as a COCO file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fiftyone as fo
+
+from .labels import SHAPES, skipped_button, skipped_text
+from .operator import Form, FormError, Operator, Outcome, Progress
+
+
+class ExportMasks(Operator):
+    identifier = "export_masks"
+    title = "Export masks as COCO"
+    description = "Write masks as RLE into a JSON file in COCO's format, and compare it with what is stored"
+    icon = "curate"
+
+    def form(self, form: Form) -> None:
+        from ..curation.export import check_path
+        from ..curation.findings import check_images, have_masks
+
+        try:
+            samples = form.target("Export")
+            check_images(samples)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        field = form.label_field("field", SHAPES, "Masks", "The labels to export", "segmentations")
+        if form.problems:
+            return
+        if not have_masks(samples, field):
+            raise FormError(f"Labels in '{field}' have no masks: make some by 'Segment from prompts'.")
+        default = Path(fo.config.default_dataset_dir, form.dataset.slug, "masks.json")
+        typed = form.text("path", str(default), "File", "On the machine that runs the App's server; ends with .json")
+        path = Path(typed).expanduser()
+        if not path.is_absolute():
+            raise FormError(f"File: a full path was expected, such as {default}, not {typed}.")
+        form.values["path"] = str(path)
+        if path.exists():
+            form.switch("overwrite", False, "Overwrite", "The file exists; it is replaced when the new one is complete")
+        try:
+            check_path(path, bool(form.values.get("overwrite")))
+        except ValueError as error:
+            raise FormError(f"File: {error}") from error
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from ..curation.export import export_masks
+
+        export = export_masks(form.samples, progress=progress, **form.values)
+        lines = [
+            f"### {export.annotations:,} masks of {export.images:,} images",
+            f"Written to `{export.path}` ({export.bytes / 1e6:,.1f} MB), read back with pycocotools, and equal to what "
+            f"is stored.",
+            f"Images are named relative to `{export.root}`.",
+        ]
+        result = vars(export) | {"path": str(export.path), "root": str(export.root)}
+        return Outcome(
+            "\n\n".join(lines + skipped_text(export.skipped)), result, buttons=skipped_button(export.skipped)
+        )

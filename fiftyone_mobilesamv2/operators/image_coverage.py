@@ -1,0 +1,51 @@
+"""Measure how much of each image its objects cover."""
+
+from __future__ import annotations
+
+from .labels import SHAPES, skipped_button, skipped_text
+from .operator import Form, FormError, Operator, Outcome, Progress
+
+
+class ImageCoverage(Operator):
+    identifier = "image_coverage"
+    title = "Measure image coverage"
+    description = (
+        "Store on each sample how much of its image is covered by objects, how many there are and of what size"
+    )
+    icon = "curate"
+    risk = "low"
+
+    def form(self, form: Form) -> None:
+        from ..curation.coverage import NUMBERS, check_coverage
+        from ..curation.findings import check_images, have_masks
+
+        try:
+            samples = form.target("Measure")
+            check_images(samples)
+            field = form.label_field("field", SHAPES, "Labels", "The objects", "segmentations")
+            if form.problems:
+                return
+            check_coverage(samples, field)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        has_masks = have_masks(samples, field)
+        if form.switch("use_masks", has_masks, "Measure masks", "Otherwise bounding boxes") and not has_masks:
+            form.problem(f"Labels in '{field}' have no masks: measure boxes.")
+        form.note(f"Stored on the samples, to filter and sort by: {', '.join(f'{field}_{end}' for end in NUMBERS)}.")
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from ..curation.coverage import image_coverage
+
+        coverage = image_coverage(form.samples, progress=progress, **form.values)
+        field, means = form.values["field"], coverage.means
+        lines = [f"### {coverage.images:,} images measured"]
+        if coverage.images:
+            lines.append(
+                f"On average {means['coverage']:.1%} covered, by {means['objects']:.1f} objects: {means['small']:.1f} "
+                f"small, {means['medium']:.1f} medium, {means['large']:.1f} large."
+            )
+            lines.append(f"Sort the images by `{field}_coverage`, or filter them in the sidebar under 'coverage'.")
+        if coverage.unsegmented:
+            lines.append(f"{coverage.unsegmented:,} have nothing in `{field}`, and got no numbers: segment them first.")
+        lines += skipped_text(coverage.skipped)
+        return Outcome("\n\n".join(lines), vars(coverage), buttons=skipped_button(coverage.skipped))

@@ -1,0 +1,97 @@
+"""Make proposals ground truth."""
+
+from __future__ import annotations
+
+import fiftyone as fo
+from fiftyone.operators import types
+
+from .labels import GROUND_TRUTH, SHAPES, skipped_button, skipped_text
+from .operator import Form, FormError, Operator, Outcome, Progress, label_fields
+
+
+class PromoteToLabels(Operator):
+    identifier = "promote_to_labels"
+    title = "Promote to labels"
+    description = "Make the selected proposals ground truth, with a class of yours"
+    icon = "curate"
+
+    def form(self, form: Form) -> None:
+        from ..curation.promote import check_promotion
+
+        if form.dataset is None:
+            raise FormError("Open a dataset first.")
+        self._selection(form)
+        field, count = form.values["pred_field"], len(form.values["ids"])
+        form.note(f"{count:,} object{'s' * (count != 1)} of '{field}' selected.")
+        known = [name for name in label_fields(form.dataset, SHAPES) if name != field]
+        gt_field = form.new_field(
+            "gt_field",
+            GROUND_TRUTH,
+            "Label field",
+            "Where the labels go: a new field, or one of detections or polylines",
+            known,
+        )
+        try:
+            check_promotion(form.samples, field, gt_field)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        view = types.AutocompleteView()
+        for name in self._classes(form.dataset, gt_field):
+            view.add_choice(name, label=name)
+        # Nothing is suggested: what is confirmed unread ends up in the ground truth.
+        form.inputs.str("label", label="Class", description="One there is, or a new one", required=True, view=view)
+        form.values["label"] = form.ctx.params.get("label")
+
+    def _selection(self, form: Form) -> None:
+        """Which proposals: labels that are selected in samples, or patches that are."""
+        ctx = form.ctx
+        is_patches = ctx.view._is_patches
+        if ctx.selected_labels:
+            fields = sorted({label["field"] for label in ctx.selected_labels})
+            if len(fields) > 1:
+                raise FormError(
+                    f"The selected labels are of several fields, {', '.join(fields)}: select labels of one."
+                )
+            sample_ids = {label["sample_id"] for label in ctx.selected_labels}
+            form.samples = ctx.view if is_patches else ctx.dataset.select(sample_ids)
+            form.values["pred_field"] = fields[0]
+            form.values["ids"] = [label["label_id"] for label in ctx.selected_labels]
+        elif is_patches and ctx.selected:
+            form.samples = ctx.view.select(ctx.selected)
+            field = form.label_field("pred_field", (fo.Detection,), "Proposals")
+            form.values["ids"] = form.samples.values(f"{field}.id")
+        else:
+            raise FormError(
+                "Select the proposals first: patches, in a view of them, by their checkboxes; or objects, in an open "
+                "sample, by clicking them."
+            )
+
+    def _classes(self, dataset: fo.Dataset, gt_field: str) -> list[str]:
+        if declared := dataset.classes.get(gt_field, dataset.default_classes):
+            return declared
+        if not dataset.has_field(gt_field):
+            return []
+        return dataset.distinct(dataset._get_label_field_path(gt_field, "label")[1])
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from ..curation.promote import promote_to_labels
+
+        values = form.values
+        promotion = promote_to_labels(
+            form.samples,
+            values["ids"],
+            values["pred_field"],
+            values["gt_field"],
+            label=values["label"],
+            progress=progress,
+        )
+        count = promotion.promoted
+        lines = [f"### {count:,} object{'s' * (count != 1)} labeled `{values['label']}`"]
+        if count:
+            lines.append(f"Stored in `{values['gt_field']}` of {promotion.samples:,} images.")
+        if promotion.already:
+            lines.append(f"{promotion.already:,} were labels there before, and are left as they were.")
+        if promotion.missing:
+            lines.append(f"{len(promotion.missing):,} are not there any more.")
+        lines += skipped_text(promotion.skipped)
+        return Outcome("\n\n".join(lines), vars(promotion), buttons=skipped_button(promotion.skipped))

@@ -1,0 +1,290 @@
+"""What becomes ground truth, what stays as it is, and that interruptions and rivals lose and double nothing."""
+
+from pathlib import Path
+
+import cv2
+import fiftyone as fo
+import numpy as np
+import pytest
+from bson import ObjectId
+from pycocotools import mask as mask_utils
+
+from fiftyone_mobilesamv2 import evaluate_proposals
+from fiftyone_mobilesamv2.curation import promote
+from fiftyone_mobilesamv2.curation.promote import promote_to_labels
+from fiftyone_mobilesamv2.stored_labels import masks_of, stored_images
+
+
+@pytest.fixture
+def shapes(rectangle):
+    disc = rectangle(0, 0, 1, 1)
+    disc = cv2.circle(disc.astype(np.uint8), (100, 60), 20, 1, -1).astype(bool)
+    return [rectangle(10, 20, 30, 40), disc, rectangle(120, 90, 40, 30)]
+
+
+@pytest.fixture
+def labelled(dataset, add_image, detection, rectangle, shapes):
+    """Three images: with a label and three proposals, never labelled with one, without either."""
+    scores = {"confidence": 0.5, "predicted_iou": 0.75, "ar": "fn", "tags": ["unlabeled", "mine"]}
+    add_image(
+        ground_truth=[detection(rectangle(60, 5, 20, 20), label="dog")],
+        proposals=[detection(shape, **scores) for shape in shapes],
+    )
+    add_image(proposals=[detection(shapes[1], **scores)])
+    add_image(ground_truth=[], proposals=[])
+    return dataset
+
+
+def ids_of(samples):
+    return samples.values("proposals.detections.id", unwind=True)
+
+
+def masks(dataset, field):
+    """{id of each label: bool mask of the whole image}"""
+    found = {}
+    for stored in stored_images(dataset, [field]):
+        labels = stored.labels(field)
+        for label, mask in zip(labels, masks_of(labels, stored.size)):
+            found[str(label["_id"])] = mask_utils.decode(mask).astype(bool)
+    return found
+
+
+def counts(result):
+    return result.promoted, result.already, result.samples, result.missing, result.skipped
+
+
+def test_becomes_a_label(labelled, shapes):
+    ids = ids_of(labelled)
+    before = labelled.values("proposals.detections", unwind=True)
+    result = promote_to_labels(labelled, [ids[1], ids[3]], "proposals", label="cat", progress=False)
+    assert counts(result) == (2, 0, 2, [], [])
+    first, second, third = labelled
+    assert [label.label for label in first.ground_truth.detections] == ["dog", "cat"]
+    assert third.ground_truth.detections == []
+    for made, origin in ((first.ground_truth.detections[1], ids[1]), (second.ground_truth.detections[0], ids[3])):
+        assert made.promoted_from == origin and made.id not in ids
+        assert np.array_equal(masks(labelled, "ground_truth")[made.id], shapes[1])
+        kept = {"id", "tags", "attributes", "label", "bounding_box", "mask", "promoted_from"}
+        assert {name for name, value in made.iter_fields() if value is not None} == kept
+        assert made.tags == []
+    assert "promoted_from" in labelled.get_field_schema(flat=True)["ground_truth.detections"].field.get_field_schema()
+    for old, new in zip(before, labelled.values("proposals.detections", unwind=True)):
+        expected = ["mine", "promoted"] if new.id in (ids[1], ids[3]) else ["unlabeled", "mine"]
+        assert new.tags == expected
+        old.tags = new.tags
+        assert old == new
+
+
+def test_samples_in_memory_follow(labelled):
+    held = labelled.first()
+    promote_to_labels(labelled, ids_of(labelled)[:1], "proposals", label="cat", progress=False)
+    assert [label.label for label in held.ground_truth.detections] == ["dog", "cat"]
+    assert held.proposals.detections[0].tags == ["mine", "promoted"]
+    held.save()
+    assert labelled.count("ground_truth.detections") == 2
+
+
+def test_not_twice(labelled):
+    ids = ids_of(labelled)
+    promote_to_labels(labelled, ids[:1], "proposals", label="cat", progress=False)
+    result = promote_to_labels(labelled, [*ids[:2], ids[0]], "proposals", label="bird", progress=False)
+    assert counts(result) == (1, 1, 1, [], [])
+    assert labelled.values("ground_truth.detections.label", unwind=True) == ["dog", "cat", "bird"]
+
+
+def test_labels_outlive_proposals(labelled, shapes, tmp_path):
+    sample = labelled.first()
+    for number, label in enumerate(sample.proposals.detections):
+        label.export_mask(str(tmp_path / f"{number}.png"), update=True)
+    sample.save()
+    promote_to_labels(labelled, ids_of(labelled), "proposals", label="cat", progress=False)
+    for number in range(3):
+        (tmp_path / f"{number}.png").unlink()
+    labelled.delete_sample_field("proposals")
+    made = labelled.first().ground_truth.detections[1:]
+    found = masks(labelled, "ground_truth")
+    for label, shape in zip(made, shapes):
+        assert Path(label.mask_path) == tmp_path / f"{label.id}.png"
+        assert np.array_equal(found[label.id], shape)
+
+
+def test_new_field(labelled):
+    ids = ids_of(labelled)
+    promote_to_labels(labelled, ids, "proposals", "mine", label="cat", progress=False)
+    assert labelled.get_field("mine").document_type is fo.Detections
+    assert labelled.values("mine.detections.promoted_from", unwind=True) == ids
+    assert labelled.last().mine is None
+    assert labelled.count("ground_truth.detections") == 1
+    # Found by the evaluation, each at IoU 1.
+    results = evaluate_proposals(labelled, "proposals", "mine", progress=False)
+    assert results.metrics()["AR@10"] == 1
+
+
+def test_boxes(labelled):
+    sample = labelled.first()
+    sample.proposals.detections[0].mask = None
+    sample.save()
+    promote_to_labels(labelled, ids_of(labelled)[:1], "proposals", label="cat", progress=False)
+    made = labelled.first().ground_truth.detections[1]
+    assert made.bounding_box == sample.proposals.detections[0].bounding_box and made.mask is None
+
+
+def test_polylines(labelled, shapes):
+    sample = labelled.first()
+    sample.proposals.detections[0].mask = None
+    sample["outlines"] = fo.Polylines(polylines=[fo.Polyline(label="dog", points=[[[0, 0], [1, 0], [1, 1]]])])
+    sample.save()
+    result = promote_to_labels(labelled, ids_of(labelled), "proposals", "outlines", label="cat", progress=False)
+    assert counts(result) == (4, 0, 2, [], [])
+    labels = labelled.first().outlines.polylines
+    assert [label.label for label in labels] == ["dog", "cat", "cat", "cat"]
+    found = masks(labelled, "outlines")
+    for label, shape, origin in zip(labels[1:], shapes, ids_of(labelled)):
+        assert label.closed and label.filled and label.promoted_from == origin
+        # FiftyOne's outlines run through the centres of the border's pixels, up to 2 pixels off.
+        assert (found[label.id] & shape).sum() / (found[label.id] | shape).sum() > 0.85
+    assert labelled.skip(1).first().outlines.polylines[0].label == "cat"
+
+
+def test_view_of_patches(labelled):
+    ids = ids_of(labelled)
+    patches = labelled.match_labels(tags="unlabeled").to_patches("proposals").match_labels(tags="unlabeled")
+    result = promote_to_labels(patches, [ids[1], ids[3]], "proposals", label="cat", progress=False)
+    assert counts(result) == (2, 0, 2, [], [])
+    assert labelled.values("ground_truth.detections.label") == [["dog", "cat"], ["cat"], []]
+    assert sorted(labelled.match_labels(tags="promoted").count_label_tags().items()) == sorted(
+        {"unlabeled": 2, "mine": 4, "promoted": 2}.items()
+    )
+    assert patches.values("id") == [ids[0], ids[2]]  # the promoted ones have left it
+    patches.reload()
+    assert patches.values("id") == [ids[0], ids[2]]
+
+
+def test_patches_out_of_date(labelled, detection, rectangle):
+    """What the dataset holds now counts: one mask has changed since, and one proposal is gone."""
+    patches = labelled.to_patches("proposals")
+    sample = labelled.first()
+    now = rectangle(1, 2, 3, 4)
+    changed, gone = sample.proposals.detections[:2]
+    changed.mask, changed.bounding_box = detection(now).mask, detection(now).bounding_box
+    sample.proposals.detections.remove(gone)
+    sample.save()
+    result = promote_to_labels(patches, [changed.id, gone.id], "proposals", label="cat", progress=False)
+    assert counts(result) == (1, 0, 1, [gone.id], [])
+    made = labelled.first().ground_truth.detections[1]
+    assert np.array_equal(masks(labelled, "ground_truth")[made.id], now)
+
+
+def test_missing_ids(labelled):
+    ids = ids_of(labelled)
+    unknown = str(ObjectId())
+    asked = [ids[0], unknown, "nonsense", ids[3]]
+    result = promote_to_labels(labelled.limit(1), asked, "proposals", label="cat", progress=False)
+    assert counts(result) == (1, 0, 1, [unknown, "nonsense", ids[3]], [])
+    nothing = promote_to_labels(labelled, [], "proposals", label="cat", progress=False)
+    assert counts(nothing) == (0, 0, 0, [], [])
+    assert counts(promote_to_labels(labelled.limit(0), ids[:1], "proposals", label="cat")) == (0, 0, 0, ids[:1], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"bounding_box": [0.1, 0.1, -1, 0.1]}, "bounding_box"),
+        ({"mask": np.zeros((40, 30), bool)}, "without any pixel"),
+        ({"mask": None, "mask_path": "/nowhere/mask.png"}, "can't be read"),
+    ],
+)
+def test_unusable_proposals_cost_their_own_sample(labelled, changes, cause):
+    sample = labelled.first()
+    for name, value in changes.items():
+        sample.proposals.detections[0][name] = value
+    sample.save()
+    result = promote_to_labels(labelled, ids_of(labelled), "proposals", label="cat", progress=False)
+    assert (result.promoted, result.samples, result.missing) == (1, 1, [])
+    assert [each["id"] for each in result.skipped] == [sample.id] and cause in result.skipped[0]["cause"]
+    assert labelled.values("ground_truth.detections.label") == [["dog"], ["cat"], []]
+    assert labelled.count_label_tags("proposals") == {"unlabeled": 3, "mine": 4, "promoted": 1}
+
+
+def test_a_document_that_would_be_too_large(labelled):
+    noise = np.random.default_rng(0).integers(256, size=(1000, 1500), dtype=np.uint8)  # 1.5 MB, compressed too
+    sample = labelled.first()
+    whole = fo.Detection(label="object", bounding_box=[0, 0, 1, 1], mask=noise)
+    sample.metadata = fo.ImageMetadata(height=1000, width=1500)
+    sample.ground_truth = None
+    sample.proposals.detections = [whole.copy() for _ in range(6)]
+    sample.save()
+    result = promote_to_labels(labelled, ids_of(labelled), "proposals", label="cat", progress=False)
+    assert result.promoted == 1 and "16MB" in result.skipped[0]["cause"]
+    assert labelled.values("ground_truth.detections.label") == [None, ["cat"], []]
+    assert labelled.count_label_tags("proposals")["promoted"] == 1
+
+
+def test_interrupted(labelled):
+    """Cancelled after the first image: what has a label is tagged, and the same call does the rest."""
+
+    class Stop(Exception):
+        pass
+
+    def progress(bar):
+        if bar.iteration >= 1:
+            raise Stop
+
+    ids = ids_of(labelled)
+    with pytest.raises(Stop):
+        promote_to_labels(labelled, ids, "proposals", label="cat", progress=progress)
+    assert labelled.values("ground_truth.detections.label") == [["dog", "cat", "cat", "cat"], None, []]
+    assert labelled.match_labels(tags="promoted").values("id") == [labelled.first().id]
+    result = promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
+    assert counts(result) == (1, 3, 1, [], [])
+
+
+def test_killed_between_label_and_tag(labelled, monkeypatch):
+    ids = ids_of(labelled)
+    with monkeypatch.context() as patched:
+        patched.setattr(promote, "_tag", lambda *_: None)
+        promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
+    assert "promoted" not in labelled.count_label_tags("proposals")
+    result = promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
+    assert counts(result) == (0, 4, 0, [], [])
+    assert labelled.count_label_tags("proposals") == {"mine": 4, "promoted": 4}
+
+
+@pytest.mark.parametrize("number", [0, 3])  # in an image with labels, and in one without
+def test_two_at_once_promote_once(labelled, monkeypatch, number):
+    ids = [ids_of(labelled)[number]]
+    make = promote._detection
+
+    def while_another_does(*args):
+        monkeypatch.setattr(promote, "_detection", make)
+        promote_to_labels(labelled, ids, "proposals", label="first", progress=False)
+        return make(*args)
+
+    monkeypatch.setattr(promote, "_detection", while_another_does)
+    with pytest.raises(ValueError, match="changed at the same time"):
+        promote_to_labels(labelled, ids, "proposals", label="second", progress=False)
+    assert labelled.count_values("ground_truth.detections.label") == {"dog": 1, "first": 1}
+
+
+def test_refuses(labelled, stored):
+    labelled.add_sample_field("class", fo.EmbeddedDocumentField, embedded_doc_type=fo.Classification)
+    labelled.add_sample_field("outlines", fo.EmbeddedDocumentField, embedded_doc_type=fo.Polylines)
+    labelled.add_sample_field("locked", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
+    locked = labelled.get_field("locked")
+    locked.read_only = True
+    locked.save()
+    before, ids = stored(), ids_of(labelled)
+
+    def refused(match, pred_field="proposals", gt_field="ground_truth", label="cat", samples=labelled):
+        with pytest.raises(ValueError, match=match):
+            promote_to_labels(samples, ids, pred_field, gt_field, label=label, progress=False)
+        assert stored() == before
+
+    refused("has no field 'nothing' for the proposals", pred_field="nothing")
+    refused("'outlines' holds Polylines; Detections were expected as proposals", pred_field="outlines")
+    refused("'class' holds Classification", gt_field="class")
+    refused("same field, 'proposals'", gt_field="proposals")
+    refused("read-only", gt_field="locked")
+    refused("read-only", pred_field="locked")
+    refused("the name of a class was expected", label=" ")
+    refused("has no field 'proposals' for the proposals", samples=labelled.to_patches("ground_truth"))
