@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 		$(PY) -m pip install --force-reinstall --no-deps -c constraints.txt opencv-python-headless
 	$(PY) -c 'import cv2'
 	$(PY) tools/ensure_mongod.py
+	$(PY) tools/ensure_chromium.py
 	@touch $@
 
 quickstart: setup ## segment images and open them in the App (IMAGES=folder MODEL=zoo-name)

@@ -1,5 +1,6 @@
-"""The one thing that pyproject.toml can't say: a wheel carries fiftyone.yml inside the package."""
+"""The one thing that pyproject.toml can't say: a wheel carries fiftyone.yml and the skills inside the package."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -13,10 +14,12 @@ class BuildWithPluginManifest(build_py):
         super().run()
         if not self.editable_mode:
             manifest = Path("fiftyone.yml").read_text().replace("fiftyone_mobilesamv2/__init__.py", "__init__.py")
-            Path(self.build_lib, "fiftyone_mobilesamv2", "fiftyone.yml").write_text(manifest)
+            package = Path(self.build_lib, "fiftyone_mobilesamv2")
+            (package / "fiftyone.yml").write_text(manifest)
+            shutil.copytree("skills", package / "skills", dirs_exist_ok=True)
 
     def get_source_files(self):
-        return [*super().get_source_files(), "fiftyone.yml"]
+        return [*super().get_source_files(), "fiftyone.yml", *map(str, Path("skills").rglob("*.md"))]
 
 
 setup(cmdclass={"build_py": BuildWithPluginManifest})

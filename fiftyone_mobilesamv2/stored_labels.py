@@ -6,6 +6,7 @@ FiftyOne's own loading alone takes longer than everything here (benchmarks/evalu
 from __future__ import annotations
 
 import io
+import logging
 import math
 import tokenize
 import zlib
@@ -18,6 +19,7 @@ import cv2
 import fiftyone.core.fields as fof
 import fiftyone.core.labels as fol
 import fiftyone.core.storage as fos
+import fiftyone.core.utils as fou
 import numpy as np
 from bson import ObjectId
 from fiftyone import ViewField as F
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     import fiftyone as fo
 
     Samples = fo.core.collections.SampleCollection
+
+logger = logging.getLogger(__name__)
 
 SHAPE_TYPES = (fol.Detections, fol.Polylines, fol.Detection, fol.Polyline)
 
@@ -57,14 +61,24 @@ class StoredImage:
     name: str
     size: tuple[int, int] | None
 
+    @property
+    def known_size(self) -> tuple[int, int]:
+        """`size`. Raises LabelError where it isn't known."""
+        if self.size is None:
+            raise LabelError("it has no metadata, and its size can't be read from its file")
+        return self.size
+
     def labels(self, field_name: str) -> list[dict]:
         """The single labels of a field that was asked for."""
         return labels_in(self.document, field_name)
 
+    def has(self, field_name: str) -> bool:
+        """Whether that field has a value. One in which nothing was found has: an empty list."""
+        return value_in(self.document, field_name) is not None
 
-def stored_images(samples: Samples, field_names: Iterable[str]) -> Iterator[StoredImage]:
+
+def stored_images(samples: Samples, field_names: Sequence[str]) -> Iterator[StoredImage]:
     """The images of a collection with these fields of theirs; the frames of its videos if the fields are of frames."""
-    field_names = list(field_names)
     names = [samples._handle_frame_field(name)[0] for name in field_names]
     keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
     if not any(samples._is_frame_field(name) for name in field_names):
@@ -83,13 +97,53 @@ def stored_images(samples: Samples, field_names: Iterable[str]) -> Iterator[Stor
 
 def labels_in(document: Mapping, field_name: str) -> list[dict]:
     """The single labels of a field of a document of a sample or frame."""
-    labels = document
-    for part in field_name.removeprefix("frames.").split("."):
-        labels = (labels or {}).get(part)
+    labels = value_in(document, field_name)
     for name in ("detections", "polylines"):
         if labels and name in labels:
             return labels[name] or []  # None where a view hides all
     return [labels] if labels else []
+
+
+def value_in(document: Mapping, field_name: str) -> Mapping | None:
+    """Of a field of a document of a sample or frame: its labels, as they are stored."""
+    value = document
+    for part in field_name.removeprefix("frames.").split("."):
+        value = (value or {}).get(part)
+    return value
+
+
+def look_at_each(
+    samples: Samples,
+    field_names: Sequence[str],
+    look: Callable[[StoredImage], None],
+    progress: bool | Callable | None = None,
+) -> list[dict]:
+    """Calls `look` with each image and these fields of it; stores nothing but missing metadata.
+
+    Returns:
+        of each image that `look` can't use a label of, its id, filepath and cause. They are logged, too.
+
+    Raises:
+        ValueError: labels lack what their whole field is expected to have, or no image could be used.
+    """
+    ensure_metadata(samples, progress)
+    of_frames = any(samples._is_frame_field(name) for name in field_names)
+    total = samples.count("frames") if of_frames else len(samples)
+    skipped = []
+    with fou.ProgressBar(total=total, progress=progress) as bar:
+        for stored in bar(stored_images(samples, field_names)):
+            try:
+                look(stored)
+            except MissingError as error:
+                raise ValueError(f"{stored.name}: {error}.") from error
+            except LabelError as error:
+                skipped.append({"id": str(stored.document["_id"]), "filepath": stored.name, "cause": str(error)})
+    if skipped:
+        told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
+        if len(skipped) == total:
+            raise ValueError(f"No image could be used; {told}.")
+        logger.warning("%s. All are in `skipped` of the result.", told)
+    return skipped
 
 
 def check_shapes_field(samples: Samples, name: str, role: str) -> None:
@@ -114,6 +168,21 @@ def ensure_metadata(samples: Samples, progress: bool | Callable | None = None) -
     missing = samples.match((F(sides[0]) == None) | (F(sides[1]) == None))  # noqa: E711
     if len(missing):
         missing.compute_metadata(overwrite=True, progress=progress)
+
+
+def number_of(label: Mapping, names: Iterable[str]) -> float:
+    """The mean of these attributes.
+
+    Raises:
+        MissingError: the label lacks one. LabelError: one is no number.
+    """
+    values = {name: label.get(name) for name in names}
+    for name, value in values.items():
+        if value is None:
+            raise MissingError(f"{name_of(label)} has no {name}")
+        if not isinstance(value, (int, float)) or math.isnan(value):
+            raise LabelError(f"{name_of(label)} has {name}={value!r}: a number was expected")
+    return sum(values.values()) / len(values)
 
 
 def is_crowd(label: Mapping) -> bool:

@@ -252,6 +252,8 @@ def test_wheel_holds_what_registration_needs(wheel):
         names = set(archive.namelist())
         manifest = archive.read("fiftyone_mobilesamv2/fiftyone.yml").decode()
     shipped = {f"fiftyone_mobilesamv2/weights/{path.name}" for path in (PACKAGE / "weights").iterdir()}
+    shipped |= {f"fiftyone_mobilesamv2/icons/{path.name}" for path in (PACKAGE / "icons").iterdir()}
+    shipped |= {f"fiftyone_mobilesamv2/{path.relative_to(ROOT)}" for path in (ROOT / "skills").rglob("*.md")}
     assert shipped | {"fiftyone_mobilesamv2/manifest.json"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fiftyone_mobilesamv2"}  # nothing beside it
     assert "py_entry: __init__.py" in manifest
@@ -286,6 +288,9 @@ states.append(foz.is_zoo_model_downloaded(DEMO))
 report(objects=objects(foz.load_zoo_model(DEMO, device="cpu")), path=path)
 states.append(foz.is_zoo_model_downloaded(DEMO))
 report(states=states, found=[plugin.name for plugin in fop.list_plugins()], plugins=plugins())
+report(skills=[skill.name for skill in fop.list_skills(plugin="@mobilesamv2/fiftyone_mobilesamv2")])
+from fiftyone_mobilesamv2.operators import SegmentEverything
+report(icon=SegmentEverything().config.icon)
 report(package=sys.modules["fiftyone_mobilesamv2"].__file__)
 """,
     )
@@ -295,6 +300,8 @@ report(package=sys.modules["fiftyone_mobilesamv2"].__file__)
     assert found["objects"] > 0
     assert sorted(found["found"]) == [PLUGIN, "@user/another"]
     assert found["plugins"] == {PLUGIN: []}
+    assert found["skills"] == ["segment-and-curate"]
+    assert (installed / found["icon"].removeprefix("/")).is_file()
     assert Path(found["package"]) == installed / "__init__.py"
     assert Path(found["path"]).is_file()
     assert Path(found["path"]).is_relative_to(user)

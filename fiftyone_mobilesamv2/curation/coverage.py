@@ -14,11 +14,10 @@ from bson import ObjectId
 from pycocotools import mask as mask_utils
 from pymongo import UpdateOne
 
-from ..evaluation.average_recall import AREA_RANGES
-from ..stored_labels import StoredImage, check_shapes_field
-from .findings import check_images, look_at_each
-from .overlaps import areas, shapes_of, size_of
-from .unlabeled import _is_set
+from ..evaluation.average_recall import AREA_RANGES, areas_of
+from ..stored_labels import StoredImage, check_shapes_field, look_at_each
+from .findings import check_images
+from .overlaps import shapes_of
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -81,8 +80,8 @@ def image_coverage(
     numbers: dict[ObjectId, dict | None] = {}
 
     def look(stored: StoredImage) -> None:
-        segmented = _is_set(stored.document, field)
-        numbers[stored.sample_id] = _measured(stored.labels(field), size_of(stored), use_masks) if segmented else None
+        segmented = stored.has(field)
+        numbers[stored.sample_id] = _measured(stored.labels(field), stored.known_size, use_masks) if segmented else None
 
     skipped = look_at_each(samples, [field], look, progress)
     _store(samples._dataset, field, numbers | {ObjectId(image["id"]): None for image in skipped})
@@ -111,7 +110,7 @@ def check_coverage(samples: Samples, field: str) -> None:
 def _measured(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> dict[str, float | None]:
     """An image's values, by the ends of the fields' names."""
     shapes = shapes_of(labels, size, use_masks)
-    areas_px = areas(shapes)
+    areas_px = areas_of(shapes)
     masks = shapes if use_masks or not labels else mask_utils.frPyObjects(shapes, *size)
     pixels = size[0] * size[1]
     (_, small), (_, medium) = AREA_RANGES["small"], AREA_RANGES["medium"]

@@ -12,11 +12,11 @@ import numpy as np
 from bson import ObjectId
 from pymongo import UpdateOne
 
-from ..evaluation.average_recall import Shapes, ranking
-from ..evaluation.proposals import RANKINGS, _number
-from ..stored_labels import StoredImage, is_crowd
-from .findings import check_images, check_options, check_tagged_field, look_at_each, patches_of, retag, tags_of
-from .overlaps import areas, ious, shapes_of, shares_inside, size_of
+from ..evaluation.average_recall import Shapes, areas_of, ranking
+from ..evaluation.proposals import RANKINGS
+from ..stored_labels import StoredImage, is_crowd, look_at_each, number_of
+from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
+from .overlaps import ious, shapes_of, shares_inside
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -105,8 +105,8 @@ def find_duplicates(
             values = {label["_id"]: label.get(name) for label in labels}
             noted[name][stored.sample_id] = {id: value for id, value in values.items() if value is not None}
         labels = [label for label in labels if not is_crowd(label)]
-        shapes = shapes_of(labels, size_of(stored), use_masks)
-        scores = _scores(labels, RANKINGS[rank_by], areas(shapes))
+        shapes = shapes_of(labels, stored.known_size, use_masks)
+        scores = _scores(labels, RANKINGS[rank_by], areas_of(shapes))
         ids = [label["_id"] for label in labels]
         for tag, relations in _related(ids, shapes, ranking(scores, len(labels)), iou, containment).items():
             found[tag][stored.sample_id] = relations
@@ -138,7 +138,7 @@ def _scores(labels: Sequence[Mapping], names: Sequence[str], areas: np.ndarray) 
     """What the labels of an image are ranked by."""
     if all(label.get(name) is None for label in labels for name in names):
         return areas
-    return [_number(label, names) for label in labels]
+    return [number_of(label, names) for label in labels]
 
 
 def _related(
@@ -159,7 +159,7 @@ def _related(
             duplicates |= {ids[i]: _Relation(ids[best], float(overlaps[best, i])) for i in rest}
             free[rest] = False
 
-    sizes = areas(shapes)[kept]
+    sizes = areas_of(shapes)[kept]
     shares = shares_inside(shapes, shapes)[np.ix_(kept, kept)]
     is_inside = (shares >= containment) & (sizes[:, None] < sizes)
     smallest = np.where(is_inside, sizes, np.inf).argmin(1)  # of equals the better-ranked

@@ -18,9 +18,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from ..evaluation.proposals import UNLABELED
-from ..stored_labels import LabelError, StoredImage, check_shapes_field, is_crowd, masks_of, name_of
-from .findings import check_images, look_at_each
-from .overlaps import size_of
+from ..stored_labels import LabelError, StoredImage, check_shapes_field, is_crowd, look_at_each, masks_of, name_of
+from .findings import check_images
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -176,7 +175,7 @@ def _annotations(stored: StoredImage, field: str) -> list[dict]:
     """The image's annotations, without ids, and with the name of their `category`."""
     labels = stored.labels(field)
     annotations = []
-    for label, mask in zip(labels, masks_of(labels, size_of(stored))):
+    for label, mask in zip(labels, masks_of(labels, stored.known_size)):
         annotation = {
             "category": label.get("label") or UNLABELED,
             "segmentation": {"size": list(mask["size"]), "counts": mask["counts"].decode()},

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import fiftyone.core.labels as fol
-import fiftyone.core.utils as fou
 from bson import ObjectId
 from pymongo import UpdateOne
 
 from ..evaluation.proposals import RANKINGS
 from ..stored_labels import (
-    LabelError,
-    MissingError,
-    StoredImage,
     check_shapes_field,
-    ensure_metadata,
     stored_images,
 )
 
@@ -70,35 +65,6 @@ def have_masks(samples: Samples, field_name: str) -> bool:
         label = stored.labels(field_name)[0]
         return bool(label.get("mask") or label.get("mask_path") or "points" in label)
     return True
-
-
-def look_at_each(
-    samples: Samples, field_names: Iterable[str], look: Callable[[StoredImage], None], progress: bool | Callable | None
-) -> list[dict]:
-    """Calls `look` with each image and these fields of it; stores nothing but missing metadata.
-
-    Returns:
-        of each image that `look` can't use a label of, its id, filepath and cause.
-
-    Raises:
-        ValueError: labels lack what their whole field is expected to have, or no image could be looked at.
-    """
-    ensure_metadata(samples, progress)
-    skipped = []
-    with fou.ProgressBar(total=len(samples), progress=progress) as bar:
-        for stored in bar(stored_images(samples, field_names)):
-            try:
-                look(stored)
-            except MissingError as error:
-                raise ValueError(f"{stored.name}: {error}.") from error
-            except LabelError as error:
-                skipped.append({"id": str(stored.sample_id), "filepath": stored.name, "cause": str(error)})
-    if skipped:
-        told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
-        if len(skipped) == len(samples):
-            raise ValueError(f"No image could be looked at; {told}.")
-        logger.warning("%s. All are in `skipped` of what is returned.", told)
-    return skipped
 
 
 def tags_of(label: Mapping) -> set[str]:

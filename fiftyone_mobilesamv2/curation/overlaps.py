@@ -7,17 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ..evaluation.average_recall import Shapes, _areas, _ious
-from ..stored_labels import LabelError, StoredImage, boxes_of, masks_of
-
-areas = _areas
-
-
-def size_of(stored: StoredImage) -> tuple[int, int]:
-    """(height, width) in pixels. Raises LabelError where it isn't known."""
-    if stored.size is None:
-        raise LabelError("it has no metadata, and its size can't be read from its file")
-    return stored.size
+from ..evaluation.average_recall import Shapes, ious_of
+from ..stored_labels import boxes_of, masks_of
 
 
 def shapes_of(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> Shapes:
@@ -27,12 +18,12 @@ def shapes_of(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool)
 
 def ious(shapes: Shapes, others: Shapes) -> np.ndarray:
     """float64 [shapes, others]: the IoU of each pair; 0 where one is empty."""
-    return _ious(shapes, others, np.zeros(len(others), bool))
+    return ious_of(shapes, others, np.zeros(len(others), bool))
 
 
 def shares_inside(shapes: Shapes, others: Shapes) -> np.ndarray:
     """float64 [shapes, others]: the share of each shape's area that lies in each of the others; 0 where it is empty."""
-    return _ious(shapes, others, np.ones(len(others), bool))
+    return ious_of(shapes, others, np.ones(len(others), bool))
 
 
 def shares_inside_any(shapes: Shapes, others: Shapes, size: tuple[int, int]) -> np.ndarray:

@@ -21,12 +21,13 @@ from ..stored_labels import (
     boxes_of,
     check_shapes_field,
     labels_in,
+    look_at_each,
     masks_of,
     name_of,
+    value_in,
 )
-from .findings import LabelIds, check_images, check_tagged_field, look_at_each, retag
-from .overlaps import size_of
-from .unlabeled import PROMOTED, _is_set
+from .findings import LabelIds, check_images, check_tagged_field, retag
+from .unlabeled import PROMOTED
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -157,9 +158,9 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mappi
         return 0
     make = _polyline if kind is fol.Polylines else _detection
     try:
-        labels = [make(proposal, size_of(stored), label) for proposal in new]
+        labels = [make(proposal, stored.known_size, label) for proposal in new]
         # Someone else may be promoting the same proposals: the update finds only what is as it was read.
-        if _is_set(document, gt_field):
+        if value_in(document, gt_field) is not None:
             query[attribute] = {"$nin": [made[PROMOTED_FROM] for made in labels]}
             update = {"$push": {path: {"$each": labels}}}
         else:  # MongoDB adds to a list, but not to one that isn't there

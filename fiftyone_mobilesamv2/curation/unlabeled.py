@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from bson import ObjectId
 
-from ..evaluation.proposals import RANKINGS, _number
-from ..stored_labels import StoredImage, check_shapes_field, is_crowd
+from ..evaluation.average_recall import areas_of
+from ..evaluation.proposals import RANKINGS
+from ..stored_labels import StoredImage, check_shapes_field, is_crowd, look_at_each, number_of
 from .findings import (
     check_images,
     check_options,
     check_tagged_field,
-    look_at_each,
     patches_of,
     retag,
     tags_of,
 )
-from .overlaps import areas, ious, shapes_of, shares_inside_any, size_of
+from .overlaps import ious, shapes_of, shares_inside_any
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -113,15 +113,15 @@ def find_unlabeled_objects(
 
     def unlabeled(stored: StoredImage) -> dict[ObjectId, float]:
         proposals = [label for label in stored.labels(pred_field) if not tags_of(label) & {PROMOTED, DISMISSED}]
-        scores = np.array([_number(label, RANKINGS[rank_by]) for label in proposals])
+        scores = np.array([number_of(label, RANKINGS[rank_by]) for label in proposals])
         proposals = [label for label, score in zip(proposals, scores) if score >= min_score]
         scores = scores[scores >= min_score]
-        objects, size = stored.labels(gt_field), size_of(stored)
+        objects, size = stored.labels(gt_field), stored.known_size
         crowd = np.array([is_crowd(label) for label in objects], bool)
         shapes, labelled = shapes_of(proposals, size, use_masks), shapes_of(objects, size, use_masks)
         best_ious = ious(shapes, labelled)[:, ~crowd].max(1, initial=0)
         found = (best_ious < iou) & (shares_inside_any(shapes, labelled, size) < max_inside)
-        found &= (areas(shapes) > 0) & (areas(shapes) >= min_area)
+        found &= (areas_of(shapes) > 0) & (areas_of(shapes) >= min_area)
         return {proposals[i]["_id"]: -scores[i] for i in np.flatnonzero(found)}
 
     return _found(samples, [pred_field, gt_field], pred_field, unlabeled, tag, progress)
@@ -154,10 +154,10 @@ def find_unsupported_labels(
     _check_different(pred_field, gt_field)
 
     def unsupported(stored: StoredImage) -> dict[ObjectId, float] | None:
-        if not _is_set(stored.document, pred_field):
+        if not stored.has(pred_field):
             return None
         objects = [label for label in stored.labels(gt_field) if not is_crowd(label)]
-        size = size_of(stored)
+        size = stored.known_size
         shapes, proposed = (shapes_of(labels, size, use_masks) for labels in (objects, stored.labels(pred_field)))
         best_ious = ious(shapes, proposed).max(1, initial=0)
         return {objects[i]["_id"]: best_ious[i] for i in np.flatnonzero(best_ious < iou)}
@@ -201,10 +201,3 @@ def _found(
 def _check_different(pred_field: str, gt_field: str) -> None:
     if pred_field == gt_field:
         raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
-
-
-def _is_set(document: Mapping, field_name: str) -> bool:
-    value = document
-    for part in field_name.split("."):
-        value = (value or {}).get(part)
-    return value is not None

@@ -100,8 +100,8 @@ class AverageRecall:
         """
         proposals = proposals[: self.ks[-1]]
         crowd = np.zeros(len(objects), bool) if is_crowd is None else np.asarray(is_crowd, bool)
-        areas = _areas(objects) if areas is None else np.asarray(areas, float)
-        ious = _ious(proposals, objects, crowd)
+        areas = areas_of(objects) if areas is None else np.asarray(areas, float)
+        ious = ious_of(proposals, objects, crowd)
 
         groups = {name: (areas >= low) & (areas <= high) for name, (low, high) in AREA_RANGES.items()}
         if frequencies is not None:
@@ -212,14 +212,14 @@ def ranking(scores: Sequence[float], k: int) -> np.ndarray:
     return np.argsort(-scores, kind="stable")[:k]
 
 
-def _areas(shapes: Shapes) -> np.ndarray:
+def areas_of(shapes: Shapes) -> np.ndarray:
     if isinstance(shapes, np.ndarray):
         return shapes[:, 2] * shapes[:, 3]
     # One at a time: pycocotools' `area` of 256 or more fails with numpy 2.
     return np.array([mask_utils.area(rle) for rle in shapes], float)
 
 
-def _ious(proposals: Shapes, objects: Shapes, crowd: np.ndarray) -> np.ndarray:
+def ious_of(proposals: Shapes, objects: Shapes, crowd: np.ndarray) -> np.ndarray:
     if not len(proposals) or not len(objects):
         return np.zeros((len(proposals), len(objects)))
     if not isinstance(proposals, np.ndarray):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -18,17 +18,14 @@ from bson import ObjectId
 from pymongo import UpdateOne
 
 from ..stored_labels import (
-    LabelError,
-    MissingError,
     StoredImage,
     boxes_of,
     check_shapes_field,
-    ensure_metadata,
     is_crowd,
+    look_at_each,
     masks_of,
     meet,
-    name_of,
-    stored_images,
+    number_of,
 )
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, ranking
 from .proposal_results import ProposalResults
@@ -278,23 +275,13 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     def _measure(self, samples: Samples, progress: bool | Callable | None) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
-        of_frames = self._is_of_frames(samples)
-        ensure_metadata(samples, progress)
-        with fou.ProgressBar(total=samples.count("frames") if of_frames else len(samples), progress=progress) as bar:
-            for stored in bar(stored_images(samples, [self.config.pred_field, self.config.gt_field])):
-                try:
-                    self._images.append(self._measured(stored))
-                except MissingError as error:
-                    raise ValueError(f"{stored.name}: {error}.") from error
-                except LabelError as error:
-                    skipped = {"id": str(stored.document["_id"]), "filepath": stored.name, "cause": str(error)}
-                    self._skipped.append(skipped)
-        if self._skipped:
-            first = self._skipped[0]
-            told = f"images skipped: {len(self._skipped)}; the first: {first['filepath']}: {first['cause']}"
-            if not self._images:
-                raise ValueError(f"Nothing could be measured; {told}.")
-            logger.warning("%s. All are in `results.skipped`.", told)
+        config = self.config
+        self._skipped = look_at_each(
+            samples,
+            [config.pred_field, config.gt_field],
+            lambda stored: self._images.append(self._measured(stored)),
+            progress,
+        )
         self._by_id = {str(image.id): image for image in self._images}
 
     def _results(
@@ -320,17 +307,15 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     def _measured(self, stored: StoredImage) -> _Image:
         """Matches the image's proposals to its objects, and counts them."""
-        size = stored.size
-        if size is None:
-            raise LabelError("it has no metadata, and its size can't be read from its file")
+        size = stored.known_size
         config = self.config
         objects = stored.labels(config.gt_field)
         proposals = stored.labels(config.pred_field)
-        scores = [_number(label, RANKINGS[config.rank_by]) for label in proposals]
+        scores = [number_of(label, RANKINGS[config.rank_by]) for label in proposals]
         # Masks beyond the largest K need no decoding.
         proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]
         crowd = [is_crowd(label) for label in objects]
-        areas = None if config.area_field is None else [_number(label, [config.area_field]) for label in objects]
+        areas = None if config.area_field is None else [number_of(label, [config.area_field]) for label in objects]
         frequencies = [label.get("frequency") for label in objects]
         shapes = boxes_of(proposals, size), boxes_of(objects, size)
         if config.use_masks:
@@ -552,17 +537,6 @@ def _datasets(samples: Samples) -> list[fo.Dataset]:
     """The dataset, and that of a view of patches or frames."""
     root, own = samples._root_dataset, samples._dataset
     return [root] if own is root else [root, own]
-
-
-def _number(label: Mapping, names: Iterable[str]) -> float:
-    """The mean of these attributes."""
-    values = {name: label.get(name) for name in names}
-    for name, value in values.items():
-        if value is None:
-            raise MissingError(f"{name_of(label)} has no {name}")
-        if not isinstance(value, (int, float)) or math.isnan(value):
-            raise LabelError(f"{name_of(label)} has {name}={value!r}: a number was expected")
-    return sum(values.values()) / len(values)
 
 
 def _panel_metrics(recall: AverageRecall) -> dict[str, dict]:

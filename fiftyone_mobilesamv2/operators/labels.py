@@ -35,7 +35,8 @@ def use_masks_switch(form: Form, *field_names: str) -> bool:
     """Whether masks are compared; where there are none, boxes."""
     from ..curation.findings import have_masks
 
-    without = [name for name in field_names if not have_masks(form.samples, name)]
+    known = label_fields(form.samples, SHAPES)
+    without = [name for name in field_names if name in known and not have_masks(form.samples, name)]
     use_masks = form.switch("use_masks", not without, "Compare masks", "Otherwise bounding boxes")
     if without:
         told = f"Labels in {' and '.join(map(repr, without))} have no masks"

@@ -221,7 +221,7 @@ def test_a_bad_label_costs_its_own_image(by_hand, add_image, detection, rectangl
     assert [each["id"] for each in result.skipped] == [sample.id] and "confidence=nan" in result.skipped[0]["cause"]
     assert notes(by_hand[:1]) == dict.fromkeys(EXPECTED, (set(), None, None))
     before = stored()
-    with pytest.raises(ValueError, match="No image could be looked at"):
+    with pytest.raises(ValueError, match="No image could be used"):
         find_duplicates(by_hand[:1], "proposals", progress=False)
     assert stored() == before
 

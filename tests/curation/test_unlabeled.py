@@ -13,6 +13,7 @@ from fiftyone_mobilesamv2.curation.unlabeled import (
     find_unlabeled_objects,
     find_unsupported_labels,
 )
+from fiftyone_mobilesamv2.evaluation.average_recall import areas_of
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.stored_labels import masks_of
 
@@ -132,7 +133,7 @@ def test_shares_equal_full_masks(data):
     assert inside.shape == (len(shapes), len(others))
     for i, mask in enumerate(full[0]):
         area = max(mask.sum(), 1)
-        assert overlaps.areas(shapes)[i] == mask.sum()
+        assert areas_of(shapes)[i] == mask.sum()
         assert overlaps.shares_inside_any(shapes, others, size)[i] == pytest.approx((mask & union).sum() / area)
         for j, other in enumerate(full[1]):
             assert inside[i, j] == pytest.approx((mask & other).sum() / area)
@@ -289,7 +290,7 @@ def test_nothing_is_stored_if_all_images_are_skipped(by_hand, stored):
     sample.proposals.detections[1].confidence = float("nan")
     sample.save()
     before = stored()
-    with pytest.raises(ValueError, match=r"No image could be looked at.*0\.png.*confidence=nan"):
+    with pytest.raises(ValueError, match=r"No image could be used.*0\.png.*confidence=nan"):
         find_unlabeled_objects(by_hand[:1], "proposals", progress=False)
     assert stored() == before
 

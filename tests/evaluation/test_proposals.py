@@ -864,7 +864,7 @@ def test_an_image_of_unknown_size(labeled, images):
     results = evaluate_proposals(labeled, "proposals", ks=KS, progress=False)
     assert_equals_coco(results, coco_recall(images[1:]))
     assert "size" in results.skipped[0]["cause"]
-    with pytest.raises(ValueError, match=r"Nothing could be measured.*gone\.png"):
+    with pytest.raises(ValueError, match=r"No image could be used.*gone\.png"):
         evaluate_proposals(labeled.limit(1), "proposals", progress=False)
 
 

@@ -77,5 +77,5 @@ def test_skipped(plugin, scenes):
 def test_nothing_usable(plugin, scenes):
     for sample in scenes.iter_samples(autosave=True):
         sample.ground_truth.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
-    with pytest.raises(Exception, match="No image could be looked at"):
+    with pytest.raises(Exception, match="No image could be used"):
         plugin.call(NAME, scenes)

@@ -1,0 +1,69 @@
+"""Find labels that cover the same object, and those that are parts of others."""
+
+from __future__ import annotations
+
+from .labels import RANKINGS, SHAPES, skipped_button, skipped_text, use_masks_switch
+from .operator import Form, FormError, Operator, Outcome, Progress, count
+
+SHOW = {
+    "duplicate": "Duplicates: a better label covers the same object",
+    "part": "Parts: they lie inside a larger label",
+    "whole": "Wholes: they contain parts",
+}
+
+
+class FindDuplicates(Operator):
+    identifier = "find_duplicates"
+    title = "Find duplicates and parts"
+    description = "Find labels that cover the same object twice, and those that are parts of others"
+    icon = "curate"
+
+    def form(self, form: Form) -> None:
+        from ..curation.duplicates import ATTRIBUTES
+        from ..curation.findings import check_images, check_tagged_field
+
+        samples = form.target("Look at")
+        try:
+            check_images(samples)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        name = form.label_field("field", SHAPES, "Labels", "Compared with each other", "segmentations")
+        if not form.problems:
+            try:
+                check_tagged_field(samples, name, "labels to compare", ATTRIBUTES.values())
+            except ValueError as error:
+                form.problem(str(error))
+        form.number("iou", 0.8, "IoU", "From which two labels are duplicates", least=0.01, most=1)
+        form.number(
+            "containment", 0.9, "Share inside", "From which a label inside a larger one is a part", least=0.01, most=1
+        )
+        form.choice(
+            "rank_by",
+            RANKINGS,
+            "confidence",
+            "Score",
+            "By which the best of duplicates is kept; where no label has any, the largest",
+        )
+        use_masks_switch(form, name)
+        form.choice("show", SHOW, "duplicate", "Show then", radio=True)
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from ..curation.duplicates import ATTRIBUTES, find_duplicates
+
+        options = dict(form.values)
+        show = options.pop("show")
+        found = find_duplicates(form.samples, progress=progress, **options)
+        counts = found.counts
+        lines = [
+            f"**{count(counts['duplicate'], 'duplicate')}, {count(counts['part'], 'part')} of "
+            f"{count(counts['whole'], 'label')}**",
+            f"Tagged in `{found.field}`; `{ATTRIBUTES['duplicate']}` and `{ATTRIBUTES['part']}` hold the id of the "
+            f"other label.",
+        ]
+        result = {"field": found.field, "counts": counts, "skipped": found.skipped}
+        return Outcome(
+            "\n\n".join(lines + skipped_text(found.skipped)),
+            result,
+            view=found.patches(show) if counts[show] else None,
+            buttons=skipped_button(found.skipped),
+        )

@@ -1,0 +1,94 @@
+"""Find objects without a label, or labels without an object."""
+
+from __future__ import annotations
+
+from .labels import (
+    GROUND_TRUTH,
+    RANKINGS,
+    SHAPES,
+    proposals_choice,
+    skipped_button,
+    skipped_text,
+    use_masks_switch,
+)
+from .operator import Form, FormError, Operator, Outcome, Progress, count
+
+OBJECTS, LABELS = "objects", "labels"
+LOOK_FOR = {
+    OBJECTS: "Objects without a label: proposals that no label explains",
+    LABELS: "Labels without an object: labels that no proposal matches",
+}
+
+
+class FindUnlabeledObjects(Operator):
+    identifier = "find_unlabeled_objects"
+    title = "Find unlabeled objects"
+    description = "Find objects that nobody has labeled, or labels that are on no object"
+    icon = "curate"
+
+    def form(self, form: Form) -> None:
+        from ..curation.findings import check_images, check_tagged_field
+
+        samples = form.target("Look at")
+        try:
+            check_images(samples)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        look_for = form.choice("look_for", LOOK_FOR, OBJECTS, "What to look for", radio=True)
+        pred_field = proposals_choice(form)
+        gt_field = form.label_field("gt_field", SHAPES, "Ground truth", "The labels", GROUND_TRUTH, without=pred_field)
+        if not form.problems:
+            try:
+                check_tagged_field(samples, gt_field if look_for == LABELS else pred_field, "labels to tag")
+            except ValueError as error:
+                form.problem(str(error))
+        form.number("iou", 0.5, "IoU", "From which a proposal and a label are the same object", least=0.01, most=1)
+        if look_for == OBJECTS:
+            form.number(
+                "max_inside",
+                0.7,
+                "Share inside labels",
+                "From which on a proposal counts as a part of what is labeled",
+                least=0.01,
+                most=1,
+            )
+            form.choice("rank_by", RANKINGS, "confidence", "Score", "By which the surest come first")
+            form.number("min_score", 0, "Lowest score", "Of proposals to look at", least=0)
+            form.number("min_area", 0, "Smallest area", "Of proposals to look at, in pixels", least=0, whole=True)
+        use_masks_switch(form, pred_field, gt_field)
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from ..curation.unlabeled import find_unlabeled_objects, find_unsupported_labels
+
+        options = dict(form.values)
+        of_objects = options.pop("look_for") == OBJECTS
+        find = find_unlabeled_objects if of_objects else find_unsupported_labels
+        found = find(form.samples, progress=progress, **options)
+        number = len(found)
+        what, lacks = ("object", "a label") if of_objects else ("label", "an object")
+        lines = [f"**{count(number, what)} without {lacks}**"]
+        if number:
+            order = "the surest" if of_objects else "those that overlap least with any proposal"
+            lines.append(
+                f"In {found.num_samples:,} of {count(len(form.samples), 'image')}, tagged `{found.tag}` in "
+                f"`{found.field}`. They are shown, {order} first."
+            )
+        if found.left_out:
+            lines.append(
+                f"{count(found.left_out, 'image')} left out, with nothing in `{options['pred_field']}`: segment them "
+                f"first."
+            )
+        result = {
+            "field": found.field,
+            "tag": found.tag,
+            "found": number,
+            "samples": found.num_samples,
+            "left_out": found.left_out,
+            "skipped": found.skipped,
+        }
+        return Outcome(
+            "\n\n".join(lines + skipped_text(found.skipped)),
+            result,
+            view=found.patches if number else None,
+            buttons=skipped_button(found.skipped),
+        )

@@ -1,0 +1,84 @@
+"""The SegEvery panel, looked at and clicked."""
+
+from fiftyone import ViewField as F
+
+from fiftyone_mobilesamv2 import evaluate_proposals
+
+FIRST_PLOT = 90_000  # ms: the server imports PyTorch before it
+
+
+def open_panel(app):
+    panel = app.open_panel("segevery")
+    panel.locator(".js-plotly-plot").first.wait_for(timeout=FIRST_PLOT)
+    return panel
+
+
+def plot(panel, title):
+    """The plot below this title."""
+    return panel.get_by_text(title, exact=True).locator('xpath=following::*[contains(@class, "js-plotly-plot")][1]')
+
+
+def test_clicks_change_the_view(app, scenes):
+    results = evaluate_proposals(scenes, "proposals", eval_key="ar")
+    counts = [len(sample.proposals.detections) for sample in scenes]
+    app.open(scenes.name)
+    panel = open_panel(app)
+    app.screenshot("segevery-dark")
+
+    bars = plot(panel, "Masks in an image").locator(".bars .point")
+    width = max(counts) // bars.count() + 1  # of a bar, in masks
+    fullest = counts.index(max(counts))
+    bars.nth(counts[fullest] // width).click(force=True)
+    shown = sum(count // width == counts[fullest] // width for count in counts)
+    assert shown < len(counts)
+    app.wait_samples(f"{shown} sample{'s' if shown > 1 else ''}")
+    panel.get_by_role("button", name="Show everything").click()
+    app.wait_samples("6 samples")
+
+    small = [
+        sample.id
+        for sample in results.missed()
+        if any(label["area"] <= 32**2 for label in sample.ground_truth.detections)
+    ]
+    assert 0 < len(small) < 6
+    plot(panel, "AR by size of the objects").locator(".bars .point").nth(1).click(force=True)
+    app.wait_samples(f"{len(small)} sample{'s' if len(small) > 1 else ''}")
+    panel.get_by_role("button", name="Show everything").click()
+    app.wait_samples("6 samples")
+
+    missed = len(results.missed(iou=0.5))
+    assert 0 < missed < 6
+    plot(panel, "Recall by IoU").locator(".scatterlayer .point").first.click(force=True)
+    app.wait_samples(f"{missed} sample{'s' if missed > 1 else ''}")
+    app.screenshot("segevery-clicked")
+
+
+def test_choosing_runs(app, scenes):
+    scenes.clone_sample_field("proposals", "sure")
+    scenes.filter_labels("sure", F("confidence") > 0.7, only_matches=False).save("sure")
+    evaluate_proposals(scenes, "sure", eval_key="sure_ar")
+    evaluate_proposals(scenes, "proposals", eval_key="all_ar")
+    app.open(scenes.name)
+    panel = open_panel(app)
+    legend = plot(panel, "Recall by IoU").locator(".legendtext")
+    assert legend.count() == 0
+    panel.get_by_role("combobox").click()
+    app.page.get_by_role("option", name="sure_ar").click()
+    legend.nth(1).wait_for()
+    assert legend.all_inner_texts() == ["all_ar", "sure_ar"]
+    app.page.keyboard.press("Escape")
+    app.theme("light")
+    panel.locator(".js-plotly-plot").first.wait_for()
+    app.screenshot("segevery-light")
+    app.theme("dark")
+
+
+def test_what_to_do_first(app, scenes):
+    scenes.delete_sample_field("proposals")
+    app.open(scenes.name)
+    panel = app.open_panel("segevery")
+    panel.get_by_text("Nothing is segmented yet").wait_for(timeout=FIRST_PLOT)
+    app.screenshot("segevery-nothing-yet")
+    panel.get_by_role("button", name="Segment everything").click()
+    app.form.get_by_text("Label field").wait_for()
+    app.cancel()

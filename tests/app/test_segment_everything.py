@@ -1,0 +1,131 @@
+"""Segmenting a dataset with the mouse: from the toolbar's button to masks in the grid."""
+
+import time
+
+import fiftyone as fo
+import pytest
+
+from fiftyone_mobilesamv2.segmentation import recorded_runs
+
+DEMO = "mobilesamv2-demo-torch"
+TOOLBAR = '[data-item-id="@mobilesamv2/fiftyone_mobilesamv2/segment_everything"]'
+
+
+@pytest.fixture
+def bare(scenes):
+    """Scenes that nobody has segmented."""
+    scenes.delete_sample_field("proposals")
+    return scenes
+
+
+def open_form(app):
+    app.page.locator(TOOLBAR).click()
+    app.wait_form()
+    app.choose("Model", DEMO)
+
+
+def test_from_the_toolbar(app, bare, scenes_template):
+    app.open(bare.name)
+    assert app.page.locator(f"{TOOLBAR} img").evaluate("image => image.naturalWidth") > 0  # its icon is there
+    open_form(app)
+    assert app.value("Label field") == "segmentations"
+    assert "The demo model was trained on synthetic scenes alone" in app.form_text()
+    app.fill("Most prompts", 0)
+    assert app.errors() == ["max_prompts: Most prompts: a whole number of at least 1 was expected, not 0."]
+    app.screenshot("segment-everything-invalid")
+    app.fill("Most prompts", 320)
+    assert app.errors() == []
+    app.screenshot("segment-everything-form")
+    app.execute()
+    objects = scenes_template.count("proposals.detections")
+    text = app.wait_output("objects in 6 images")
+    app.screenshot("segment-everything-summary")
+    assert f"{objects} objects in 6 images" in text and "images a second" in text
+    app.done()
+    app.page.get_by_text("segmentations", exact=True).first.wait_for()
+    app.wait_grid()
+    app.screenshot("segment-everything-grid")
+    bare.reload()
+    assert bare.count("segmentations.detections") == objects
+
+
+def test_again_skips_what_is_done_or_replaces_it(app, scenes):
+    app.open(scenes.name)
+    objects = scenes.count("proposals.detections")
+    open_form(app)
+    app.fill("Label field", "proposals")
+    assert "All 6 samples are done already" in app.form_text()
+    assert app.errors() != []
+    app.choose("'proposals' exists", "Replace what is there")
+    assert f"{objects} labels of 6 samples in 'proposals' will be deleted and replaced" in app.form_text()
+    app.screenshot("segment-everything-replace")
+    app.cancel()
+
+
+def test_selected_samples(app, bare):
+    app.open(bare.name)
+    app.select_samples(2)
+    open_form(app)
+    assert "Selected samples" in app.form_text()
+    app.execute()
+    app.wait_output("objects in 2 images")
+    app.done()
+    bare.reload()
+    assert len(bare.exists("segmentations")) == 2
+
+
+def test_cancel(app, bare):
+    app.open(bare.name)
+    open_form(app)
+    app.choose("Prompting", "Grid")  # which takes its time
+    app.fill("Points per side", 16)
+    app.fill("Batch size", 1)
+    app.execute()
+    app.wait_output("1 of 6 images")
+    app.screenshot("segment-everything-running")
+    app.output.get_by_role("button", name="Cancel").click()
+    text = app.wait_output("Cancelled before the end")
+    app.screenshot("segment-everything-cancelled")
+    assert "What was stored stays" in text
+    app.done()
+    bare.reload()
+    done = len(bare.exists("segmentations"))
+    assert 1 <= done < 6
+    (run,) = recorded_runs(bare, "segmentations")
+    assert run.cancelled and run.images == done
+    open_form(app)
+    assert f"{done} of 6 samples are done already; {6 - done} are left" in app.form_text()
+    app.cancel()
+
+
+def test_failures_are_shown(app, bare, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    bare.add_sample(fo.Sample(str(broken)))
+    app.open(bare.name)
+    open_form(app)
+    app.execute()
+    text = app.wait_output("1 image failed")
+    assert "broken.png" in text
+    app.screenshot("segment-everything-failures")
+    app.output.get_by_role("button", name="Show failed samples").click()
+    app.done()
+    app.wait_samples("1 sample")
+    # The App itself complains of an image that it can't show.
+    app.problems[:] = [problem for problem in app.problems if "broken.png" not in problem]
+
+
+def test_delegated(app, bare, worker, scenes_template):
+    app.open(bare.name)
+    open_form(app)
+    app.schedule()
+    app.page.get_by_text("Operation successfully scheduled").wait_for()
+    app.screenshot("segment-everything-scheduled")
+    deadline = time.monotonic() + 90
+    while not recorded_runs(bare, "segmentations"):
+        assert time.monotonic() < deadline, worker.read_text()
+        time.sleep(1)
+        bare.reload()
+    assert bare.count("segmentations.detections") == scenes_template.count("proposals.detections")
+    app.page.reload()
+    app.page.get_by_text("segmentations", exact=True).first.wait_for()

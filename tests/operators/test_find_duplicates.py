@@ -1,0 +1,101 @@
+import fiftyone as fo
+import numpy as np
+import pytest
+from fiftyone.core.view import DatasetView
+
+NAME = "find_duplicates"
+
+
+@pytest.fixture
+def doubled(scenes):
+    """Each scene's first object twice, the second a little less sure, and a part of it: its left half."""
+    for sample in scenes:
+        first = sample.ground_truth.detections[0]
+        x, y, w, h = first.bounding_box
+        columns = first.mask.shape[1] // 2
+        half = first.mask[:, :columns]
+        box = [x, y, w * columns / first.mask.shape[1], h]
+        assert 0 < half.sum() < 0.8 * first.mask.sum()
+        labels = [
+            fo.Detection(label="again", bounding_box=first.bounding_box, mask=first.mask, confidence=0.8),
+            fo.Detection(label="object", bounding_box=first.bounding_box, mask=first.mask, confidence=0.9),
+            fo.Detection(label="half", bounding_box=box, mask=np.ascontiguousarray(half), confidence=0.7),
+        ]
+        sample["segmentations"] = fo.Detections(detections=labels)
+        sample.save()
+    return scenes
+
+
+def test_defaults(plugin, doubled):
+    form = plugin.form(NAME, doubled)
+    assert form.errors == [] and form.messages == []
+    names = ("field", "iou", "containment", "rank_by", "use_masks", "show")
+    assert [form.default(name) for name in names] == ["segmentations", 0.8, 0.9, "confidence", True, "duplicate"]
+
+
+def test_one_field(plugin, scenes):
+    form = plugin.form(NAME, scenes)
+    assert form.errors == [] and form.default("field") == "ground_truth"
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"iou": 1.5}, "IoU: a number from 0.01 to 1 was expected, not 1.5"),
+        ({"containment": 0}, "Share inside: a number from 0.01 to 1 was expected, not 0"),
+        ({"rank_by": "size"}, "Score: 'size' isn't there"),
+        ({"field": "filepath"}, "Labels: 'filepath' isn't there"),
+        ({"show": "all"}, "Show then: 'all' isn't there"),
+    ],
+)
+def test_form_says_what_is_wrong(plugin, doubled, params, error):
+    (found,) = plugin.form(NAME, doubled, params).errors
+    assert error in found
+
+
+def test_forms_of_what_can_not_be_looked_at(plugin, doubled, dataset):
+    assert "Open a dataset" in plugin.form(NAME, None).errors[0]
+    assert "view has no samples" in plugin.form(NAME, doubled.limit(0)).errors[0]
+    assert "whole images" in plugin.form(NAME, doubled.to_patches("segmentations")).errors[0]
+    dataset.add_sample(fo.Sample("/nowhere/0.png"))
+    assert "no field of Detections or Polylines" in plugin.form(NAME, dataset).errors[0]
+    field = doubled.get_field("segmentations.detections.tags")
+    field.read_only = True
+    field.save()
+    assert "'segmentations.detections.tags' is read-only" in plugin.form(NAME, doubled).errors[0]
+    assert plugin.form(NAME, doubled, {"field": "ground_truth"}).errors == []
+
+
+def test_without_masks(plugin, doubled):
+    doubled.set_values("segmentations.detections.mask", [[None] * 3] * 4)
+    form = plugin.form(NAME, doubled)
+    assert form.errors == [] and form.default("use_masks") is False
+    assert plugin.call(NAME, doubled)["counts"] == {"duplicate": 4, "part": 4, "whole": 4}
+    assert "compare boxes" in plugin.form(NAME, doubled, {"use_masks": True}).errors[0]
+
+
+@pytest.mark.parametrize(("show", "label"), [("duplicate", "again"), ("part", "half"), ("whole", "object")])
+def test_each_is_shown(plugin, doubled, show, label):
+    text, told = plugin.run_to_the_end(NAME, doubled, {"show": show})
+    assert text.startswith("**4 duplicates, 4 parts of 4 labels**\n\nTagged in `segmentations`")
+    view = DatasetView._build(doubled, told["set_view"]["view"])
+    assert view.values("segmentations.label") == [label] * 4
+    for sample in doubled:
+        again, kept, half = sample.segmentations.detections
+        assert again.duplicate_of == half.part_of == kept.id
+        assert (again.tags, kept.tags, half.tags) == (["duplicate"], ["whole"], ["part"])
+
+
+def test_nothing_found(plugin, doubled):
+    view = doubled.filter_labels("segmentations", fo.ViewField("label") == "half")
+    text, told = plugin.run_to_the_end(NAME, view)
+    assert "**0 duplicates, 0 parts of 0 labels**" in text and "set_view" not in told
+
+
+def test_skipped_images(plugin, doubled):
+    sample = doubled.first()
+    sample.segmentations.detections[0].bounding_box = [0, 0, 0, 0]
+    sample.save()
+    result = plugin.call(NAME, doubled)
+    assert result["counts"]["duplicate"] == 3
+    assert [each["id"] for each in result["skipped"]] == [sample.id]

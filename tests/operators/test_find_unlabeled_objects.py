@@ -1,0 +1,136 @@
+import fiftyone as fo
+import pytest
+from fiftyone.core.view import DatasetView
+
+NAME = "find_unlabeled_objects"
+
+
+@pytest.fixture
+def curated(scenes):
+    """The scenes' own objects as proposals, but for the last; the labels of the first two of each scene are gone.
+
+    The smaller an object's place in the list, the surer it is of.
+    """
+    for sample in scenes:
+        objects = sample.ground_truth.detections
+        proposals = [label.copy() for label in objects[:-1]]
+        for place, proposal in enumerate(proposals):
+            proposal.confidence = 1 - place / 10
+        sample["segmentations"] = fo.Detections(detections=proposals)
+        sample.ground_truth.detections = objects[2:]
+        sample.save()
+    return scenes
+
+
+def ids(samples, field):
+    return [[label.id for label in sample[field].detections] for sample in samples]
+
+
+def test_defaults(plugin, curated):
+    form = plugin.form(NAME, curated)
+    assert form.errors == [] and form.messages == []
+    names = ("look_for", "pred_field", "gt_field", "iou", "max_inside", "rank_by", "min_score", "min_area", "use_masks")
+    values = ["objects", "segmentations", "ground_truth", 0.5, 0.7, "confidence", 0, 0, True]
+    assert [form.default(name) for name in names] == values
+
+
+def test_form_of_labels_without_an_object(plugin, curated):
+    form = plugin.form(NAME, curated, {"look_for": "labels"})
+    assert form.errors == [] and not {"max_inside", "rank_by", "min_score", "min_area"} & set(form.inputs)
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"iou": 0}, "IoU: a number from 0.01 to 1 was expected, not 0"),
+        ({"max_inside": 70}, "Share inside labels: a number from 0.01 to 1 was expected, not 70"),
+        ({"min_score": -1}, "Lowest score: a number of at least 0"),
+        ({"min_area": 1.5}, "Smallest area: a whole number"),
+        ({"rank_by": "size"}, "Score: 'size' isn't there"),
+        ({"pred_field": "gone"}, "Proposals: 'gone' isn't there"),
+        ({"gt_field": "segmentations"}, "Ground truth: 'segmentations' isn't there"),
+        ({"look_for": "luck"}, "What to look for: 'luck' isn't there"),
+    ],
+)
+def test_form_says_what_is_wrong(plugin, curated, params, error):
+    (found,) = plugin.form(NAME, curated, params).errors
+    assert error in found
+
+
+def test_forms_of_datasets_that_lack_something(plugin, scenes, dataset):
+    assert "no samples" in plugin.form(NAME, dataset).errors[0]
+    assert "view has no samples" in plugin.form(NAME, scenes.limit(0)).errors[0]
+    assert "Open a dataset" in plugin.form(NAME, None).errors[0]
+    assert "Run 'Segment everything' first" in plugin.form(NAME, scenes).errors[0]  # ground_truth alone
+    scenes.rename_sample_field("ground_truth", "segmentations")
+    assert "no field of Detections or Polylines beside 'segmentations'" in plugin.form(NAME, scenes).errors[0]
+    dataset.add_sample(fo.Sample("/nowhere/0.png"))
+    dataset.add_sample_field("classes", fo.EmbeddedDocumentField, embedded_doc_type=fo.Classification)
+    assert "no field of proposals" in plugin.form(NAME, dataset).errors[0]
+
+
+def test_forms_of_what_can_not_be_tagged(plugin, curated):
+    patches = curated.to_patches("segmentations")
+    assert "whole images" in plugin.form(NAME, patches).errors[0]
+    field = curated.get_field("segmentations")
+    field.read_only = True
+    field.save()
+    assert "'segmentations' is read-only" in plugin.form(NAME, curated).errors[0]
+    assert plugin.form(NAME, curated, {"look_for": "labels"}).errors == []  # tags the other field
+
+
+def test_labels_without_masks(plugin, curated):
+    for sample in curated:
+        for label in sample.ground_truth.detections:
+            label.mask = None
+        sample.save()
+    form = plugin.form(NAME, curated)
+    assert form.errors == [] and form.default("use_masks") is False
+    assert form.messages == ["Labels in 'ground_truth' have no masks: boxes are compared."]
+    assert "compare boxes" in plugin.form(NAME, curated, {"use_masks": True}).errors[0]
+    assert plugin.call(NAME, curated, max_inside=1.0)["found"] == 8
+
+
+def test_objects_without_a_label(plugin, curated):
+    found = ids(curated, "segmentations")
+    text, told = plugin.run_to_the_end(NAME, curated)
+    assert text.startswith("**8 objects without a label**\n\nIn 4 of 4 images, tagged `unlabeled` in `segmentations`")
+    view = DatasetView._build(curated, told["set_view"]["view"])
+    assert view.values("id") == [labels[0] for labels in found] + [labels[1] for labels in found]
+    assert curated.count_label_tags("segmentations") == {"unlabeled": 8}
+
+
+def test_labels_without_an_object(plugin, curated):
+    found = ids(curated, "ground_truth")
+    result = plugin.call(NAME, curated, look_for="labels")
+    assert (result["found"], result["samples"], result["tag"], result["field"]) == (4, 4, "unsupported", "ground_truth")
+    tagged = curated.select_labels(tags="unsupported", fields="ground_truth")
+    assert ids(tagged, "ground_truth") == [labels[-1:] for labels in found]
+
+    curated.set_values("segmentations", [None, *curated.values("segmentations")[1:]])
+    text, _ = plugin.run_to_the_end(NAME, curated, {"look_for": "labels"})
+    assert "**3 labels without an object**" in text and "1 image left out" in text
+
+
+def test_nothing_found(plugin, curated):
+    text, told = plugin.run_to_the_end(NAME, curated, {"min_score": 2})
+    assert text == "**0 objects without a label**"
+    assert "set_view" not in told
+
+
+def test_skipped_images(plugin, curated):
+    sample = curated.first()
+    sample.segmentations.detections[0].bounding_box = [0, 0, 0, 0]
+    sample.save()
+    text, told = plugin.run_to_the_end(NAME, curated)
+    assert "**6 objects" in text and f"**1 images were skipped.** The first: `{sample.filepath}`" in text
+    button = told["show_output"]["outputs"]["type"]["properties"]["button_0"]["view"]
+    assert button["params"] == {"samples": [sample.id]}
+
+
+def test_a_view_or_a_selection(plugin, curated):
+    assert plugin.call(NAME, curated.limit(1))["found"] == 2
+    selected = curated.values("id")[1:3]
+    result = plugin.call(NAME, curated, selected=selected, view_target="SELECTED_SAMPLES")
+    assert result["found"] == 4
+    assert [sum(map(len, tags)) for tags in curated.values("segmentations.detections.tags")] == [2, 2, 2, 0]

@@ -1,0 +1,68 @@
+"""What holds for all operators."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fiftyone_mobilesamv2.operators import OPERATORS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NAMES = [operator.identifier for operator in OPERATORS]
+FORMS = [name for name in NAMES if name != "cancel"]
+SKILL = (ROOT / "skills" / "segment-and-curate" / "SKILL.md").read_text()
+
+
+def test_the_manifest_lists_them_and_they_register(plugin):
+    assert yaml.safe_load((ROOT / "fiftyone.yml").read_text())["operators"] == NAMES
+    assert {name for name in plugin.operators if name != "segevery"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_icons_titles_and_descriptions(plugin, name):
+    config = plugin.operators[name].config
+    for icon in (config.icon, config.light_icon, config.dark_icon):
+        assert icon.startswith("/") and (ROOT / icon.removeprefix("/")).is_file()
+    assert config.light_icon != config.dark_icon
+    assert config.label != name and len(config.description) > 20
+    assert config.allow_delegated_execution and config.dynamic
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "manage_models"])
+def test_without_anything_to_work_on(plugin, scenes, dataset, name):
+    """No dataset, an empty one, an empty view: the form says so, and nothing can be executed."""
+    for samples in (None, dataset, scenes.limit(0)):
+        form = plugin.form(name, samples)
+        assert form.errors and all(isinstance(error, str) and len(error) > 10 for error in form.errors)
+        assert all(error in form.messages for error in form.errors)
+        with pytest.raises(ValueError, match=re.escape(form.errors[0])):
+            list(plugin.run_in_app(name, samples))
+
+
+def test_the_skill_tells_of_every_operator_and_input(plugin, scenes):
+    import fiftyone.plugins.skills as fops
+
+    (skill,) = fops.list_skills(plugin="@mobilesamv2/fiftyone_mobilesamv2")
+    assert skill.name == "segment-and-curate" and skill.content == SKILL
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (`.*`) \|$", SKILL, re.MULTILINE))
+    assert list(rows) == FORMS
+    scenes.clone_sample_field("ground_truth", "segmentations")
+    first = scenes.first().segmentations.detections[0]
+    selected = [{"label_id": first.id, "sample_id": scenes.first().id, "field": "segmentations"}]
+    states = [
+        {},
+        {"prompting": "grid", "label_field": "segmentations", "existing": "replace"},
+        {"look_for": "labels"},
+        {"place": "new", "prompts": "field"},
+        {"action": "delete"},
+    ]
+    for name in FORMS:
+        found = set()
+        for params in states:
+            for labels in ((), selected):
+                inputs = plugin.form(name, scenes, params, selected_labels=labels).inputs
+                found |= {key for key, value in inputs.items() if type(value.type).__name__ != "Void"}
+        found = {key for key in found if not key.startswith("message_")} - {"view_target"}
+        assert set(re.findall(r"`(\w+)`", rows[name])) == found, name

@@ -1,0 +1,47 @@
+"""Find the browser for the tests that drive the App, or install it where nobody has to be asked."""
+
+import os
+import shutil
+import subprocess
+
+COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MISSING = (
+    "No Chromium or Chrome in PATH runs, so the tests that drive the App in a browser will be skipped; "
+    "`apt-get install chromium`, or your system's way to install one of them, makes them run."
+)
+
+
+def ends_well(command: list[str], timeout: int) -> bool:
+    """Whether it runs, and ends with status 0 within `timeout` seconds."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=timeout).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def find_chromium() -> str | None:
+    """The first browser in PATH that runs: on Ubuntu, `chromium-browser` may be a stub that asks for a snap."""
+    paths = filter(None, map(shutil.which, COMMANDS))
+    return next((path for path in paths if ends_well([path, "--version"], 60)), None)
+
+
+def install_chromium() -> None:
+    """Tries apt-get, where there is one that needs no password."""
+    if not shutil.which("apt-get"):
+        return
+    apt_get = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+    print("Installing Chromium by apt-get, for the tests that drive the App", flush=True)
+    if ends_well([*apt_get, "update"], 300):
+        ends_well([*apt_get, "install", "-y", "--no-install-recommends", "chromium"], 600)
+
+
+def main() -> None:
+    found = find_chromium()
+    if not found:
+        install_chromium()
+        found = find_chromium()
+    print(f"Browser for the tests of the App: {found}" if found else MISSING)
+
+
+if __name__ == "__main__":
+    main()
