@@ -68,6 +68,7 @@ def load_model(model_name, model_path, **kwargs):
 def register(plugin):
     """FiftyOne's plugins: registers the operators and panels; importing the package offers its zoo models."""
     _package("fiftyone_mobilesamv2.operators").register(plugin)
+    _package("fiftyone_mobilesamv2.panels").register(plugin)
 
 
 def resolve_input(model_name, ctx):

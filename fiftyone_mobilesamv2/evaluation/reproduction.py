@@ -11,28 +11,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fiftyone as fo
-import fiftyone.core.utils as fou
 import numpy as np
-from fiftyone import ViewField as F
 
 from .. import zoo
 from ..modeling.checkpoints import pretrained_model
 from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
-from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
+from .average_recall import AREA_RANGES, KS, METRIC_NAMES
 from .coco import load_coco, read_instances
+from .comparison import LABEL_BYTES, OBJECT_AWARE, Measurement, measure, warm_up
 from .lvis import load_lvis
-from .proposals import evaluate_proposals
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-OBJECT_AWARE = "object_aware"
 GRIDS = (16, 32, 64)
 GT_FIELD = "ground_truth"
 RESULTS_NAME, PICTURE_NAME = "reproduction.json", "reproduction.png"
@@ -66,38 +63,8 @@ COMPARABLE = (
 )
 DEMO = "The demo model was trained on synthetic scenes alone: on photos, its figures say nothing of the method."
 
-# All fields of a sample share one document, which MongoDB limits to 16 MiB; evaluations add attributes to each label.
-_LABEL_BYTES = 12 * 2**20
 _MARK = "mobilesamv2_reproduction"
 _COLORS = {OBJECT_AWARE: "#ff6d04", "grid_16": "#9db4ff", "grid_32": "#4263eb", "grid_64": "#1b2a80"}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a way of prompting finds, and what it costs.
-
-    Attributes:
-        recall: from which AR@K follows.
-        prompts, masks: of an image, on average. Object-aware, each box that is found is a prompt, and gives one mask.
-        seconds: wall time per image of each stage: "discover", "encode", "decode", "crop".
-        failures: the images that could not be segmented, which count as images without proposals.
-    """
-
-    recall: AverageRecall
-    prompts: float
-    masks: float
-    seconds: dict[str, float]
-    failures: list[zoo.Failure]
-
-    @property
-    def ms(self) -> float:
-        """Milliseconds per image of all but the encoder, which is what the paper compares."""
-        return 1000 * sum(seconds for stage, seconds in self.seconds.items() if stage != "encode")
-
-    @property
-    def decoder_ms(self) -> float:
-        """Milliseconds per image from prompts to low-res logits."""
-        return 1000 * self.seconds["decode"]
 
 
 @dataclass
@@ -199,17 +166,7 @@ class Reproduction:
     def to_dict(self) -> dict:
         """As the JSON file holds it: "metrics" are shares, as of `evaluate_proposals`; "tables" are in percent."""
         measurements = {
-            name: {
-                "metrics": {key: None if math.isnan(v) else v for key, v in measured.recall.metrics().items()},
-                "objects": measured.recall.totals,
-                "prompts_per_image": measured.prompts,
-                "masks_per_image": measured.masks,
-                "decoder_ms_per_image": measured.decoder_ms,
-                "ms_per_image_without_encoder": measured.ms,
-                "times_object_aware": self.ratio(name),
-                "seconds_per_image": measured.seconds,
-                "failures": [asdict(failure) for failure in measured.failures],
-            }
+            name: {**measured.to_dict(), "times_object_aware": self.ratio(name)}
             for name, measured in self.measurements.items()
         }
         return {**self.about, "measurements": measurements, "tables": self.cells(), "notes": self.notes()}
@@ -353,12 +310,20 @@ def reproduce(
     }
     _keep(dataset, name, about)
     reproduction = Reproduction(about)
-    _warm_up(model)
+    warm_up(model)
     for field_name, settings in fields.items():
         print(f"{field_name}: segmenting and measuring {len(dataset)} images")
-        budget = _LABEL_BYTES // (len(fields) + 1)  # and one for the ground truth
-        with fou.SetAttributes(model.config, **settings), fou.SetAttributes(model, label_bytes=budget):
-            reproduction.measurements[field_name] = _measure(dataset, model, field_name, batch_size)
+        reproduction.measurements[field_name] = measure(
+            dataset,
+            model,
+            field_name,
+            settings,
+            LABEL_BYTES // (len(fields) + 1),  # and one for the ground truth
+            GT_FIELD,
+            f"ar_{field_name}",
+            area_field="area",
+            batch_size=batch_size,
+        )
         reproduction.save(output)
     return reproduction
 
@@ -388,35 +353,3 @@ def _load_ground_truth(annotations: Path, images: Path, sample: int, seed: int) 
     is_lvis = any("frequency" in category for category in instances.categories.values())
     drawn = sample if sample < len(instances.images) else None
     return (load_lvis if is_lvis else load_coco)(images, annotations, drawn, seed, gt_field=GT_FIELD)
-
-
-def _warm_up(model: zoo.MobileSAMv2Model) -> None:
-    # A GPU's first image is slow, and the first way of prompting would be charged for it.
-    if model.model.device.type == "cuda":
-        model.model.segment_anything([np.zeros((64, 64, 3), np.uint8)], boxes=[np.array([[8, 8, 56, 56]])])
-
-
-def _measure(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, field_name: str, batch_size: int) -> Measurement:
-    dataset.apply_model(model, field_name, batch_size=batch_size, num_workers=1)
-    segmented = len(dataset) - len(model.failures)
-    if not segmented:
-        raise ValueError(
-            f"No image could be segmented; the first, {model.failures[0].filepath}: {model.failures[0].error}"
-        )
-    masks = dataset.sum(F(f"{field_name}.detections").length()) / segmented
-    grid = model.config.prompting == "grid"
-    results = evaluate_proposals(
-        dataset,
-        field_name,
-        GT_FIELD,
-        eval_key=f"ar_{field_name}",
-        rank_by="sam" if grid else "confidence",
-        area_field="area",
-    )
-    return Measurement(
-        results.average_recall,
-        prompts=model.config.points_per_side**2 if grid else masks,
-        masks=masks,
-        seconds={stage: seconds / segmented for stage, seconds in model.seconds.items()},
-        failures=list(model.failures),
-    )

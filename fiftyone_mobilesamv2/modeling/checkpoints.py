@@ -33,7 +33,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import (
@@ -191,6 +191,11 @@ def pretrained_model(name: str) -> PretrainedModel:
     return MODELS[name]
 
 
+def model_files(name: str) -> list[Weights]:
+    """The files of the model `name`, each once: one may hold several parts."""
+    return list(dict.fromkeys(pretrained_model(name).weights.values()))
+
+
 # Where files are ----------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +280,7 @@ def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
 
 def _download(weights: Weights, path: Path, progress: DownloadProgress | None) -> None:
     """Downloads to a file beside `path`, which takes its place only when it is the right one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial_path(path)
     left_over = partial.exists()
     reasons = {}
     for source in weights.sources:
@@ -293,6 +298,10 @@ def _download(weights: Weights, path: Path, progress: DownloadProgress | None) -
         partial.replace(path)
         return
     raise DownloadError(weights, reasons)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _url(source: HubFile | str) -> str:
@@ -339,22 +348,66 @@ def _transfer(url: str, partial: Path, progress: DownloadProgress | None) -> Non
         raise OSError(f"the connection broke after {partial.stat().st_size:,} of {total:,} bytes; try again to resume")
 
 
+def deletable_files(name: str) -> list[Weights]:
+    """What :func:`delete_model` would delete: the files that are here, whole or in part, but those of the package and
+    those that another model needs whose files are all here."""
+    others = [other for other in MODELS if other != name]
+    ready = [other for other in others if all(local_path(weights).is_file() for weights in model_files(other))]
+    needed = {weights for other in ready for weights in model_files(other)}
+    return [
+        weights
+        for weights in model_files(name)
+        if weights.sources
+        and weights not in needed
+        and (local_path(weights).exists() or _partial_path(local_path(weights)).exists())
+    ]
+
+
+def delete_model(name: str) -> list[Weights]:
+    """Deletes the downloaded files of the model `name` that no other model here needs, and returns them.
+
+    The records of their hashes stay: by these, a file that changes at its source is told when it is downloaded again.
+
+    Raises:
+        CheckpointError: one of the files is being downloaded.
+        OSError: one can't be deleted.
+    """
+    files = deletable_files(name)
+    for weights in files:
+        path = local_path(weights)
+        try:
+            with FileLock(f"{path}.lock", timeout=0):
+                path.unlink(missing_ok=True)
+                _partial_path(path).unlink(missing_ok=True)
+        except Timeout as error:
+            raise CheckpointError(f"{path} is being downloaded by another process: cancel that first.") from error
+    return files
+
+
 # Whether they are the right ones ------------------------------------------------------------------------------------
 
 
-def verify(path: Path, weights: Weights) -> None:
+def verify(path: Path, weights: Weights, reread: bool = False) -> None:
     """Checks that the file at `path` is `weights`: its size and hash where they are known, else the hash that was
-    recorded when it was first used. A file that has not changed since it was checked is not read again.
+    recorded when it was first used. A file that has not changed since it was checked is not read again, but `reread`.
 
     Raises:
         CheckpointError: it is another file.
     """
-    if problem := _problem(path, weights, _record_path(path)):
+    if problem := _problem(path, weights, _record_path(path), reread):
         remedy = "delete the file to have it downloaded again" if weights.sources else "reinstall fiftyone_mobilesamv2"
         raise CheckpointError(f"{path} {problem}; {remedy}.")
 
 
-def _problem(path: Path, weights: Weights, record_path: Path) -> str | None:
+def verified_sha256(weights: Weights) -> str:
+    """The sha256 of a file that is here, which is read to its end and checked as by :func:`verify`."""
+    path = local_path(weights)
+    verify(path, weights, reread=True)
+    # Of files that lie where nothing can be written there is no record.
+    return _read_record(_record_path(path)).get("sha256") or file_hashes(path)[0]
+
+
+def _problem(path: Path, weights: Weights, record_path: Path, reread: bool = False) -> str | None:
     """What is wrong with the file at `path`, if anything; what was found of a good one is recorded."""
     try:
         stat = path.stat()
@@ -363,7 +416,7 @@ def _problem(path: Path, weights: Weights, record_path: Path) -> str | None:
         known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         record = _read_record(record_path)
         recorded = record.get("sha256"), record.get("git_blob")
-        if known.items() <= record.items() and _matches(weights, *recorded):
+        if not reread and known.items() <= record.items() and _matches(weights, *recorded):
             return None
         sha256, git_blob = file_hashes(path)
     except OSError as error:

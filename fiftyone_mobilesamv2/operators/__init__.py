@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .compare_prompting import ComparePrompting
+from .evaluate_proposals import EvaluateProposals
+from .export_masks import ExportMasks
+from .find_duplicates import FindDuplicates
+from .find_unlabeled_objects import FindUnlabeledObjects
+from .image_coverage import ImageCoverage
+from .manage_models import ManageModels
 from .operator import CancelWork
+from .promote_to_labels import PromoteToLabels
 from .segment_anything import SegmentAnything
 from .segment_everything import SegmentEverything
 
 if TYPE_CHECKING:
     from fiftyone.plugins.context import PluginContext
 
-OPERATORS = (SegmentEverything, SegmentAnything, CancelWork)
+OPERATORS = (
+    SegmentEverything,
+    SegmentAnything,
+    EvaluateProposals,
+    ComparePrompting,
+    FindUnlabeledObjects,
+    FindDuplicates,
+    PromoteToLabels,
+    ImageCoverage,
+    ExportMasks,
+    ManageModels,
+    CancelWork,
+)
 
 
 def register(plugin: PluginContext) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import fiftyone as fo
 
 from .labels import SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress
+from .operator import Form, FormError, Operator, Outcome, Progress, count
 
 
 class ExportMasks(Operator):
@@ -48,7 +48,7 @@ class ExportMasks(Operator):
 
         export = export_masks(form.samples, progress=progress, **form.values)
         lines = [
-            f"### {export.annotations:,} masks of {export.images:,} images",
+            f"**{count(export.annotations, 'mask')} of {count(export.images, 'image')}**",
             f"Written to `{export.path}` ({export.bytes / 1e6:,.1f} MB), read back with pycocotools, and equal to what "
             f"is stored.",
             f"Images are named relative to `{export.root}`.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .labels import SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress
+from .operator import Form, FormError, Operator, Outcome, Progress, count
 
 
 class ImageCoverage(Operator):
@@ -38,7 +38,7 @@ class ImageCoverage(Operator):
 
         coverage = image_coverage(form.samples, progress=progress, **form.values)
         field, means = form.values["field"], coverage.means
-        lines = [f"### {coverage.images:,} images measured"]
+        lines = [f"**{count(coverage.images, 'image')} measured**"]
         if coverage.images:
             lines.append(
                 f"On average {means['coverage']:.1%} covered, by {means['objects']:.1f} objects: {means['small']:.1f} "

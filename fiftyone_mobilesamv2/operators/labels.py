@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import fiftyone as fo
 
-from .operator import FormError, label_fields
+from .operator import FormError, count, label_fields
 
 if TYPE_CHECKING:
     from .operator import Form
@@ -52,7 +52,7 @@ def skipped_text(skipped: Sequence[dict]) -> list[str]:
     if not skipped:
         return []
     first = skipped[0]
-    return [f"**{len(skipped):,} images were skipped.** The first: `{first['filepath']}`: {first['cause']}"]
+    return [f"**{count(len(skipped), 'image')} skipped.** The first: `{first['filepath']}`: {first['cause']}"]
 
 
 def skipped_button(skipped: Sequence[dict]) -> list[tuple[str, str, dict]]:

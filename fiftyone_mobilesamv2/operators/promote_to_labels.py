@@ -6,7 +6,7 @@ import fiftyone as fo
 from fiftyone.operators import types
 
 from .labels import GROUND_TRUTH, SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, label_fields
+from .operator import Form, FormError, Operator, Outcome, Progress, count, label_fields
 
 
 class PromoteToLabels(Operator):
@@ -21,8 +21,8 @@ class PromoteToLabels(Operator):
         if form.dataset is None:
             raise FormError("Open a dataset first.")
         self._selection(form)
-        field, count = form.values["pred_field"], len(form.values["ids"])
-        form.note(f"{count:,} object{'s' * (count != 1)} of '{field}' selected.")
+        field = form.values["pred_field"]
+        form.note(f"{count(len(form.values['ids']), 'object')} of '{field}' selected.")
         known = [name for name in label_fields(form.dataset, SHAPES) if name != field]
         gt_field = form.new_field(
             "gt_field",
@@ -85,13 +85,12 @@ class PromoteToLabels(Operator):
             label=values["label"],
             progress=progress,
         )
-        count = promotion.promoted
-        lines = [f"### {count:,} object{'s' * (count != 1)} labeled `{values['label']}`"]
-        if count:
-            lines.append(f"Stored in `{values['gt_field']}` of {promotion.samples:,} images.")
+        lines = [f"**{count(promotion.promoted, 'object')} labeled `{values['label']}`**"]
+        if promotion.promoted:
+            lines.append(f"Stored in `{values['gt_field']}` of {count(promotion.samples, 'image')}.")
         if promotion.already:
-            lines.append(f"{promotion.already:,} were labels there before, and are left as they were.")
+            lines.append(f"Labels there before, and left as they were: {promotion.already:,}.")
         if promotion.missing:
-            lines.append(f"{len(promotion.missing):,} are not there any more.")
+            lines.append(f"Not there any more: {len(promotion.missing):,}.")
         lines += skipped_text(promotion.skipped)
         return Outcome("\n\n".join(lines), vars(promotion), buttons=skipped_button(promotion.skipped))

@@ -41,7 +41,7 @@ def test_clicks_change_the_view(app, scenes):
         if any(label["area"] <= 32**2 for label in sample.ground_truth.detections)
     ]
     assert 0 < len(small) < 6
-    plot(panel, "AR by size of the objects").locator(".bars .point").nth(1).click(force=True)
+    plot(panel, "AR by size").locator(".bars .point").nth(1).click(force=True)
     app.wait_samples(f"{len(small)} sample{'s' if len(small) > 1 else ''}")
     panel.get_by_role("button", name="Show everything").click()
     app.wait_samples("6 samples")
@@ -65,7 +65,7 @@ def test_choosing_runs(app, scenes):
     panel.get_by_role("combobox").click()
     app.page.get_by_role("option", name="sure_ar").click()
     legend.nth(1).wait_for()
-    assert legend.all_inner_texts() == ["all_ar", "sure_ar"]
+    assert legend.all_text_contents() == ["all_ar", "sure_ar"]
     app.page.keyboard.press("Escape")
     app.theme("light")
     panel.locator(".js-plotly-plot").first.wait_for()

@@ -75,4 +75,4 @@ def test_skipped(plugin, scenes, tmp_path):
     first.ground_truth.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     first.save()
     text, _ = plugin.run_to_the_end(NAME, scenes, {"path": str(tmp_path / "masks.json")})
-    assert "of 3 images" in text and "1 images were skipped" in text and "bounding_box" in text
+    assert "of 3 images" in text and "1 image skipped" in text and "bounding_box" in text

@@ -68,7 +68,7 @@ def test_skipped(plugin, scenes):
     first.ground_truth.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     first.save()
     text, told = plugin.run_to_the_end(NAME, scenes)
-    assert "3 images measured" in text and "1 images were skipped" in text and "bounding_box" in text
+    assert "3 images measured" in text and "1 image skipped" in text and "bounding_box" in text
     properties = told["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show skipped samples"]
     assert button["view"]["params"] == {"samples": [first.id]}

@@ -87,7 +87,7 @@ def test_selected_labels(plugin, proposed):
     assert proposed.count_values("ground_truth.detections.label") == {"dog": 4, "cat": 8}
     assert proposed.count_label_tags("proposals")["promoted"] == 8
     text, _ = plugin.run_to_the_end(NAME, proposed, {"label": "cow"}, selected_labels=labels)
-    assert "0 objects labeled" in text and "8 were labels there before" in text
+    assert "0 objects labeled" in text and "left as they were: 8" in text
 
 
 def test_selected_patches(plugin, proposed):
@@ -113,7 +113,7 @@ def test_proposals_that_are_gone(plugin, proposed):
     labels = selected_labels(proposed)
     proposed.delete_labels(ids=[labels[0]["label_id"]], fields="proposals")
     text, _ = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
-    assert "7 objects labeled" in text and "1 are not there any more" in text
+    assert "7 objects labeled" in text and "Not there any more: 1" in text
 
 
 def test_no_class(plugin, proposed):
@@ -130,7 +130,7 @@ def test_unusable_proposal(plugin, proposed):
     first.proposals.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     first.save()
     text, told = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
-    assert "6 objects labeled" in text and "1 images were skipped" in text and "bounding_box" in text
+    assert "6 objects labeled" in text and "1 image skipped" in text and "bounding_box" in text
     properties = told["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show skipped samples"]
     assert button["view"]["params"] == {"samples": [first.id]}

@@ -1,0 +1,287 @@
+"""What ways of prompting find, and what they cost: object-aware prompts against SAM's grid."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import fiftyone.core.utils as fou
+import numpy as np
+
+from .. import zoo
+from ..modeling.grid_prompts import POINTS_PER_SIDE
+from .average_recall import KS, AverageRecall
+from .proposals import evaluate_proposals
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+    import pandas as pd
+
+    Samples = fo.core.collections.SampleCollection
+
+OBJECT_AWARE = "object_aware"
+IMAGES = 16
+SEED = 51  # of the draw: the next comparison is on the same images
+
+# All fields of a sample share one document, which MongoDB limits to 16 MiB; evaluations add attributes to each label.
+LABEL_BYTES = 12 * 2**20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a way of prompting finds, and what it costs.
+
+    Attributes:
+        recall: from which AR@K follows; None where there was no ground truth.
+        prompts, masks: of an image, on average. Object-aware, each box that is found is a prompt, and gives one mask.
+        seconds: wall time per image of each stage: "discover", "encode", "decode", "crop".
+        failures: the images that could not be segmented, which count as images without proposals.
+    """
+
+    recall: AverageRecall | None
+    prompts: float
+    masks: float
+    seconds: dict[str, float]
+    failures: list[zoo.Failure]
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds per image of all but the encoder, which is what the paper compares."""
+        return 1000 * sum(seconds for stage, seconds in self.seconds.items() if stage != "encode")
+
+    @property
+    def decoder_ms(self) -> float:
+        """Milliseconds per image from prompts to low-res logits."""
+        return 1000 * self.seconds["decode"]
+
+    def to_dict(self) -> dict:
+        """As JSON; metrics are shares, None for a group without objects."""
+        figures = {
+            "prompts_per_image": self.prompts,
+            "masks_per_image": self.masks,
+            "decoder_ms_per_image": self.decoder_ms,
+            "ms_per_image_without_encoder": self.ms,
+            "seconds_per_image": self.seconds,
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+        if self.recall is None:
+            return figures
+        metrics = {key: None if math.isnan(value) else value for key, value in self.recall.metrics().items()}
+        return {"metrics": metrics, "objects": self.recall.totals, **figures}
+
+
+def measure(
+    samples: Samples,
+    model: zoo.MobileSAMv2Model,
+    field_name: str,
+    settings: Mapping[str, object],
+    label_bytes: int,
+    gt_field: str | None = None,
+    eval_key: str | None = None,
+    use_masks: bool = True,
+    area_field: str | None = None,
+    batch_size: int = 1,
+    progress: Callable | None = None,
+) -> Measurement:
+    """Segments images into a field, and measures AR@K of what is found there.
+
+    As in SAM's paper, masks of a grid are ranked by the mean of predicted IoU and stability; object-aware ones are
+    ranked by the detector's confidence.
+
+    Args:
+        settings: of the model's configuration, for this run.
+        label_bytes: what the labels of an image may take in its document.
+        gt_field: the objects; None measures time alone.
+        eval_key, use_masks, area_field: as for :func:`evaluate_proposals`.
+        progress: of segmenting, as everywhere in FiftyOne.
+
+    Raises:
+        ValueError: no image could be segmented, or the ground truth can't be used.
+    """
+    with fou.SetAttributes(model.config, **settings), fou.SetAttributes(model, label_bytes=label_bytes):
+        # Without workers: they would be forks of this process, which may be the App's server.
+        samples.apply_model(model, field_name, batch_size=batch_size, num_workers=0, progress=progress)
+        is_grid = model.config.prompting == "grid"
+        points = model.config.points_per_side**2
+    failures, seconds, masks = list(model.failures), dict(model.seconds), model.num_labels
+    segmented = model.num_images - len(failures)
+    if not segmented:
+        raise ValueError(f"No image could be segmented; the first, {failures[0].filepath}: {failures[0].error}")
+    recall = None
+    if gt_field is not None:
+        results = evaluate_proposals(
+            samples,
+            field_name,
+            gt_field,
+            eval_key,
+            use_masks=use_masks,
+            rank_by="sam" if is_grid else "confidence",
+            area_field=area_field,
+            progress=None if progress is None else False,
+        )
+        recall = results.average_recall
+    return Measurement(
+        recall,
+        prompts=points if is_grid else masks / segmented,
+        masks=masks / segmented,
+        seconds={stage: total / segmented for stage, total in seconds.items()},
+        failures=failures,
+    )
+
+
+def warm_up(model: zoo.MobileSAMv2Model) -> None:
+    """A GPU's first image is slow, and the first way of prompting would be charged for it."""
+    if model.model.device.type == "cuda":
+        model.model.segment_anything([np.zeros((64, 64, 3), np.uint8)], boxes=[np.array([[8, 8, 56, 56]])])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Object-aware prompting and a grid, on the same images by the same model.
+
+    Attributes:
+        samples: the images, as a view of where they came from.
+        points_per_side: of the grid.
+        object_aware, grid: what was measured.
+    """
+
+    samples: fo.DatasetView
+    points_per_side: int
+    object_aware: Measurement
+    grid: Measurement
+
+    @property
+    def decoder_ratio(self) -> float | None:
+        """The grid's decoder time by the object-aware one; None where that found nothing to decode."""
+        return self.grid.decoder_ms / self.object_aware.decoder_ms if self.object_aware.prompts else None
+
+    @property
+    def ratio(self) -> float:
+        """The grid's time without the encoder by the object-aware one, to which finding the objects belongs."""
+        return self.grid.ms / self.object_aware.ms
+
+    def table(self) -> pd.DataFrame:
+        """A row for each way of prompting; cells are text."""
+        import pandas as pd
+
+        side = self.points_per_side
+        rows = {"object-aware": (self.object_aware, 1.0), f"grid {side}x{side}": (self.grid, self.ratio)}
+        table = pd.DataFrame(dtype=object)
+        for name, (measured, ratio) in rows.items():
+            table.loc[name, "prompts"] = f"{measured.prompts:.1f}"
+            table.loc[name, "objects"] = f"{measured.masks:.1f}"
+            table.loc[name, "decoder, s"] = short(measured.decoder_ms / 1000)
+            table.loc[name, "all but encoder, s"] = short(measured.ms / 1000)
+            table.loc[name, "times as long"] = short(ratio)
+            if measured.recall is not None and measured.recall.totals["all"]:
+                for k in KS:
+                    table.loc[name, f"AR@{k}"] = f"{measured.recall.recalls(k).mean():.3f}"
+        return table
+
+    def __str__(self) -> str:
+        """In a sentence."""
+        aware, grid, side = self.object_aware, self.grid, self.points_per_side
+        grid_cost = f"the {side}x{side} grid {grid.prompts:.0f} in {short(grid.decoder_ms / 1000)} s"
+        if self.decoder_ratio is None:
+            return f"Object-aware prompting found no object to decode; {grid_cost} an image."
+        return (
+            f"Object-aware prompting decoded {aware.prompts:.0f} prompts an image in {short(aware.decoder_ms / 1000)} "
+            f"s; {grid_cost}: {short(self.decoder_ratio)} times as long."
+        )
+
+    def to_dict(self) -> dict:
+        """As JSON."""
+        return {
+            "images": self.samples.values("id"),
+            "points_per_side": self.points_per_side,
+            "measurements": {name: getattr(self, name).to_dict() for name in (OBJECT_AWARE, "grid")},
+            "decoder_ratio": self.decoder_ratio,
+            "ratio": self.ratio,
+            "sentence": str(self),
+        }
+
+
+def short(value: float) -> str:
+    """Two significant digits, and never an exponent for what is large."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def kept_fields(points_per_side: int) -> tuple[str, str]:
+    """Where a comparison keeps its masks: the field of the object-aware ones and that of the grid's."""
+    return f"compare_{OBJECT_AWARE}", f"compare_grid_{points_per_side}"
+
+
+def draw(samples: Samples, images: int) -> fo.DatasetView:
+    """That many of the images at random, the same ones each time; all, where there are fewer."""
+    return samples.select(samples.take(images, seed=SEED).values("id"))
+
+
+def compare_promptings(
+    samples: Samples,
+    model: zoo.MobileSAMv2Model,
+    points_per_side: int = POINTS_PER_SIDE,
+    images: int = IMAGES,
+    gt_field: str | None = None,
+    use_masks: bool = True,
+    keep: bool = False,
+    progress: Callable[[float, str], None] | None = None,
+) -> Comparison:
+    """Segments a random sample of images by object-aware prompts, then the same images by a grid, one by one.
+
+    Args:
+        samples: a dataset or view of images.
+        model: its thresholds are used as they are.
+        gt_field: objects by which AR@K is measured; None compares the number of masks and the time alone.
+        use_masks: compares masks with the ground truth; else boxes.
+        keep: leaves the masks in :func:`kept_fields` of these images, replacing what is there, and the evaluations
+            "ar_<field>". Else nothing is left, whatever ends it.
+        progress: told the share of the work that is done and what is running; it may raise
+            :class:`~fiftyone_mobilesamv2.progress.Cancelled`. Default: FiftyOne's bars.
+
+    Raises:
+        ValueError: no image could be segmented, or the ground truth can't be used.
+    """
+    drawn = draw(samples, images)
+    side = points_per_side
+    settings = {
+        "object-aware": {"prompting": OBJECT_AWARE},
+        f"grid {side}x{side}": {"prompting": "grid", "points_per_side": side},
+    }
+    measurements = []
+    warm_up(model)
+    with nullcontext(drawn) if keep else _copy(drawn, model, gt_field) as target:
+        for field_name, (name, setting) in zip(kept_fields(side), settings.items()):
+
+            def report(bar: fou.ProgressBar, name: str = name) -> None:
+                share = (len(measurements) + bar.iteration / bar.total) / len(settings)
+                progress(share, f"{name}: {bar.iteration:,} of {bar.total:,} images")
+
+            measurements.append(
+                measure(
+                    target,
+                    model,
+                    field_name,
+                    setting,
+                    LABEL_BYTES // (len(settings) + 1),  # and one for the ground truth
+                    gt_field,
+                    f"ar_{field_name}" if keep else None,
+                    use_masks,
+                    progress=progress and report,
+                )
+            )
+    return Comparison(drawn, side, *measurements)
+
+
+@contextmanager
+def _copy(samples: fo.DatasetView, model: zoo.MobileSAMv2Model, gt_field: str | None) -> Iterator[fo.Dataset]:
+    """A dataset of these samples that is gone afterwards, with all masks that the model puts on disk."""
+    with tempfile.TemporaryDirectory() as folder, fou.SetAttributes(model.config, mask_dir=folder):
+        copy = samples.select_fields(gt_field).clone()
+        try:
+            yield copy
+        finally:
+            copy.delete()

@@ -1,0 +1,125 @@
+"""Compare object-aware prompting with SAM's grid on some images of the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .evaluate_proposals import masks_or_boxes
+from .labels import GROUND_TRUTH
+from .models import device_choice, fetch_with_progress, model_choice
+from .operator import Form, FormError, Operator, Outcome, Progress, count, label_fields
+
+if TYPE_CHECKING:
+    from ..evaluation.comparison import Comparison
+
+GRIDS = {str(side): f"{side}x{side}: {side**2:,} prompts an image" for side in (16, 32, 64)}
+NO_GROUND_TRUTH = "(none)"
+
+
+class ComparePrompting(Operator):
+    identifier = "compare_prompting"
+    title = "Compare prompting"
+    description = "Object-aware prompts against SAM's grid, on some images: what they find and how long they take"
+    icon = "evaluate"
+
+    def form(self, form: Form) -> None:
+        from ..curation.findings import check_images
+        from ..evaluation.comparison import IMAGES, kept_fields
+
+        samples = form.target("Compare on")
+        try:
+            check_images(samples)
+        except ValueError as error:
+            raise FormError(str(error)) from error
+        form.number("images", IMAGES, "Images", "Drawn at random, the same ones each time", least=1, whole=True)
+        model_choice(form)
+        grid = form.choice("grid", GRIDS, "32", "Grid", "SAM's search, three masks for each of its points")
+        form.switch("filters", True, "SAM's filters", "Off, all masks of the grid count, however unsure")
+        device_choice(form)
+        names = kept_fields(int(grid)) if grid in GRIDS else ()
+        self._ground_truth(form, names)
+        self._keep(form, names)
+
+    def _ground_truth(self, form: Form, kept: Sequence[str]) -> None:
+        from ..stored_labels import SHAPE_TYPES
+
+        fields = {name: name for name in label_fields(form.samples, SHAPE_TYPES) if name not in kept}
+        gt_field = form.choice(
+            "gt_field",
+            {NO_GROUND_TRUTH: "None: compare numbers and times", **fields},
+            GROUND_TRUTH if GROUND_TRUTH in fields else NO_GROUND_TRUTH,
+            "Ground truth",
+            "Objects to measure AR@K with",
+        )
+        if gt_field in fields:
+            masks_or_boxes(form, gt_field)
+
+    def _keep(self, form: Form, names: Sequence[str]) -> None:
+        from ..evaluation.comparison import draw
+        from ..segmentation import check_label_field
+
+        keep = form.switch("keep", False, "Keep the masks", f"In {' and '.join(names)}, with their evaluations")
+        if not keep or form.problems:
+            return
+        drawn = draw(form.samples, form.values["images"])
+        for name in names:
+            try:
+                check_label_field(form.samples, name)
+            except ValueError as error:
+                form.problem(str(error))
+                continue
+            if form.samples.has_field(name):
+                labels = drawn.count(f"{name}.detections")
+                form.warn(f"{count(labels, 'label')} of these images in '{name}' will be replaced.")
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from .. import zoo
+        from ..evaluation.comparison import compare_promptings
+
+        values = form.values
+        fetch_with_progress(values["model"], progress)
+        progress.tell(None, f"Loading {values['model']}")
+        thresholds = {} if values["filters"] else {"pred_iou_thresh": 0, "stability_score_thresh": 0}
+        model = zoo.load_model(values["model"], device=values["device"], **thresholds)
+        gt_field = values["gt_field"]
+        comparison = compare_promptings(
+            form.samples,
+            model,
+            int(values["grid"]),
+            values["images"],
+            gt_field=None if gt_field == NO_GROUND_TRUTH else gt_field,
+            use_masks=values.get("use_masks", True),
+            keep=values["keep"],
+            progress=progress.tell,
+        )
+        return _outcome(comparison, values)
+
+
+def _outcome(comparison: Comparison, values: dict) -> Outcome:
+    grid = comparison.grid
+    lines = [
+        f"**{comparison}**",
+        comparison.table().to_markdown(disable_numparse=True, stralign="right"),
+        f"Means over {count(len(comparison.samples), 'image')} by `{values['model']}` on {values['device']}. All but "
+        f"the encoder, which both need once: finding objects, decoding, cropping masks.",
+    ]
+    if values["filters"] and grid.masks < 1:
+        lines.append(
+            f"SAM's filters leave {grid.masks:.1f} of the grid's masks an image: this model's predicted IoU or "
+            f"stability seldom reaches them. Switch them off to see all."
+        )
+    buttons = [("Show these images", comparison.samples.values("id"))]
+    if failures := {failure.sample_id: failure for failure in (*comparison.object_aware.failures, *grid.failures)}:
+        first = next(iter(failures.values()))
+        lines.append(
+            f"**{count(len(failures), 'image')} failed**, as if nothing was found there. The first: "
+            f"`{first.filepath}`: {first.error}"
+        )
+        buttons.append(("Show failed samples", list(failures)))
+    return Outcome(
+        "\n\n".join(lines),
+        comparison.to_dict(),
+        view=comparison.samples if values["keep"] else None,
+        buttons=[(label, "@voxel51/operators/show_samples", {"samples": ids}) for label, ids in buttons],
+    )

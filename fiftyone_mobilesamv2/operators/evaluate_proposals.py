@@ -1,0 +1,125 @@
+"""Measure proposals against ground truth: AR@K."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from bson import ObjectId
+from fiftyone import ViewField as F
+
+from .labels import GROUND_TRUTH, RANKINGS, skipped_button, skipped_text, use_masks_switch
+from .operator import Form, Operator, Outcome, Progress, count, label_fields
+
+if TYPE_CHECKING:
+    from ..evaluation.proposal_results import ProposalResults
+    from .operator import Samples
+
+PANEL = "segevery"
+MOST_PROPOSALS = 10_000  # results hold counts for every K up to the largest; a 64x64 grid makes 12,288 masks in all
+
+
+class EvaluateProposals(Operator):
+    identifier = "evaluate_proposals"
+    title = "Measure proposals (AR@K)"
+    description = "How many objects of a ground truth the K best-ranked masks or boxes of each image find"
+    icon = "evaluate"
+
+    def form(self, form: Form) -> None:
+        from ..evaluation.proposals import ProposalEvaluationConfig
+        from ..stored_labels import SHAPE_TYPES
+
+        samples = form.target("Measure")
+        pred_field = form.label_field(
+            "pred_field", SHAPE_TYPES, "Proposals", "The masks or boxes to measure", _default_proposals(samples)
+        )
+        prefix = samples._FRAMES_PREFIX if pred_field.startswith(samples._FRAMES_PREFIX) else ""
+        gt_field = form.label_field(
+            "gt_field", SHAPE_TYPES, "Ground truth", "The objects to find", prefix + GROUND_TRUTH, without=pred_field
+        )
+        if not form.problems:
+            try:
+                ProposalEvaluationConfig(pred_field, gt_field).build()._check_fields(samples)
+            except ValueError as error:
+                form.problem(str(error))
+        ks = form.text("ks", "10, 100, 1000", "K", "How many proposals of an image count: one row of the table each")
+        try:
+            form.values["ks"] = whole_numbers(ks)
+        except ValueError as error:
+            form.problem(f"K: {error}")
+        form.choice("rank_by", RANKINGS, "confidence", "Ranking", "Which proposals are the best")
+        masks_or_boxes(form, pred_field, gt_field)
+        self._eval_key(form)
+
+    def _eval_key(self, form: Form) -> None:
+        key = form.text("eval_key", "ar", "Evaluation key", "The name of this evaluation, and of what it stores")
+        if not str(key).isidentifier():
+            form.problem(f"Evaluation key: '{key}' can't be one: letters, digits and _ were expected.")
+        elif key in form.dataset.list_evaluations():
+            if form.dataset.get_evaluation_info(key).config.method == "proposals":
+                form.warn(f"There is an evaluation '{key}', which will be replaced.")
+            else:
+                form.problem(f"Evaluation key: '{key}' is an evaluation of another kind. Choose another key.")
+
+    def run(self, form: Form, progress: Progress) -> Outcome:
+        from ..evaluation.proposals import evaluate_proposals
+
+        return _outcome(form.samples, evaluate_proposals(form.samples, **form.values, progress=progress))
+
+
+def masks_or_boxes(form: Form, *field_names: str) -> bool:
+    """Whether masks are compared; where there are none, how to get them."""
+    from ..curation.findings import have_masks
+    from ..stored_labels import SHAPE_TYPES
+
+    use_masks = use_masks_switch(form, *field_names)
+    known = label_fields(form.samples, SHAPE_TYPES)
+    if not all(have_masks(form.samples, name) for name in field_names if name in known):
+        form.note("The operator 'Segment from prompts' turns boxes into masks.")
+    return use_masks
+
+
+def _default_proposals(samples: Samples) -> str | None:
+    """Masks that were made here, if there are any; least likely the ground truth."""
+    from ..segmentation import segmented_fields
+    from ..stored_labels import SHAPE_TYPES
+
+    fields = label_fields(samples, SHAPE_TYPES)
+    likely = [name for name in fields if name.endswith("segmentations")]
+    likely += [name for name in fields if not name.endswith(GROUND_TRUTH)]
+    return next((name for name in (*segmented_fields(samples), *likely) if name in fields), None)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Those in a line of text, ascending. Raises ValueError where there is anything else, or none."""
+    parts = re.findall(r"[^\s,;]+", str(text))
+    if not parts or not all(part.isdecimal() and 1 <= int(part) <= MOST_PROPOSALS for part in parts):
+        expected = f"whole numbers from 1 to {MOST_PROPOSALS:,} were expected, such as '10, 100, 1000'"
+        raise ValueError(f"{expected}, not '{text}'.")
+    return sorted({int(part) for part in parts})
+
+
+def _outcome(samples: Samples, results: ProposalResults) -> Outcome:
+    config, recall = results.config, results.average_recall
+    objects = recall.totals["all"]
+    lines = [
+        f"**AR@{config.ks[-1]} is {results.mAR():.3f}**" if objects else f"**No objects in `{config.gt_field}`**",
+        f"`{config.pred_field}` against {count(objects, 'object')} of `{config.gt_field}` in "
+        f"{count(recall.images, 'image')}, comparing {'masks' if config.use_masks else 'boxes'}, ranked by "
+        f"{config.rank_by}. Stored as evaluation `{results.key}`.",
+        results.report().rounded().replace("nan", "-").to_markdown(disable_numparse=True, stralign="right"),
+        "AR@K: the share of objects that the K best-ranked proposals of their image find, on average over the IoU "
+        "from 0.50 to 0.95 that counts as found.",
+    ]
+    shown = results.skipped
+    if shown and samples._is_frame_field(config.gt_field):  # of frames, their videos are shown
+        frames = F("_id").is_in([ObjectId(each["id"]) for each in shown])
+        shown = [{"id": id} for id in samples.match_frames(frames).values("id")]
+    metrics = {name: None if math.isnan(value) else value for name, value in results.metrics().items()}
+    return Outcome(
+        "\n\n".join(lines + skipped_text(results.skipped)),
+        {"eval_key": results.key, "metrics": metrics, "images": recall.images, "skipped": results.skipped},
+        panel=PANEL,
+        buttons=skipped_button(shown),
+    )

@@ -1,0 +1,15 @@
+"""The App's panels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .segevery import SegEvery
+
+if TYPE_CHECKING:
+    from fiftyone.plugins.context import PluginContext
+
+
+def register(plugin: PluginContext) -> None:
+    """Registers them; FiftyOne takes those that fiftyone.yml lists."""
+    plugin.register(SegEvery)

@@ -1,0 +1,150 @@
+"""The plots of the SegEvery panel, as plotly's JSON. The App draws them, on its own background and in its own font."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..evaluation.average_recall import AverageRecall
+    from ..segmentation import SegmentationRun
+
+COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # on dark and on white
+_CURVE_POINTS = 100
+_BINS = 20
+_BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
+
+
+class Figure(NamedTuple):
+    """Plotly's `data` and `layout`."""
+
+    data: list[dict]
+    layout: dict
+
+
+def recall_by_k(runs: Mapping[str, AverageRecall]) -> Figure:
+    """AR@K of each run at about 100 K, among them those of the run, which have larger points."""
+    data = []
+    for number, (name, recall) in enumerate(runs.items()):
+        curve = recall.curve()
+        ks = np.unique(np.geomspace(1, len(curve), _CURVE_POINTS).round().astype(int).tolist() + list(recall.ks))
+        sizes = np.where(np.isin(ks, recall.ks), 9, 4).tolist()
+        data.append(_line(name, number, ks, curve[ks - 1], "K=%{x}: AR %{y:.3f}", sizes))
+    layout = _layout("K", "AR", len(runs) > 1)
+    layout["xaxis"] |= {"type": "log", "dtick": 1}
+    return Figure(data, layout)
+
+
+def recall_by_iou(runs: Mapping[str, AverageRecall]) -> Figure:
+    """The share of objects that each run finds at each IoU within its largest K."""
+    from ..evaluation.average_recall import IOU_THRESHOLDS
+
+    data = [
+        _line(name, number, IOU_THRESHOLDS.round(2), recall.recalls(recall.ks[-1]), "IoU %{x}: recall %{y:.3f}", 7)
+        for number, (name, recall) in enumerate(runs.items())
+    ]
+    return Figure(data, _layout("IoU threshold", "recall at the largest K", len(runs) > 1))
+
+
+def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
+    """AR at the largest K of each group of objects that a run has. A bar's `ids` is its group."""
+    groups = list(dict.fromkeys(g for recall in runs.values() for g, total in recall.totals.items() if total))
+    data = []
+    for number, (name, recall) in enumerate(runs.items()):
+        totals = [recall.totals.get(group, 0) for group in groups]
+        values = [float(recall.recalls(recall.ks[-1], g).mean()) if n else None for g, n in zip(groups, totals)]
+        text = [f"{n:,} objects" for n in totals]
+        data.append(_bar(name, number, groups, values, "%{x}: AR %{y:.3f}, %{hovertext}", ids=groups, hovertext=text))
+    return Figure(data, _layout(None, "AR at the largest K", len(runs) > 1))
+
+
+def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
+    """How many images have how many objects, for each field. A bar's `ids` is "least-most" objects."""
+    top = max((max(each, default=0) for each in counts.values()), default=0)
+    width = top // _BINS + 1
+    lows = np.arange(0, top + 1, width)
+    names = [str(low) if width == 1 else f"{low}-{low + width - 1}" for low in lows]
+    ids = [f"{low}-{low + width - 1}" for low in lows]
+    data = []
+    for number, (name, each) in enumerate(counts.items()):
+        images = np.bincount(np.asarray(each, int) // width, minlength=len(lows))
+        data.append(
+            _bar(name, number, lows + (width - 1) / 2, images, "%{hovertext} objects: %{y}", ids=ids, hovertext=names)
+        )
+    layout = _layout("objects in an image", "images", len(counts) > 1)
+    if max(max(trace["y"]) for trace in data) < 6:
+        layout["yaxis"]["dtick"] = 1  # there are no half images
+    return Figure(data, layout)
+
+
+def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
+    """Milliseconds an image of each stage of the run of each field; "other" is what is left of its total."""
+    stages = list(dict.fromkeys(stage for run in runs.values() for stage in run.seconds if stage != "total"))
+    data = []
+    for number, stage in enumerate([*stages, "other"]):
+        values = []
+        for run in runs.values():
+            known = {name: seconds for name, seconds in run.seconds.items() if name != "total"}
+            seconds = known | {"other": max(0.0, run.seconds["total"] - sum(known.values()))}
+            values.append(1000 * seconds.get(stage, 0) / run.images)
+        data.append(_bar(stage, number, values, list(runs), f"{stage}: %{{x:.0f}} ms", orientation="h"))
+    layout = _layout("ms an image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
+    layout["yaxis"]["autorange"] = "reversed"  # the first on top
+    return Figure(data, layout)
+
+
+def _line(name: str, number: int, x: np.ndarray, y: np.ndarray, hover: str, size: int | list[int]) -> dict:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": x.tolist(),
+        "y": _numbers(y),
+        "line": {"color": _color(number)},
+        "marker": {"size": size, "opacity": 1, "line": {"width": 0}},
+        "hovertemplate": f"{hover}<extra></extra>",
+    }
+
+
+def _bar(name: str, number: int, x: Sequence, y: Sequence, hover: str, **more: object) -> dict:
+    x, y = np.asarray(x).tolist(), np.asarray(y).tolist()
+    hover = f"{hover}<extra></extra>"
+    return {
+        "type": "bar",
+        "name": name,
+        "x": x,
+        "y": y,
+        "marker": {"color": _color(number)},
+        "hovertemplate": hover,
+        **more,
+    }
+
+
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 4) for value in values]
+
+
+def _layout(x: str | None, y: str | None, legend: bool) -> dict:
+    return _BACKGROUND | {
+        "height": 260,
+        "margin": {"t": 28 if legend else 8, "l": 56, "r": 16, "b": 44 if x else 24},
+        "xaxis": {"title": {"text": x}},
+        "yaxis": {"title": {"text": y}, "rangemode": "tozero"},
+        "hovermode": "closest",
+        "showlegend": legend,
+        "legend": {
+            "orientation": "h",
+            "traceorder": "normal",
+            "x": 0,
+            "y": 1,
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+            "font": {"size": 12},
+        },
+    }

@@ -1,0 +1,369 @@
+"""The SegEvery panel: what segmenting found, how much of the ground truth that is, and how long it took."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import fiftyone as fo
+import fiftyone.operators as foo
+from fiftyone import ViewExpression
+from fiftyone import ViewField as F
+from fiftyone.operators import types
+from fiftyone.operators.categories import Categories
+
+from ..operators.operator import PLUGIN, label_fields
+from . import figures
+
+if TYPE_CHECKING:
+    from fiftyone.operators.executor import ExecutionContext
+
+    from ..evaluation.proposal_results import ProposalResults
+
+    Samples = fo.core.collections.SampleCollection
+
+logger = logging.getLogger(__name__)
+
+HELP = (
+    "How many objects of the ground truth the masks find (AR@K), how many masks the images have, and how long it took "
+    "to make them. Click a point or a bar to see what is behind it."
+)
+OPERATORS = {
+    "segment_everything": "Segment everything",
+    "evaluate_proposals": "Measure proposals (AR@K)",
+    "find_unlabeled_objects": "Find unlabeled objects",
+    "compare_prompting": "Compare promptings",
+}
+# Events that change what the App shows beside the panel, but nothing in it.
+_ELSEWHERE = {
+    "show_missed_by_k",
+    "show_missed_by_iou",
+    "show_missed_by_group",
+    "show_images",
+    "show_everything",
+    "open_form",
+}
+_CONFIG = {"displayModeBar": False, "scrollZoom": False}  # else the wheel zooms where one means to scroll the panel
+# How wide each item of a row that wraps is: what it needs, or as much as is left; without 0, no less than its contents.
+_NARROW = {"item": {"sx": {"width": "auto"}}}
+_PLOT = {"item": {"sx": {"width": "auto", "minWidth": 0, "flex": "1 1 24rem"}}}
+_SHRINKS = {"item": {"sx": {"minWidth": 0}}}
+
+
+# The App may send two events at a time, and FiftyOne reads a run's results from one open file for all threads.
+_one_event = threading.Lock()
+
+
+class SegEvery(foo.Panel):
+    """Plots of the dataset's evaluations of proposals or, while there are none, of its segmented fields."""
+
+    @property
+    def config(self) -> foo.PanelConfig:
+        return foo.PanelConfig(
+            name="segevery",
+            label="SegEvery",
+            help_markdown=HELP,
+            category=Categories.ANALYZE,
+            icon="show_chart",  # the App shows files as icons for its own panels alone
+        )
+
+    def execute(self, ctx: ExecutionContext) -> object:
+        name = ctx.params.get("__method__")
+        with _one_event:
+            try:
+                if name in _ELSEWHERE:
+                    return getattr(self, name)(ctx)
+                return super().execute(ctx)
+            except Exception as error:  # an event that fails would cost the user the whole panel
+                logger.error("%s of SegEvery failed", name, exc_info=error)
+                ctx.ops.notify(_told(error), variant="error")
+                ctx.ops.show_panel_output(self.render(ctx))
+
+    # Events ---------------------------------------------------------------------------------------------------------
+
+    def on_load(self, ctx: ExecutionContext) -> None:
+        ctx.panel.state.runs = [] if ctx.dataset is None else evaluations(ctx.dataset)[:1]
+
+    def on_change_dataset(self, ctx: ExecutionContext) -> None:
+        self.on_load(ctx)
+
+    def choose(self, ctx: ExecutionContext) -> None:
+        ctx.panel.state.runs = ctx.params["value"] or []
+
+    def refresh(self, ctx: ExecutionContext) -> None:
+        """Draws everything anew: evaluations may have come, or gone, by other ways than this panel."""
+
+    def open_form(self, ctx: ExecutionContext) -> None:
+        ctx.prompt(f"{PLUGIN}/{ctx.params['operator']}", params={}, on_success=self.on_load)
+
+    def show_everything(self, ctx: ExecutionContext) -> None:
+        ctx.ops.clear_view()
+
+    def show_missed_by_k(self, ctx: ExecutionContext) -> None:
+        _show(ctx, _clicked(ctx).missed(k=int(ctx.params["x"])))
+
+    def show_missed_by_iou(self, ctx: ExecutionContext) -> None:
+        _show(ctx, _clicked(ctx).missed(iou=float(ctx.params["x"])))
+
+    def show_missed_by_group(self, ctx: ExecutionContext) -> None:
+        _show(ctx, missed_of_group(_clicked(ctx), ctx.params["id"]))
+
+    def show_images(self, ctx: ExecutionContext) -> None:
+        samples, name = _sources(ctx)[ctx.params["trace"]]
+        least, most = map(int, ctx.params["id"].split("-"))
+        _show(ctx, with_objects(samples, name, least, most))
+
+    # Contents -------------------------------------------------------------------------------------------------------
+
+    def render(self, ctx: ExecutionContext) -> types.Property:
+        panel = types.Object()
+        if ctx.dataset is None:
+            panel.md("Open a dataset first.", name="text")
+        else:
+            for name in ("head", "recall", "objects", "time"):
+                try:
+                    getattr(self, f"_add_{name}")(panel, ctx)
+                except Exception as error:  # the rest is worth showing
+                    logger.error("'%s' of SegEvery failed", name, exc_info=error)
+                    panel.view(f"{name}_error", types.Error(label="Something can't be shown", description=_told(error)))
+        return types.Property(panel, view=types.GridView(orientation="2d", gap=2, pad=1))
+
+    def _add_head(self, panel: types.Object, ctx: ExecutionContext) -> None:
+        keys = evaluations(ctx.dataset)
+        if keys:
+            choices = types.DropdownView(multiple=True, label="Evaluations", compact=True)
+            for key in keys:
+                choices.add_choice(key, label=key)
+            panel.list("runs", types.String(), view=choices, default=_chosen(ctx), on_change=self.choose)
+            best = None
+        else:
+            text, best = _next_step(ctx.dataset)
+            panel.md(text, name="text")
+        buttons = panel.grid("buttons", orientation="2d", gap=1)
+        look = {"variant": "outlined", "componentsProps": _NARROW}
+        for name, label in OPERATORS.items():
+            emphasis = {"variant": "contained"} if name == best else {}
+            buttons.btn(name, label, on_click=self.open_form, params={"operator": name}, **look | emphasis)
+        buttons.btn("everything", "Show everything", on_click=self.show_everything, **look)
+        buttons.btn("refresh", "Refresh", on_click=self.refresh, **look)
+
+    def _add_recall(self, panel: types.Object, ctx: ExecutionContext) -> None:
+        results = {key: _results(ctx.dataset, key) for key in _chosen(ctx)}
+        runs = {key: each.average_recall for key, each in results.items()}
+        if not runs:
+            return
+        _add_table(panel, results)
+        _add_plot(
+            panel,
+            "by_k",
+            "AR by number of masks K",
+            "Click a point: the objects that the K best masks of their image miss, at IoU 0.5",
+            figures.recall_by_k(runs),
+            self.show_missed_by_k,
+        )
+        _add_plot(
+            panel,
+            "by_iou",
+            "Recall by IoU",
+            "Click a point: the objects that no mask finds at that IoU",
+            figures.recall_by_iou(runs),
+            self.show_missed_by_iou,
+        )
+        _add_plot(
+            panel,
+            "by_group",
+            "AR by size and frequency" if any("rare" in each.totals for each in runs.values()) else "AR by size",
+            "Click a bar: the objects of that group that no mask finds, at IoU 0.5",
+            figures.recall_by_group(runs),
+            self.show_missed_by_group,
+        )
+
+    def _add_objects(self, panel: types.Object, ctx: ExecutionContext) -> None:
+        counts = {name: object_counts(*source) for name, source in _sources(ctx).items()}
+        if any(counts.values()):
+            _add_plot(
+                panel,
+                "counts",
+                "Masks in an image",
+                "Click a bar: these images",
+                figures.objects_per_image(counts),
+                self.show_images,
+            )
+
+    def _add_time(self, panel: types.Object, ctx: ExecutionContext) -> None:
+        from ..segmentation import recorded_runs
+
+        runs, unknown = {}, []
+        for samples, name in _sources(ctx).values():
+            recorded = [run for run in recorded_runs(samples, name) if run.images]
+            if recorded:
+                runs[name] = recorded[-1]
+            else:
+                unknown.append(f"`{name}`")
+        if runs:
+            figure = figures.time_per_stage(runs)
+            _add_plot(panel, "stages", "Time of the last run, by stage", "Milliseconds an image", figure, None)
+        if unknown:
+            names = ", ".join(dict.fromkeys(unknown))
+            panel.md(f"How long {names} took isn't known: Segment everything keeps a record of it.", name="unknown")
+
+
+def _add_plot(
+    panel: types.Object, name: str, title: str, caption: str, figure: figures.Figure, on_click: Callable | None
+) -> None:
+    stack = panel.v_stack(name, gap=0, columns=1, componentsProps=_PLOT)
+    stack.md(f"**{title}**  \n{caption}", name="title")
+    data, layout = figure
+    stack.plot(
+        "plot",
+        data=data,
+        layout=layout,
+        config=_CONFIG,
+        on_click=on_click,
+        height=f"{layout['height']}px",
+        componentsProps=_SHRINKS,
+    )
+
+
+def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> None:
+    from ..evaluation.proposal_results import comparison_table
+
+    table = comparison_table(results)
+    columns = [name for name in table if name == "AR" or name.startswith("AR@")]
+    lines = ["| Evaluation | " + " | ".join(columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
+    for key, row in table[columns].iterrows():
+        lines.append(f"| {key} | " + " | ".join("-" if value != value else f"{value:.3f}" for value in row) + " |")
+    panel.md("\n".join(lines), name="table")
+
+
+def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
+    """What to do while nothing is measured: in words, and the name of the operator."""
+    from ..segmentation import segmented_fields
+    from ..stored_labels import SHAPE_TYPES
+
+    segmented = segmented_fields(dataset)
+    others = [name for name in label_fields(dataset, SHAPE_TYPES) if name not in segmented]
+    if not segmented:
+        return "Nothing is segmented yet: give every object of every image a mask.", "segment_everything"
+    names = ", ".join(f"`{name}`" for name in segmented)
+    if others:
+        return f"{names} can be measured: how many labeled objects do the masks find?", "evaluate_proposals"
+    return f"What {names} finds can't be measured: that needs labels to compare with, and this dataset has none.", ""
+
+
+# What is in the dataset ---------------------------------------------------------------------------------------------
+
+
+def evaluations(dataset: fo.Dataset) -> list[str]:
+    """The keys of the evaluations of proposals, latest first."""
+    keys = dataset.list_evaluations(method="proposals")
+    return sorted(keys, key=lambda key: dataset.get_evaluation_info(key).timestamp, reverse=True)
+
+
+def _chosen(ctx: ExecutionContext) -> list[str]:
+    """The keys of the evaluations to show, without those that are gone since."""
+    keys = evaluations(ctx.dataset)
+    return [key for key in ctx.panel.state.runs or [] if key in keys] or keys[:1]
+
+
+def _results(dataset: fo.Dataset, key: str) -> ProposalResults:
+    return _loaded(dataset.name, key, dataset.get_evaluation_info(key).timestamp)
+
+
+@lru_cache(maxsize=8)
+def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults:
+    """For figures alone, as its samples are as they were at that time. The App has another dataset for each event."""
+    return fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
+
+
+def _sources(ctx: ExecutionContext) -> dict[str, tuple[Samples, str]]:
+    """The samples and the field of masks of each evaluation that is shown; without any, of each segmented field."""
+    from ..segmentation import segmented_fields
+
+    dataset = ctx.dataset
+    if keys := _chosen(ctx):
+        fields = {key: dataset.get_evaluation_info(key).config.pred_field for key in keys}
+        return {key: (dataset.load_evaluation_view(key), name) for key, name in fields.items()}
+    return {name: (dataset, name) for name in segmented_fields(dataset)}
+
+
+def object_counts(samples: Samples, field_name: str) -> list[int]:
+    """The number of labels of each image, or frame, that has any or was found to have none."""
+    has_labels, number = _labels(samples, field_name)
+    if not samples._is_frame_field(field_name):
+        return samples.match(has_labels).values(number)
+    return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
+
+
+def with_objects(samples: Samples, field_name: str, least: int, most: int) -> fo.DatasetView:
+    """The images, or frames, with at least and at most so many labels."""
+    has_labels, number = _labels(samples, field_name)
+    match = samples.match_frames if samples._is_frame_field(field_name) else samples.match
+    return match(has_labels & (number >= least) & (number <= most))
+
+
+def _labels(samples: Samples, field_name: str) -> tuple[ViewExpression, ViewExpression]:
+    """Of an image's or frame's document: whether the field has a value, and how many labels it holds."""
+    root, is_list = samples._get_label_field_root(field_name)
+    name, root = (samples._handle_frame_field(each)[0] for each in (field_name, root))
+    has_labels = F(name) != None  # noqa: E711
+    return has_labels, F(root).length() if is_list else has_labels.to_int()
+
+
+def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
+    """The objects of a group of AverageRecall's that no proposal finds at IoU 0.5."""
+    from ..evaluation.average_recall import AREA_RANGES, FREQUENCIES
+    from ..stored_labels import LabelError, stored_images
+
+    config, missed = results.config, results.missed()
+    if group == "all":
+        return missed
+    if group in FREQUENCIES:
+        return missed.filter_labels(config.gt_field, F("frequency") == FREQUENCIES[group])
+    least, most = AREA_RANGES[group]
+    ids = []
+    for image in stored_images(missed, [config.gt_field]):
+        labels = image.labels(config.gt_field)
+        try:
+            areas = _areas(labels, image.size, config)
+        except LabelError as error:
+            logger.warning("%s is left out: %s", image.name, error)
+        else:
+            ids += [label["_id"] for label, area in zip(labels, areas) if least <= area <= most]
+    return missed.filter_labels(config.gt_field, F("_id").is_in(ids))
+
+
+def _areas(labels: list[dict], size: tuple[int, int], config: fo.EvaluationMethodConfig) -> list[float]:
+    """In pixels, as the evaluation took them."""
+    from pycocotools import mask as mask_utils
+
+    from ..stored_labels import boxes_of, masks_of
+
+    if config.area_field is not None:
+        return [label[config.area_field] for label in labels]
+    if config.use_masks:
+        return [float(mask_utils.area(mask)) for mask in masks_of(labels, size)]
+    return boxes_of(labels, size)[:, 2:].prod(1).tolist()
+
+
+# Clicks -------------------------------------------------------------------------------------------------------------
+
+
+def _clicked(ctx: ExecutionContext) -> ProposalResults:
+    """The evaluation that the clicked point is of."""
+    return ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
+
+
+def _show(ctx: ExecutionContext, view: fo.DatasetView) -> None:
+    if len(view):
+        ctx.ops.set_view(view)
+    else:
+        ctx.ops.notify("There are none.")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

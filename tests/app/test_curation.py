@@ -1,0 +1,103 @@
+"""What labels lack, what they have twice, and what becomes of it: with the mouse."""
+
+import json
+
+from fiftyone import ViewField as F
+
+
+def test_what_is_missing_becomes_labels(app, scenes):
+    removed = [label.id for sample in scenes for label in sample.ground_truth.detections[::2]]
+    scenes.delete_labels(ids=removed, fields="ground_truth")
+    before = scenes.count("ground_truth.detections")
+    app.open(scenes.name)
+    app.operator("Find unlabeled objects")
+    assert app.value("Ground truth") == "ground_truth"
+    assert app.errors() == []
+    app.screenshot("find-unlabeled-form")
+    app.execute()
+    text = app.wait_output("objects without a label")
+    app.done()
+    scenes.reload()
+    tagged = scenes.filter_labels("proposals", F("tags").contains("unlabeled"))
+    tagged_ids = tagged.values("proposals.detections.id", unwind=True)
+    found = len(tagged_ids)
+    assert f"{found} objects without a label" in text and 0 < found <= scenes.count("proposals.detections")
+    app.wait_samples(f"{found} patches")
+    app.wait_grid()
+    app.screenshot("find-unlabeled-patches")
+
+    app.select_samples(2)
+    app.operator("Promote to labels")
+    assert "2 objects of 'proposals' selected" in app.form_text()
+    assert app.errors() != []  # a class is needed
+    app.fill("Class", "found")
+    assert app.errors() == []
+    app.screenshot("promote-form")
+    app.execute()
+    app.wait_output("2 objects labeled found")
+    app.done()
+    scenes.reload()
+    assert scenes.count("ground_truth.detections") == before + 2
+    labels = scenes.filter_labels("ground_truth", F("label") == "found").values("ground_truth.detections", unwind=True)
+    assert {label.promoted_from for label in labels} < set(tagged_ids)
+    promoted = scenes.filter_labels("proposals", F("tags").contains("promoted"))
+    assert promoted.count("proposals.detections") == 2
+
+
+def test_labels_without_an_object(app, scenes):
+    sample = scenes.first()
+    wrong = sample.ground_truth.detections[0]
+    wrong.bounding_box, wrong.mask = [0.001, 0.001, 0.01, 0.01], None
+    sample.save()
+    app.open(scenes.name)
+    app.operator("Find unlabeled objects")
+    app.choose("What to look for", "Labels without an object")
+    app.execute()
+    app.wait_output("labels without an object")
+    app.done()
+    scenes.reload()
+    assert "unsupported" in scenes.first().ground_truth.detections[0].tags
+
+
+def test_duplicates(app, scenes):
+    sample = scenes.first()
+    copy = sample.proposals.detections[0].copy()
+    copy.confidence = 0.01
+    sample.proposals.detections.append(copy)
+    sample.save()
+    app.open(scenes.name)
+    app.operator("Find duplicates and parts")
+    app.choose("Labels", "proposals")
+    app.execute()
+    app.wait_output("duplicate")
+    app.screenshot("find-duplicates-summary")
+    app.done()
+    scenes.reload()
+    duplicates = scenes.filter_labels("proposals", F("tags").contains("duplicate"))
+    assert copy.id in duplicates.values("proposals.detections.id", unwind=True)
+    app.wait_samples(f"{duplicates.count('proposals.detections')} patches")
+
+
+def test_coverage_and_export(app, scenes, tmp_path):
+    app.open(scenes.name)
+    app.operator("Measure image coverage")
+    app.choose("Labels", "proposals")
+    app.execute()
+    app.wait_output("6 images measured")
+    app.done()
+    app.page.get_by_text("proposals_coverage").first.wait_for()
+    scenes.reload()
+    assert all(0 < share <= 1 for share in scenes.values("proposals_coverage"))
+    app.screenshot("image-coverage")
+
+    app.operator("Export masks as COCO")
+    app.choose("Masks", "proposals")
+    path = tmp_path / "masks.json"
+    app.fill("File", path)
+    assert app.errors() == []
+    app.execute()
+    count = scenes.count("proposals.detections")
+    app.wait_output(f"{count} masks of 6 images")
+    app.screenshot("export-summary")
+    app.done()
+    assert len(json.loads(path.read_text())["annotations"]) == count

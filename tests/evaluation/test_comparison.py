@@ -1,0 +1,210 @@
+"""Object-aware prompting beside a grid: figures, what is drawn, what is left behind."""
+
+from pathlib import Path
+
+import fiftyone as fo
+import pytest
+
+from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
+from fiftyone_mobilesamv2.evaluation import comparison
+from fiftyone_mobilesamv2.evaluation.comparison import Comparison, Measurement, compare_promptings, draw, short
+from fiftyone_mobilesamv2.progress import Cancelled
+from fiftyone_mobilesamv2.training.scenes import write_coco
+
+MODEL = "mobilesamv2-demo-torch"
+SIDE = 4
+
+
+@pytest.fixture(scope="module")
+def scene_files(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("scenes"), 4)
+
+
+@pytest.fixture
+def scenes(mongod, scene_files):
+    dataset = load_coco(*scene_files)
+    yield dataset
+    dataset.delete()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Without SAM's filters, which leave next to nothing of the demo model's masks."""
+    return zoo.load_model(MODEL, device="cpu", pred_iou_thresh=0, stability_score_thresh=0)
+
+
+@pytest.fixture
+def as_it_was(scenes):
+    """Checks at the end that the database, the dataset's fields and its runs are as they were."""
+
+    def state():
+        scenes.reload()
+        fields = set(scenes.get_field_schema(flat=True))
+        return (
+            fo.list_datasets(),
+            fields,
+            scenes.list_evaluations(),
+            scenes.list_runs(),
+            scenes.values("metadata.width"),
+        )
+
+    scenes.set_values("metadata", [None] * 4)
+    before = state()
+    yield
+    assert state() == before
+
+
+def measurement(prompts, decode, crop=0.01, recall=None):
+    seconds = {"encode": 5.0, "decode": decode, "crop": crop}
+    return Measurement(recall, prompts, prompts, seconds, [])
+
+
+def test_figures_are_those_of_the_model_and_the_evaluation(scenes, model, as_it_was):
+    found = compare_promptings(scenes, model, SIDE, gt_field="ground_truth")
+    assert len(found.samples) == 4
+    copy = scenes.clone()
+    try:
+        for name, rank_by in (("object_aware", "confidence"), ("grid", "sam")):
+            settings = {"prompting": name, "points_per_side": SIDE}
+            other = zoo.load_model(MODEL, device="cpu", pred_iou_thresh=0, stability_score_thresh=0, **settings)
+            copy.apply_model(other, name, num_workers=0)
+            measured = getattr(found, name)
+            assert measured.masks == copy.count(f"{name}.detections") / 4 > 1
+            expected = evaluate_proposals(copy, name, rank_by=rank_by)
+            assert measured.recall.metrics() == pytest.approx(expected.average_recall.metrics(), nan_ok=True)
+    finally:
+        copy.delete()
+    assert found.object_aware.prompts == found.object_aware.masks and found.grid.prompts == SIDE**2
+    for measured in (found.object_aware, found.grid):
+        assert measured.ms == pytest.approx(1000 * (sum(measured.seconds.values()) - measured.seconds["encode"]))
+    assert found.ratio == found.grid.ms / found.object_aware.ms
+    assert found.decoder_ratio == found.grid.seconds["decode"] / found.object_aware.seconds["decode"]
+    metrics = found.to_dict()["measurements"]["grid"]["metrics"]
+    assert metrics["AR@10"] == found.grid.recall.metrics()["AR@10"]
+    assert found.table().loc["grid 4x4", "AR@1000"] == f"{metrics['AR@1000']:.3f}"
+
+
+def test_the_model_is_left_as_it_was(scenes, model, as_it_was):
+    before = dict(vars(model.config)), model.label_bytes
+    compare_promptings(scenes, model, SIDE, images=1)
+    assert (vars(model.config), model.label_bytes) == before
+
+
+def test_without_ground_truth(scenes, model, as_it_was):
+    found = compare_promptings(scenes, model, SIDE, images=1)
+    assert found.object_aware.recall is None and found.grid.masks > 1
+    assert "metrics" not in found.to_dict()["measurements"]["grid"]
+    assert list(found.table().columns) == ["prompts", "objects", "decoder, s", "all but encoder, s", "times as long"]
+
+
+def test_boxes(scenes, model, as_it_was):
+    found = compare_promptings(scenes, model, SIDE, images=2, gt_field="ground_truth", use_masks=False)
+    copy = found.samples.clone()
+    try:
+        copy.apply_model(zoo.load_model(MODEL, device="cpu"), "proposals", num_workers=0)
+        expected = evaluate_proposals(copy, "proposals", use_masks=False).average_recall.metrics()
+    finally:
+        copy.delete()
+    assert found.object_aware.recall.metrics() == pytest.approx(expected, nan_ok=True)
+
+
+def test_masks_on_disk_are_deleted_too(scenes, model, as_it_was, monkeypatch):
+    monkeypatch.setattr(comparison, "LABEL_BYTES", 0)
+    written = []
+    export = fo.Detection.export_mask
+
+    def note(self, path, **kwargs):
+        export(self, path, **kwargs)
+        written.append(Path(path))
+        assert written[-1].is_file()
+
+    monkeypatch.setattr(fo.Detection, "export_mask", note)
+    found = compare_promptings(scenes, model, SIDE, images=1, gt_field="ground_truth")
+    assert len(written) == found.object_aware.masks + found.grid.masks
+    assert found.object_aware.recall.metrics()["AR@1000"] > 0
+    assert not any(path.exists() for path in written)
+
+
+@pytest.mark.parametrize("end", [Cancelled, RuntimeError])
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_nothing_is_left_whatever_ends_it(scenes, model, as_it_was, end, share):
+    def progress(done, label):
+        if done >= share:
+            raise end
+
+    with pytest.raises(end):
+        compare_promptings(scenes, model, SIDE, images=2, gt_field="ground_truth", progress=progress)
+
+
+def test_progress_says_what_is_running(scenes, model):
+    told = []
+    compare_promptings(scenes, model, SIDE, images=2, progress=lambda share, label: told.append((share, label)))
+    assert list(dict.fromkeys(label for _, label in told if not label.split(": ")[1].startswith("0"))) == [
+        "object-aware: 1 of 2 images",
+        "object-aware: 2 of 2 images",
+        "grid 4x4: 1 of 2 images",
+        "grid 4x4: 2 of 2 images",
+    ]
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares) and shares[-1] == 1
+
+
+def test_kept(scenes, model):
+    found = compare_promptings(scenes, model, SIDE, images=2, gt_field="ground_truth", keep=True)
+    assert scenes.list_evaluations() == ["ar_compare_grid_4", "ar_compare_object_aware"]
+    for field, measured in (("compare_object_aware", found.object_aware), ("compare_grid_4", found.grid)):
+        assert scenes.count(f"{field}.detections") == 2 * measured.masks
+        ids = scenes.exists(field).values("id")
+        assert sorted(ids) == sorted(found.samples.values("id"))
+        stored = scenes.load_evaluation_results(f"ar_{field}")
+        assert stored.average_recall.metrics() == pytest.approx(measured.recall.metrics(), nan_ok=True)
+    # Once more: what is there is replaced, not added to.
+    again = compare_promptings(scenes, model, SIDE, images=2, gt_field="ground_truth", keep=True)
+    assert scenes.count("compare_grid_4.detections") == 2 * again.grid.masks
+
+
+def test_the_same_images_are_drawn_each_time(scenes):
+    first = draw(scenes, 2).values("id")
+    assert len(set(first)) == 2
+    assert draw(scenes, 2).values("id") == first
+    assert draw(scenes, 9).values("id") == scenes.values("id")
+    assert set(draw(scenes.limit(2), 1).values("id")) < set(scenes.values("id")[:2])
+
+
+def test_images_that_fail(scenes, model, tmp_path, as_it_was):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    scenes.add_sample(fo.Sample(str(bad)))
+    try:
+        found = compare_promptings(scenes, model, SIDE, gt_field="ground_truth")
+        bad_id = scenes.last().id
+        for measured in (found.object_aware, found.grid):
+            (failure,) = measured.failures
+            assert (failure.sample_id, failure.filepath) == (bad_id, str(bad))
+        assert found.grid.prompts == SIDE**2
+        with pytest.raises(ValueError, match=r"No image could be segmented; the first, .*bad\.png: "):
+            compare_promptings(scenes.match({"filepath": str(bad)}), model, SIDE)
+    finally:
+        scenes.delete_samples(scenes.match({"filepath": str(bad)}))
+
+
+def test_sentence(scenes):
+    found = Comparison(scenes.view(), 32, measurement(16.6, 0.081), measurement(1024, 4.93, crop=0.2))
+    assert str(found) == (
+        "Object-aware prompting decoded 17 prompts an image in 0.081 s; the 32x32 grid 1024 in 4.9 s: 61 times as long."
+    )
+    assert found.ratio == pytest.approx(5.13 / 0.091)
+    table = found.table()
+    assert table.loc["object-aware", "times as long"] == "1" and table.loc["grid 32x32", "times as long"] == "56"
+    assert table.loc["grid 32x32", "all but encoder, s"] == "5.1"
+
+
+def test_sentence_where_nothing_is_found(scenes):
+    found = Comparison(scenes.view(), 16, measurement(0, 0.001), measurement(256, 1.25))
+    assert str(found) == "Object-aware prompting found no object to decode; the 16x16 grid 256 in 1.2 s an image."
+    assert found.decoder_ratio is None
+
+
+@pytest.mark.parametrize("value, text", [(0.0812, "0.081"), (4.93, "4.9"), (61.4, "61"), (152.0, "150"), (0, "0")])
+def test_short(value, text):
+    assert short(value) == text

@@ -1,0 +1,146 @@
+"""The files of models: which there are, whether they are still right, what deleting a model takes away."""
+
+import hashlib
+import os
+
+import pytest
+from filelock import FileLock
+
+from fiftyone_mobilesamv2.modeling import checkpoints
+from fiftyone_mobilesamv2.modeling.checkpoints import (
+    MODELS,
+    CheckpointError,
+    PretrainedModel,
+    Weights,
+    deletable_files,
+    delete_model,
+    local_path,
+    model_files,
+    verified_sha256,
+    verify,
+)
+
+CONTENT = bytes(range(256)) * 100
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+NOWHERE = ("http://127.0.0.1:9/",)
+TINY, L0, DEMO = "mobilesamv2-tinyvit-torch", "mobilesamv2-efficientvit-l0-torch", "mobilesamv2-demo-torch"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(checkpoints.WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    return tmp_path / "weights"
+
+
+def put(*names):
+    """Files for these models."""
+    for name in names:
+        for weights in model_files(name):
+            local_path(weights).write_bytes(CONTENT)
+
+
+def names_of(files):
+    return {weights.filename for weights in files}
+
+
+def test_files_of_models():
+    assert [weights.filename for weights in model_files(TINY)] == [
+        "mobile_sam.pt",
+        "Prompt_guided_Mask_Decoder.pt",
+        "ObjectAwareModel.pt",
+    ]
+    assert names_of(model_files(DEMO)) == {"demo_sam.safetensors", "demo_detector.safetensors"}
+    assert len(model_files(DEMO)) == 2  # its encoder and decoder are in one
+
+
+# Verifying ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [{"sha256": SHA256}, {"sha256": SHA256[:6]}, {}], ids=str)
+def test_every_byte_is_read_again(folder, known):
+    """Also where size and time are those of the file that was verified before."""
+    path, wanted = folder / "w.pt", Weights("w.pt", NOWHERE, megabytes=1, **known)
+    path.write_bytes(CONTENT)
+    assert verified_sha256(wanted) == SHA256
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(CONTENT[::-1])
+    os.utime(path, ns=times)
+    verify(path, wanted)  # as loading does, which takes it for the same
+    with pytest.raises(CheckpointError, match="has changed since" if not known else r"is not w\.pt") as refusal:
+        verified_sha256(wanted)
+    assert hashlib.sha256(CONTENT[::-1]).hexdigest() in str(refusal.value)
+
+
+def test_hash_of_a_file_of_the_package():
+    for weights in model_files(DEMO):
+        assert verified_sha256(weights) == hashlib.sha256(local_path(weights).read_bytes()).hexdigest()
+        assert not local_path(weights).with_name(f"{weights.filename}.verified.json").exists()
+
+
+def test_file_that_is_not_here():
+    with pytest.raises(CheckpointError, match="can't be read"):
+        verified_sha256(Weights("w.pt", NOWHERE, megabytes=1))
+
+
+# Deleting -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_model_takes_all_its_files(folder):
+    put(TINY)
+    (folder / "notes.txt").touch()
+    assert names_of(delete_model(TINY)) == names_of(model_files(TINY))
+    assert {path.name for path in folder.iterdir() if not path.name.endswith(".lock")} == {"notes.txt"}
+    assert delete_model(TINY) == []
+
+
+def test_shared_files_stay_while_another_model_needs_them(folder):
+    put(TINY, L0)
+    assert names_of(deletable_files(TINY)) == {"mobile_sam.pt"}
+    assert names_of(delete_model(TINY)) == {"mobile_sam.pt"}
+    assert all(local_path(weights).is_file() for weights in model_files(L0))
+    # Now it is the last one.
+    assert names_of(delete_model(L0)) == {"l0.pt", "Prompt_guided_Mask_Decoder.pt", "ObjectAwareModel.pt"}
+
+
+def test_model_that_lacks_files_needs_none(folder):
+    put(TINY, L0)
+    (folder / "l0.pt").unlink()
+    assert names_of(delete_model(TINY)) == names_of(model_files(TINY))
+
+
+def test_half_a_download_is_deleted(folder):
+    (folder / "mobile_sam.pt.partial").write_bytes(CONTENT)
+    assert names_of(delete_model(TINY)) == {"mobile_sam.pt"}
+    assert not (folder / "mobile_sam.pt.partial").exists()
+
+
+def test_files_of_the_package_stay():
+    assert deletable_files(DEMO) == delete_model(DEMO) == []
+    assert all(local_path(weights).is_file() for weights in model_files(DEMO))
+
+
+def test_file_that_is_being_downloaded(folder):
+    (folder / "mobile_sam.pt.partial").write_bytes(CONTENT)
+    with FileLock(folder / "mobile_sam.pt.lock"):
+        with pytest.raises(CheckpointError, match=r"mobile_sam\.pt is being downloaded"):
+            delete_model(TINY)
+    assert (folder / "mobile_sam.pt.partial").read_bytes() == CONTENT
+
+
+def test_record_of_the_first_use_outlives_its_file(folder, monkeypatch):
+    """So that a file of which no hash is published can't come back as another one."""
+    unpinned = Weights("encoder.pt", NOWHERE, megabytes=1)
+    monkeypatch.setitem(MODELS, "test", PretrainedModel("tiny_vit", unpinned, unpinned, unpinned))
+    (folder / "encoder.pt").write_bytes(CONTENT)
+    verified_sha256(unpinned)
+    assert delete_model("test") == [unpinned]
+    (folder / "encoder.pt").write_bytes(CONTENT[::-1])
+    with pytest.raises(CheckpointError, match=r"has changed since encoder\.pt was first used"):
+        verify(folder / "encoder.pt", unpinned)
+
+
+def test_unknown_model():
+    for function in (model_files, deletable_files, delete_model):
+        with pytest.raises(ValueError, match="Unknown model 'sam'"):
+            function("sam")

@@ -1,0 +1,198 @@
+"""Models are managed without a dataset, against a server on the loopback."""
+
+import functools
+import hashlib
+import http.server
+import threading
+
+import pytest
+
+from fiftyone_mobilesamv2.modeling.checkpoints import MODELS, PretrainedModel, Weights, local_path, model_files
+
+NAME = "manage_models"
+ENCODER, REST = b"encoder" * 100_000, b"the rest" * 100_000
+SHA256 = hashlib.sha256(ENCODER).hexdigest()
+BLOB = hashlib.sha1(b"blob %d\0" % len(REST) + REST).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The weights folder; connections to the loopback go there directly."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path / "weights"))
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The folder of a server, and its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "encoder.pt").write_bytes(ENCODER)
+    (folder / "rest.pt").write_bytes(REST)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def models(served, monkeypatch):
+    """Two models of that server, "one" and "two", that share a file."""
+    _, url = served
+    rest = Weights("rest.pt", (f"{url}/rest.pt",), megabytes=1, git_blob=BLOB)
+    for name in ("one", "two"):
+        encoder = Weights(f"{name}.pt", (f"{url}/encoder.pt",), megabytes=2, sha256=SHA256)
+        monkeypatch.setitem(MODELS, name, PretrainedModel("tiny_vit", encoder, rest, rest))
+
+
+def rows(markdown):
+    """The cells of a Markdown table: first cell -> column -> text."""
+    lines = [line for line in markdown.splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): dict(zip(cells[0][1:], row[1:])) for row in cells[2:]}
+
+
+def dialog(plugin, **params):
+    return plugin.run_to_the_end(NAME, None, params)[0]
+
+
+def test_form_without_a_dataset(plugin, folder):
+    form = plugin.form(NAME, None)
+    assert form.errors == []
+    assert form.choices("model") == list(MODELS) and form.default("action") == "download"
+    assert f"Downloaded weights are in {folder}." in form.messages
+    assert "196 MB will be downloaded, and verified." in form.messages
+
+
+def test_tables(plugin, folder):
+    folder.mkdir()
+    (folder / "ObjectAwareModel.pt").touch()
+    form = plugin.form(NAME, None)
+    models, files = rows(form.default("models")), rows(form.default("files"))
+    assert list(models) == list(MODELS)
+    assert models["mobilesamv2-vith-torch"] == {
+        "MB": "2,720",
+        "here": "ObjectAwareModel.pt",
+        "missing": "sam_vit_h_4b8939.pth, Prompt_guided_Mask_Decoder.pt",
+    }
+    demo = models["mobilesamv2-demo-torch"]
+    assert (demo["here"], demo["missing"]) == ("demo_sam.safetensors, demo_detector.safetensors", "")
+    assert len(files) == 11
+    assert files["ObjectAwareModel.pt"] == {"MB": "140", "here": "yes", "hash": "sha256 4d99244a9c7a..."}
+    assert files["Prompt_guided_Mask_Decoder.pt"] == {"MB": "15", "here": "", "hash": "git blob c13b15a3a449..."}
+    assert files["sam_vit_b_01ec64.pth"]["hash"] == "sha256 01ec64"
+    assert files["l0.pt"]["hash"] == "that of its first use: none is published"
+    assert files["demo_sam.safetensors"]["hash"] == "none: it comes with the package"
+
+
+@pytest.mark.parametrize(
+    "params, error",
+    [
+        ({"model": "sam"}, "Model: 'sam' isn't there"),
+        ({"action": "burn"}, "Action: 'burn' isn't there"),
+        ({"action": "verify"}, "No file of mobilesamv2-tinyvit-torch is here: there is nothing to verify"),
+        ({"action": "delete"}, "No file of mobilesamv2-tinyvit-torch can be deleted"),
+        ({"model": "mobilesamv2-demo-torch", "action": "download"}, "there is nothing to download"),
+        ({"model": "mobilesamv2-demo-torch", "action": "delete"}, "No file of mobilesamv2-demo-torch can be deleted"),
+    ],
+)
+def test_form_says_what_is_wrong(plugin, params, error):
+    (found,) = plugin.form(NAME, None, params).errors
+    assert error in found
+
+
+def test_demo_weights_stay(plugin):
+    form = plugin.form(NAME, None, {"model": "mobilesamv2-demo-torch", "action": "delete"})
+    assert "demo_sam.safetensors stays: it comes with the package." in form.messages
+    with pytest.raises(Exception, match="can be deleted"):
+        plugin.call(NAME, None, model="mobilesamv2-demo-torch", action="delete", confirm=True)
+    assert all(local_path(weights).is_file() for weights in model_files("mobilesamv2-demo-torch"))
+
+
+def test_download(plugin, models, folder):
+    assert "3 MB will be downloaded, and verified." in plugin.form(NAME, None, {"model": "one"}).messages
+    result = plugin.call(NAME, None, model="one")
+    assert result["files"] == {"one.pt": str(folder / "one.pt"), "rest.pt": str(folder / "rest.pt")}
+    assert ((folder / "one.pt").read_bytes(), (folder / "rest.pt").read_bytes()) == (ENCODER, REST)
+    form = plugin.form(NAME, None, {"model": "one"})
+    assert form.errors == [] and form.default("action") == "verify"
+    assert rows(form.default("models"))["two"] == {"MB": "3", "here": "rest.pt", "missing": "two.pt"}
+    text = dialog(plugin, model="two", action="download")
+    assert "two is here" in text and str(folder / "two.pt") in text
+
+
+def test_download_that_fails_is_explained(plugin, models, served, folder):
+    (served[0] / "rest.pt").write_bytes(b"something else")
+    *_, (operator, params) = plugin.run_in_app(NAME, None, {"model": "one", "action": "download"})
+    view = params["outputs"]["type"]["properties"]["error"]["view"]
+    assert operator == "show_output" and view["label"] == "Manage models failed"
+    assert "rest.pt" in view["description"] and BLOB in view["description"] and str(folder) in view["description"]
+    assert not (folder / "rest.pt").exists()
+
+
+def test_verify(plugin, models, folder):
+    plugin.call(NAME, None, model="one")
+    text = dialog(plugin, model="one", action="verify")
+    assert "All files of one are right" in text
+    found = rows(text)
+    assert found["one.pt"]["sha256"] == f"`{SHA256}`"
+    assert found["rest.pt"] == {
+        "sha256": f"`{hashlib.sha256(REST).hexdigest()}`",
+        "hash": f"git blob {BLOB[:12]}...",
+    }
+    (folder / "one.pt").write_bytes(REST)
+    (folder / "rest.pt").unlink()
+    form = plugin.form(NAME, None, {"model": "one", "action": "verify"})
+    assert form.errors == []
+    result = plugin.call(NAME, None, model="one", action="verify")
+    assert result["files"]["rest.pt"] == {"sha256": None, "problem": "is not here"}
+    problem = result["files"]["one.pt"]["problem"]
+    assert hashlib.sha256(REST).hexdigest() in problem and SHA256 in problem and "delete the file" in problem
+    text = dialog(plugin, model="one", action="verify")
+    assert "**2 files wrong or missing**" in text and problem in text
+
+
+def test_verify_the_demo_model(plugin):
+    result = plugin.call(NAME, None, model="mobilesamv2-demo-torch", action="verify")
+    for weights in model_files("mobilesamv2-demo-torch"):
+        expected = hashlib.sha256(local_path(weights).read_bytes()).hexdigest()
+        assert result["files"][weights.filename] == {"sha256": expected, "problem": None}
+
+
+def test_delete_asks_first(plugin, models, folder):
+    plugin.call(NAME, None, model="one")
+    params = {"model": "one", "action": "delete"}
+    assert plugin.form(NAME, None, params).errors == ["Confirm that one.pt, rest.pt shall be deleted."]
+    with pytest.raises(Exception, match="Confirm that"):
+        plugin.call(NAME, None, **params)
+    assert (folder / "one.pt").is_file()
+    form = plugin.form(NAME, None, {**params, "confirm": True})
+    assert form.errors == []
+    assert plugin.call(NAME, None, confirm=True, **params) == {"model": "one", "deleted": ["one.pt", "rest.pt"]}
+    assert not (folder / "one.pt").exists() and not (folder / "rest.pt").exists()
+
+
+def test_shared_file_stays(plugin, models, folder):
+    for name in ("one", "two"):
+        plugin.call(NAME, None, model=name)
+    params = {"model": "one", "action": "delete", "confirm": True}
+    form = plugin.form(NAME, None, params)
+    assert form.errors == [] and "rest.pt stays: another model here needs it." in form.messages
+    text = dialog(plugin, **params)
+    assert "one.pt, about 2 MB" in text and "rest.pt" not in text
+    assert not (folder / "one.pt").exists() and (folder / "rest.pt").read_bytes() == REST
+    assert plugin.call(NAME, None, model="two", action="verify")["files"]["rest.pt"]["problem"] is None
+
+
+def test_with_a_dataset_open(plugin, models, scenes, folder):
+    assert plugin.form(NAME, scenes, {"model": "one"}).errors == []
+    assert plugin.call(NAME, scenes, model="one")["model"] == "one"
