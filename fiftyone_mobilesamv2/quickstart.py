@@ -17,6 +17,7 @@ from . import zoo
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
+from .segmentation import segment_everything
 from .training.scenes import write_coco
 
 DATASET_NAME = "mobilesamv2-quickstart"
@@ -90,7 +91,7 @@ def segment(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, batch_size: int) -
             bar.set_postfix(objects=model.num_labels, refresh=False)
             bar.update(progress.iteration - bar.n)
 
-        dataset.apply_model(model, LABEL_FIELD, batch_size=batch_size, num_workers=1, progress=report)
+        segment_everything(dataset, model, LABEL_FIELD, batch_size=batch_size, progress=report)
     return time.perf_counter() - start
 
 

@@ -16,6 +16,7 @@ MANIFEST = PACKAGE / "manifest.json"
 
 # Where FiftyOne looks for the files of a source of models that has this name, below its `model_zoo_dir`.
 SOURCE_NAME = "mobilesamv2/fiftyone_mobilesamv2"
+PLUGIN = f"@{SOURCE_NAME}"  # its name in fiftyone.yml
 
 _MANIFESTS_VARIABLE = "FIFTYONE_MODEL_ZOO_MANIFEST_PATHS"
 

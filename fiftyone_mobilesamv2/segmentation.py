@@ -1,11 +1,10 @@
-"""Runs of a model over a dataset: what is left to do, where masks go, and a record of what was done."""
+"""Running a model over a dataset: what is left to do, and where masks go."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,10 @@ from bson import ObjectId
 from fiftyone import ViewField as F
 from pymongo import UpdateOne
 
+from .modeling.object_discovery import CONFIDENCE
 from .progress import Cancelled
-from .zoo import Failure, ImageGetItem, ImageItem, MobileSAMv2Model, labels_of
+from .segmentation_runs import SegmentationRun, record, recorded_runs
+from .zoo import ImageGetItem, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig, labels_of
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -31,38 +32,7 @@ _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField
 
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
-_RECORDED_FAILURES = 1000
 _PROMPTS_AT_ONCE = 100  # MongoDB looks for each of them among all labels of the document
-
-
-@dataclass
-class SegmentationRun:
-    """What a run did.
-
-    Attributes:
-        label_field: where the masks are.
-        parameters: the model's, by name. "prompting" names the field where prompts were the user's.
-        started: when, UTC.
-        images: how many images, or frames of videos, it went through; those that failed are among them.
-        objects: how many masks it stored.
-        seconds: wall time by stage ("encode", "discover", "decode", "crop"), and of everything as "total".
-        failures: the images that could not be segmented; their labels are as they were.
-        cancelled: whether it was stopped before its end. What it had stored stays.
-    """
-
-    label_field: str
-    parameters: dict
-    started: str
-    images: int = 0
-    objects: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-    cancelled: bool = False
-
-    @property
-    def images_per_second(self) -> float:
-        """Of the whole run, with reading and storing."""
-        return self.images / self.seconds["total"] if self.seconds.get("total") else 0.0
 
 
 def segment_everything(
@@ -83,16 +53,17 @@ def segment_everything(
         progress: as everywhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.progress.Cancelled`.
 
     Returns:
-        the run, which :func:`recorded_runs` lists from then on, whether it came to its end or not.
+        the run, which `segmentation_runs.recorded_runs` lists from then on, whether it came to its end or not.
 
     Raises:
         ValueError: the field can't take masks; or it would go on with masks that were made with other parameters.
     """
     check_label_field(samples, label_field)
     todo = samples if replace else unsegmented(samples, label_field)
+    parameters = parameters_of(model.config)
     if not replace:
-        check_same_parameters(samples, label_field, parameters_of(model))
-    with _recorded(samples, model, label_field, parameters_of(model)) as run:
+        check_same_parameters(samples, label_field, parameters)
+    with _recorded(samples, model, label_field, parameters) as run:
         todo.apply_model(
             model, label_field=label_field, batch_size=batch_size, num_workers=_workers(samples), progress=progress
         )
@@ -123,7 +94,7 @@ def segment_anything(
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
     if label_field is not None:
         check_label_field(samples, label_field)
-    parameters = parameters_of(model) | {"prompting": prompt_field}
+    parameters = parameters_of(model.config) | {"prompting": prompt_field}
     with _recorded(samples, model, label_field or prompt_field, parameters) as run, model:
         _answer_prompts(samples, model, prompt_field, label_field, replace, batch_size, progress)
     return run
@@ -289,35 +260,22 @@ def _mask_updates(
         yield UpdateOne({"_id": sample_id}, {"$set": values}, array_filters=filters or None)
 
 
-# The record ---------------------------------------------------------------------------------------------------------
+# What is noted ----------------------------------------------------------------------------------------------------
 
 
-def parameters_of(model: MobileSAMv2Model) -> dict:
-    """What of the model's configuration decides what it finds."""
-    return {name: value for name, value in vars(model.config).items() if name not in _RUNTIME}
-
-
-def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
-    """The runs that stored masks in this field, oldest first; none, where the field is gone since."""
-    dataset = samples._root_dataset
-    key = _record_key(label_field)
-    if key not in dataset.list_runs() or not dataset.has_field(label_field):
-        return []
-    runs = dataset.load_run_results(key, cache=False).runs
-    return [SegmentationRun(**run | {"failures": [Failure(**each) for each in run["failures"]]}) for run in runs]
-
-
-def segmented_fields(samples: Samples) -> list[str]:
-    """The fields that have a record."""
-    dataset = samples._root_dataset
-    infos = [dataset.get_run_info(key) for key in dataset.list_runs(method="mobilesamv2")]
-    return [info.config.label_field for info in infos if dataset.has_field(info.config.label_field)]
+def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
+    """What of a model's configuration decides what it finds."""
+    found = {name: value for name, value in vars(config).items() if name not in _RUNTIME}
+    if config.confidence_thresh is None and config.prompting == "object_aware":
+        found["confidence_thresh"] = CONFIDENCE
+    return found
 
 
 def check_same_parameters(samples: Samples, label_field: str, parameters: dict) -> None:
     """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
-    runs = recorded_runs(samples, label_field)
-    if not runs or runs[-1].parameters == parameters:
+    dataset = samples._root_dataset
+    runs = [run for run in recorded_runs(dataset, label_field) if run.images > len(run.failures)]
+    if not runs or runs[-1].parameters == parameters or len(unsegmented(dataset, label_field)) == len(dataset):
         return
     earlier = runs[-1].parameters
     changed = [
@@ -329,10 +287,6 @@ def check_same_parameters(samples: Samples, label_field: str, parameters: dict) 
         f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
         f"the same ones; else replace what is there, or choose another field."
     )
-
-
-def _record_key(label_field: str) -> str:
-    return "mobilesamv2_" + label_field.replace(".", "_")
 
 
 @contextmanager
@@ -354,10 +308,4 @@ def _recorded(
         run.images, run.objects = model.num_images, model.num_labels
         run.seconds = {**model.seconds, "total": time.perf_counter() - start}
         run.failures = list(model.failures)
-        key = _record_key(label_field)
-        config = dataset.init_run(method="mobilesamv2", label_field=label_field)
-        dataset.register_run(key, config, overwrite=True)
-        runs = [asdict(each) for each in (*earlier, run)]
-        for each in runs:
-            each["failures"] = each["failures"][:_RECORDED_FAILURES]
-        dataset.save_run_results(key, dataset.init_run_results(key, runs=runs), cache=False)
+        record(dataset, [*earlier, run])

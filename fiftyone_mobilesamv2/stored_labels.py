@@ -25,7 +25,7 @@ from bson import ObjectId
 from fiftyone import ViewField as F
 from pycocotools import mask as mask_utils
 
-from .modeling.masks import rle_from_crop
+from .modeling.rle import rle_from_crop
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -144,6 +144,26 @@ def look_at_each(
             raise ValueError(f"No image could be used; {told}.")
         logger.warning("%s. All are in `skipped` of the result.", told)
     return skipped
+
+
+def label_fields(samples: Samples, kinds: tuple[type, ...]) -> list[str]:
+    """The fields of samples, and of videos' frames, that hold labels of these kinds."""
+    found = list(samples.get_field_schema(flat=True, embedded_doc_type=kinds))
+    if samples._contains_videos():
+        frames = samples.get_frame_field_schema(flat=True, embedded_doc_type=kinds)
+        found += [samples._FRAMES_PREFIX + name for name in frames]
+    return found
+
+
+def have_masks(samples: Samples, field_name: str) -> bool:
+    """Whether labels of the field have masks, or are polygons, as far as the first one tells."""
+    path, of_frames = samples._handle_frame_field(samples._get_label_field_path(field_name)[1])
+    first = [{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}]
+    select = {"frames_only": True, "post_pipeline": first} if of_frames else {"pipeline": first}
+    for document in samples._aggregate(**select):
+        label = labels_in(document, field_name)[0]
+        return bool(label.get("mask") or label.get("mask_path") or "points" in label)
+    return True
 
 
 def check_shapes_field(samples: Samples, name: str, role: str) -> None:

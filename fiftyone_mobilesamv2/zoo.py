@@ -28,6 +28,7 @@ from .modeling.grid_prompts import POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
 from .modeling.masks import Segmentation
 from .modeling.mobilesamv2 import PROMPTINGS, MobileSAMv2
 from .modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
+from .segmentation_runs import Failure
 
 if TYPE_CHECKING:
     from fiftyone.operators import types
@@ -103,15 +104,6 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{key} must be between 0 and 1, not {value}.")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be segmented."""
-
-    sample_id: str | None
-    filepath: str | None
-    error: str
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pymongo import UpdateOne
 from ..evaluation.proposals import RANKINGS
 from ..stored_labels import (
     check_shapes_field,
-    stored_images,
 )
 
 if TYPE_CHECKING:
@@ -55,16 +54,6 @@ def check_tagged_field(samples: Samples, name: str, role: str, attributes: Itera
         found = samples._root_dataset.get_field(path)
         if found is not None and found.read_only:
             raise ValueError(f"'{path}' is read-only: nothing can be noted on its labels.")
-
-
-def have_masks(samples: Samples, field_name: str) -> bool:
-    """Whether labels of the field have masks, or are polygons, as far as the first one tells."""
-    _, path = samples._get_label_field_path(field_name)
-    first = samples.mongo([{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}])
-    for stored in stored_images(first, [field_name]):
-        label = stored.labels(field_name)[0]
-        return bool(label.get("mask") or label.get("mask_path") or "points" in label)
-    return True
 
 
 def tags_of(label: Mapping) -> set[str]:

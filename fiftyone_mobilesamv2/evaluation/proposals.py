@@ -207,7 +207,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
     def register_run(self, samples, key, overwrite=True, cleanup=True, progress=None):
         if key is not None:
             self.validate_run(samples, key, overwrite=overwrite)
-        self._check_fields(samples)
+        self.check_fields(samples)
         if samples._is_generated:
             self.config.view = "frames" if samples._is_frames else "patches"
         if key is not None:
@@ -240,7 +240,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
-    def _check_fields(self, samples: Samples) -> None:
+    def check_fields(self, samples: Samples) -> None:
+        """Raises ValueError where the fields of the configuration can't be compared in these samples."""
         fov.validate_non_grouped_collection(samples)
         config = self.config
         check_shapes_field(samples, config.pred_field, "proposals")

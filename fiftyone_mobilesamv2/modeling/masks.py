@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as mask_utils
 from torch import Tensor
+
+from .rle import rle_from_crop
 
 # SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
 # automatic mask generator, `stability_score_offset`).
@@ -74,21 +75,6 @@ class Segmentation:
     def rle(self) -> list[dict]:
         """The masks as compressed COCO RLE of the full image: `{"size": [H, W], "counts": bytes}`."""
         return [rle_from_crop(mask, box, self.size) for mask, box in zip(self.masks, self.boxes)]
-
-
-def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> dict:
-    """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
-    height, width = size
-    x0, y0, x1, y1 = (int(v) for v in box)
-    # RLE runs down the columns. The column after the box, where there is one, ends a run at the bottom of the last.
-    columns = np.zeros((min(x1 + 1, width) - x0, height), bool)
-    columns[: x1 - x0, y0:y1] = mask.T
-    pixels = columns.ravel()
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1 + x0 * height
-    starts = [x0 * height] if pixels[:1].any() else []
-    ends = np.concatenate([starts, changes, [height * width]]).astype(np.int64)
-    ends[1:] -= ends[:-1].copy()
-    return mask_utils.frPyObjects({"size": [height, width], "counts": ends.tolist()}, height, width)
 
 
 def upsample(low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]) -> Tensor:

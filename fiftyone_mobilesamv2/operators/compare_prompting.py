@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .evaluate_proposals import masks_or_boxes
-from .labels import GROUND_TRUTH
+from ..stored_labels import label_fields
+from .labels import GROUND_TRUTH, use_masks_switch
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import Form, FormError, Operator, Outcome, Progress, count, label_fields
+from .operator import Form, FormError, Operator, Outcome, Progress, count
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
@@ -53,7 +53,7 @@ class ComparePrompting(Operator):
             "Objects to measure AR@K with",
         )
         if gt_field in fields:
-            masks_or_boxes(form, gt_field)
+            use_masks_switch(form, gt_field)
 
     def _keep(self, form: Form, names: Sequence[str]) -> None:
         from ..evaluation.comparison import draw

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 from bson import ObjectId
 from fiftyone import ViewField as F
 
-from .labels import GROUND_TRUTH, RANKINGS, skipped_button, skipped_text, use_masks_switch
-from .operator import Form, Operator, Outcome, Progress, count, label_fields
+from .labels import (
+    RANKINGS,
+    ground_truth_choice,
+    proposals_choice,
+    skipped_button,
+    skipped_text,
+    use_masks_switch,
+)
+from .operator import Form, Operator, Outcome, Progress, count
 
 if TYPE_CHECKING:
     from ..evaluation.proposal_results import ProposalResults
@@ -31,16 +38,11 @@ class EvaluateProposals(Operator):
         from ..stored_labels import SHAPE_TYPES
 
         samples = form.target("Measure")
-        pred_field = form.label_field(
-            "pred_field", SHAPE_TYPES, "Proposals", "The masks or boxes to measure", _default_proposals(samples)
-        )
-        prefix = samples._FRAMES_PREFIX if pred_field.startswith(samples._FRAMES_PREFIX) else ""
-        gt_field = form.label_field(
-            "gt_field", SHAPE_TYPES, "Ground truth", "The objects to find", prefix + GROUND_TRUTH, without=pred_field
-        )
+        pred_field = proposals_choice(form, SHAPE_TYPES)
+        gt_field = ground_truth_choice(form, pred_field, SHAPE_TYPES)
         if not form.problems:
             try:
-                ProposalEvaluationConfig(pred_field, gt_field).build()._check_fields(samples)
+                ProposalEvaluationConfig(pred_field, gt_field).build().check_fields(samples)
             except ValueError as error:
                 form.problem(str(error))
         ks = form.text("ks", "10, 100, 1000", "K", "How many proposals of an image count: one row of the table each")
@@ -49,7 +51,7 @@ class EvaluateProposals(Operator):
         except ValueError as error:
             form.problem(f"K: {error}")
         form.choice("rank_by", RANKINGS, "confidence", "Ranking", "Which proposals are the best")
-        masks_or_boxes(form, pred_field, gt_field)
+        use_masks_switch(form, pred_field, gt_field)
         self._eval_key(form)
 
     def _eval_key(self, form: Form) -> None:
@@ -66,29 +68,6 @@ class EvaluateProposals(Operator):
         from ..evaluation.proposals import evaluate_proposals
 
         return _outcome(form.samples, evaluate_proposals(form.samples, **form.values, progress=progress))
-
-
-def masks_or_boxes(form: Form, *field_names: str) -> bool:
-    """Whether masks are compared; where there are none, how to get them."""
-    from ..curation.findings import have_masks
-    from ..stored_labels import SHAPE_TYPES
-
-    use_masks = use_masks_switch(form, *field_names)
-    known = label_fields(form.samples, SHAPE_TYPES)
-    if not all(have_masks(form.samples, name) for name in field_names if name in known):
-        form.note("The operator 'Segment from prompts' turns boxes into masks.")
-    return use_masks
-
-
-def _default_proposals(samples: Samples) -> str | None:
-    """Masks that were made here, if there are any; least likely the ground truth."""
-    from ..segmentation import segmented_fields
-    from ..stored_labels import SHAPE_TYPES
-
-    fields = label_fields(samples, SHAPE_TYPES)
-    likely = [name for name in fields if name.endswith("segmentations")]
-    likely += [name for name in fields if not name.endswith(GROUND_TRUTH)]
-    return next((name for name in (*segmented_fields(samples), *likely) if name in fields), None)
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -18,7 +18,8 @@ class ExportMasks(Operator):
 
     def form(self, form: Form) -> None:
         from ..curation.export import check_path
-        from ..curation.findings import check_images, have_masks
+        from ..curation.findings import check_images
+        from ..stored_labels import have_masks
 
         try:
             samples = form.target("Export")

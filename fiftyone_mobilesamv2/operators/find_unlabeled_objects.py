@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from .labels import (
-    GROUND_TRUTH,
     RANKINGS,
-    SHAPES,
+    ground_truth_choice,
     proposals_choice,
     skipped_button,
     skipped_text,
@@ -36,7 +35,7 @@ class FindUnlabeledObjects(Operator):
             raise FormError(str(error)) from error
         look_for = form.choice("look_for", LOOK_FOR, OBJECTS, "What to look for", radio=True)
         pred_field = proposals_choice(form)
-        gt_field = form.label_field("gt_field", SHAPES, "Ground truth", "The labels", GROUND_TRUTH, without=pred_field)
+        gt_field = ground_truth_choice(form, pred_field)
         if not form.problems:
             try:
                 check_tagged_field(samples, gt_field if look_for == LABELS else pred_field, "labels to tag")

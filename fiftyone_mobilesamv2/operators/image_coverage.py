@@ -17,7 +17,8 @@ class ImageCoverage(Operator):
 
     def form(self, form: Form) -> None:
         from ..curation.coverage import NUMBERS, check_coverage
-        from ..curation.findings import check_images, have_masks
+        from ..curation.findings import check_images
+        from ..stored_labels import have_masks
 
         try:
             samples = form.target("Measure")

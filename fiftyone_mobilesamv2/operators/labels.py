@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import fiftyone as fo
+import fiftyone.core.stages as fosg
 
-from .operator import FormError, count, label_fields
+from ..stored_labels import SHAPE_TYPES, have_masks, label_fields
+from .operator import FormError, count
 
 if TYPE_CHECKING:
     from .operator import Form
 
 SHAPES = (fo.Detections, fo.Polylines)
 GROUND_TRUTH = "ground_truth"
+_HIDING = (fosg.FilterLabels, fosg.SelectLabels, fosg.ExcludeLabels, fosg.LimitLabels)
 RANKINGS = {
     "confidence": "Confidence, the detector's score",
     "predicted_iou": "IoU that the decoder predicts",
@@ -22,28 +25,40 @@ RANKINGS = {
 }
 
 
-def proposals_choice(form: Form) -> str:
-    """Which field holds what the model found."""
-    found = [name for name in label_fields(form.samples, SHAPES) if name != GROUND_TRUTH]
-    if not found:
+def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
+    """Which field holds what the model found: masks that were made here, if there are any."""
+    from ..segmentation_runs import segmented_fields
+
+    fields = label_fields(form.samples, kinds)
+    likely = [name for name in fields if name.endswith("segmentations")]
+    likely += [name for name in fields if not name.endswith(GROUND_TRUTH)]
+    default = next((name for name in (*segmented_fields(form.samples), *likely) if name in fields), None)
+    if default is None:
         raise FormError(f"{form.dataset.name} has no field of proposals yet. Run 'Segment everything' first.")
-    default = "segmentations" if "segmentations" in found else found[0]
-    return form.label_field("pred_field", SHAPES, "Proposals", "What 'Segment everything' found", default)
+    return form.label_field("pred_field", kinds, "Proposals", "What 'Segment everything' found", default)
+
+
+def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = SHAPES) -> str:
+    """Which field holds the labels that the proposals are compared with."""
+    prefix = form.samples._FRAMES_PREFIX if pred_field.startswith(form.samples._FRAMES_PREFIX) else ""
+    found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH, pred_field)
+    stages = form.samples.view()._all_stages
+    if any(isinstance(stage, _HIDING) for stage in stages):
+        form.warn("The view may hide some labels of its samples. Only what it shows is compared.")
+    return found
 
 
 def use_masks_switch(form: Form, *field_names: str) -> bool:
     """Whether masks are compared; where there are none, boxes."""
-    from ..curation.findings import have_masks
-
-    known = label_fields(form.samples, SHAPES)
+    known = label_fields(form.samples, SHAPE_TYPES)
     without = [name for name in field_names if name in known and not have_masks(form.samples, name)]
     use_masks = form.switch("use_masks", not without, "Compare masks", "Otherwise bounding boxes")
     if without:
         told = f"Labels in {' and '.join(map(repr, without))} have no masks"
         if use_masks:
-            form.problem(f"{told}: compare boxes.")
+            form.problem(f"{told}: compare boxes. 'Segment from prompts' turns boxes into masks.")
         else:
-            form.note(f"{told}: boxes are compared.")
+            form.note(f"{told}: boxes are compared. 'Segment from prompts' turns boxes into masks.")
     return use_masks
 
 

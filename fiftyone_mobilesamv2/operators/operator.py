@@ -19,6 +19,8 @@ from pymongo.errors import PyMongoError
 from tqdm import tqdm
 
 from ..progress import Cancelled
+from ..registration import PLUGIN
+from ..stored_labels import label_fields
 
 if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext, ExecutionResult
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLUGIN = "@mobilesamv2/fiftyone_mobilesamv2"
 MANY_IMAGES = 500  # from which on work is better scheduled than watched
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -195,15 +196,6 @@ class FormError(ValueError):
     """Something has to be mended before the rest of a form makes sense."""
 
 
-def label_fields(samples: Samples, kinds: tuple[type, ...]) -> list[str]:
-    """The fields of samples, and of videos' frames, that hold labels of these kinds; written to, if they can be."""
-    found = list(samples.get_field_schema(flat=True, embedded_doc_type=kinds))
-    if samples._contains_videos():
-        frames = samples.get_frame_field_schema(flat=True, embedded_doc_type=kinds)
-        found += [samples._FRAMES_PREFIX + name for name in frames]
-    return found
-
-
 def count(number: int, noun: str) -> str:
     """Such as "1 image" or "2,000 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -292,7 +284,7 @@ class Operator(foo.Operator):
 
     def __call__(
         self,
-        samples: Samples,
+        samples: Samples | None = None,
         delegate: bool = False,
         selected: Sequence[str] = (),
         selected_labels: Sequence[Mapping] = (),
@@ -306,7 +298,7 @@ class Operator(foo.Operator):
             selected_labels: likewise, in the form of `session.selected_labels`.
             params: what the form would ask for; the rest are its defaults.
         """
-        ctx = {"view": samples} if isinstance(samples, fo.DatasetView) else {"dataset": samples}
+        ctx = {"view" if isinstance(samples, fo.DatasetView) else "dataset": samples}
         ctx |= {"selected": list(selected), "selected_labels": list(selected_labels)}
         return foo.execute_operator(self.uri, ctx, params=params, request_delegation=delegate)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fiftyone as fo
 from fiftyone.operators import types
 
+from ..stored_labels import label_fields
 from .labels import GROUND_TRUTH, SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, count, label_fields
+from .operator import Form, FormError, Operator, Outcome, Progress, count
 
 
 class PromoteToLabels(Operator):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fiftyone as fo
 from fiftyone import ViewField as F
 
+from ..stored_labels import label_fields
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import Form, FormError, Operator, Outcome, Progress, count, label_fields
+from .operator import Form, FormError, Operator, Outcome, Progress, count
 from .segment_everything import STORAGES, segmentation_outcome
 
 PROMPT_KINDS = (fo.Detections, fo.Keypoints, fo.Detection, fo.Keypoint)

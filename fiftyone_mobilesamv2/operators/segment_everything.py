@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import fiftyone as fo
 from fiftyone.operators import types
 
+from ..stored_labels import label_fields
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, count, label_fields
+from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, count
 
 if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
 
-    from ..segmentation import SegmentationRun
+    from ..segmentation_runs import SegmentationRun
+    from ..zoo import MobileSAMv2ModelConfig
 
 PROMPTINGS = {
     "object_aware": "Object-aware: find the objects first, then one mask each (fast)",
@@ -41,7 +43,7 @@ class SegmentEverything(Operator):
         return types.Placement(
             types.Places.SAMPLES_GRID_SECONDARY_ACTIONS,
             types.Button(
-                label=self.title, prompt=True, icon=icon.icon, light_icon=icon.light_icon, dark_icon=icon.dark_icon
+                label=self.title, prompt=True, icon=icon.icon, lightIcon=icon.light_icon, darkIcon=icon.dark_icon
             ),
         )
 
@@ -76,6 +78,8 @@ class SegmentEverything(Operator):
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
         form.number("batch_size", 8, "Batch size", "Images at a time", least=1, whole=True)
         device_choice(form)
+        if not form.problems and form.values.get("existing") == "keep":
+            self._check_parameters(form)
         if len(samples) > MANY_IMAGES:
             form.note(
                 f"{len(samples):,} images take a while, and the tab has to stay open. Better schedule this, for a "
@@ -119,16 +123,22 @@ class SegmentEverything(Operator):
         else:
             form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
 
+    def _check_parameters(self, form: Form) -> None:
+        from ..segmentation import check_same_parameters, parameters_of
+
+        try:
+            check_same_parameters(form.samples, form.values["label_field"], parameters_of(_model_config(form)))
+        except ValueError as error:
+            form.problem(str(error))
+
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo
         from ..segmentation import segment_everything
 
         values = form.values
         fetch_with_progress(values["model"], progress)
-        names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device")
-        parameters = {name: values[name] for name in names if name in values}
         progress.tell(None, f"Loading {values['model']}")
-        model = zoo.load_model(values["model"], masks_on_disk=values["storage"] == "disk", **parameters)
+        model = zoo.MobileSAMv2Model(_model_config(form))
 
         def report(bar: fo.ProgressBar) -> None:
             done = f"{bar.iteration:,} of {bar.total:,} images, {model.num_labels:,} objects"
@@ -143,6 +153,15 @@ class SegmentEverything(Operator):
             progress=report,
         )
         return segmentation_outcome(run)
+
+
+def _model_config(form: Form) -> MobileSAMv2ModelConfig:
+    from ..zoo import MobileSAMv2ModelConfig
+
+    values = form.values
+    names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device")
+    parameters = {name: values[name] for name in names if name in values}
+    return MobileSAMv2ModelConfig({"name": values["model"], "masks_on_disk": values["storage"] == "disk", **parameters})
 
 
 def segmentation_outcome(run: SegmentationRun) -> Outcome:

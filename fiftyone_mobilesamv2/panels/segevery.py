@@ -16,7 +16,8 @@ from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
-from ..operators.operator import PLUGIN, label_fields
+from ..registration import PLUGIN
+from ..stored_labels import label_fields
 from . import figures
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class SegEvery(foo.Panel):
             )
 
     def _add_time(self, panel: types.Object, ctx: ExecutionContext) -> None:
-        from ..segmentation import recorded_runs
+        from ..segmentation_runs import recorded_runs
 
         runs, unknown = {}, []
         for samples, name in _sources(ctx).values():
@@ -242,7 +243,7 @@ def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> N
 
 def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
     """What to do while nothing is measured: in words, and the name of the operator."""
-    from ..segmentation import segmented_fields
+    from ..segmentation_runs import segmented_fields
     from ..stored_labels import SHAPE_TYPES
 
     segmented = segmented_fields(dataset)
@@ -282,7 +283,7 @@ def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults
 
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[Samples, str]]:
     """The samples and the field of masks of each evaluation that is shown; without any, of each segmented field."""
-    from ..segmentation import segmented_fields
+    from ..segmentation_runs import segmented_fields
 
     dataset = ctx.dataset
     if keys := _chosen(ctx):

@@ -90,7 +90,7 @@ def test_numbers_are_put_in_order(text):
 def test_form_without_fields(plugin, scenes, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "has no samples" in plugin.form(NAME, dataset).errors[0]
-    assert "Ground truth: " in plugin.form(NAME, scenes).errors[0]
+    assert "no field of proposals yet" in plugin.form(NAME, scenes).errors[0]
     assert (
         "no field of Detections or Polylines or Detection or Polyline beside 'ground_truth'"
         in (plugin.form(NAME, scenes).errors[0])

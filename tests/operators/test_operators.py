@@ -41,7 +41,7 @@ def test_without_anything_to_work_on(plugin, scenes, dataset, name):
             list(plugin.run_in_app(name, samples))
 
 
-def test_the_skill_tells_of_every_operator_and_input(plugin, scenes):
+def test_the_skill_tells_of_every_operator_and_input(plugin, scenes, tmp_path, monkeypatch):
     import fiftyone.plugins.skills as fops
 
     (skill,) = fops.list_skills(plugin="@mobilesamv2/fiftyone_mobilesamv2")
@@ -51,12 +51,16 @@ def test_the_skill_tells_of_every_operator_and_input(plugin, scenes):
     scenes.clone_sample_field("ground_truth", "segmentations")
     first = scenes.first().segmentations.detections[0]
     selected = [{"label_id": first.id, "sample_id": scenes.first().id, "field": "segmentations"}]
+    monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))
+    for name in ("mobile_sam.pt", "masks.json"):
+        (tmp_path / name).touch()
     states = [
         {},
+        {"path": str(tmp_path / "masks.json")},
         {"prompting": "grid", "label_field": "segmentations", "existing": "replace"},
         {"look_for": "labels"},
         {"place": "new", "prompts": "field"},
-        {"action": "delete"},
+        {"action": "delete", "model": "mobilesamv2-tinyvit-torch"},
     ]
     for name in FORMS:
         found = set()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fiftyone_mobilesamv2 import segmentation
+from fiftyone_mobilesamv2 import segmentation, segmentation_runs, zoo
 
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
 
@@ -104,7 +104,7 @@ def test_masks_of_every_object(plugin, scenes, expected):
     assert_as_expected(scenes, "segmentations", expected)
     assert result["images"] == 4 and result["failures"] == [] and not result["cancelled"]
     assert result["objects"] == sum(len(found) for found in expected.values())
-    (run,) = segmentation.recorded_runs(scenes, "segmentations")
+    (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
     assert (run.images, run.objects) == (4, result["objects"])
     assert run.parameters["name"] == "mobilesamv2-demo-torch" and run.parameters["confidence_thresh"] == 0.4
     assert {"encode", "discover", "decode", "crop", "total"} == set(run.seconds)
@@ -142,7 +142,7 @@ def test_second_run_does_what_is_left(plugin, scenes, expected):
     assert scenes.first().segmentations.detections[0].id == first
     assert_as_expected(scenes, "segmentations", expected)
     assert "All 4 samples are done already" in plugin.form("segment_everything", scenes, DEMO).errors[0]
-    assert [run.images for run in segmentation.recorded_runs(scenes, "segmentations")] == [1, 3]
+    assert [run.images for run in segmentation_runs.recorded_runs(scenes, "segmentations")] == [1, 3]
 
 
 def test_replacing_says_how_many_labels_go(plugin, scenes, expected):
@@ -158,8 +158,11 @@ def test_replacing_says_how_many_labels_go(plugin, scenes, expected):
 
 def test_other_parameters_do_not_mix(plugin, scenes):
     plugin.call("segment_everything", scenes.limit(1), **DEMO)
-    with pytest.raises(Exception, match=r"confidence_thresh 0.4 then, 0.2 now"):
-        plugin.call("segment_everything", scenes, confidence_thresh=0.2, **DEMO)
+    form = plugin.form("segment_everything", scenes, {"confidence_thresh": 0.2, **DEMO})
+    assert "confidence_thresh 0.4 then, 0.2 now" in form.errors[0]
+    model = zoo.load_model("mobilesamv2-demo-torch", device="cpu", confidence_thresh=0.2)
+    with pytest.raises(ValueError, match=r"confidence_thresh 0.4 then, 0.2 now"):
+        segmentation.segment_everything(scenes, model)
     assert [labels is not None for labels in scenes.values("segmentations")] == [True, False, False, False]
     scenes.delete_sample_field("segmentations")
     assert plugin.call("segment_everything", scenes, confidence_thresh=0.2, **DEMO)["images"] == 4
@@ -196,7 +199,7 @@ def test_cancel_keeps_what_is_stored(plugin, scenes, expected):
     done = scenes.match(fo.ViewField("segmentations") != None)  # noqa: E711
     assert 1 <= len(done) < 4
     assert_as_expected(done, "segmentations", expected)
-    (run,) = segmentation.recorded_runs(scenes, "segmentations")
+    (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
     assert run.cancelled and run.images == len(done)
     plugin.call("segment_everything", scenes, **DEMO)
     assert_as_expected(scenes, "segmentations", expected)

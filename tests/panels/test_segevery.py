@@ -11,6 +11,7 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, segmentation, zoo
 from fiftyone_mobilesamv2.panels import segevery
+from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import write_coco
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,7 +313,7 @@ def test_segmented_and_not_measured(panel, segmented_scenes):
 
 
 def test_time_of_each_stage(panel, segmented_scenes):
-    (run,) = segmentation.recorded_runs(segmented_scenes, "segmentations")
+    (run,) = recorded_runs(segmented_scenes, "segmentations")
     stages = Told(panel, segmented_scenes, "on_load").plot("stages")
     assert list(stages) == ["encode", "discover", "decode", "crop", "other"]
     for stage in ("encode", "discover", "decode", "crop"):

@@ -1,0 +1,21 @@
+"""Cropped masks -> COCO RLE. Apart from masks.py, so that reading stored labels need not wait for torch."""
+
+from __future__ import annotations
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+
+def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> dict:
+    """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
+    height, width = size
+    x0, y0, x1, y1 = (int(v) for v in box)
+    # RLE runs down the columns. The column after the box, where there is one, ends a run at the bottom of the last.
+    columns = np.zeros((min(x1 + 1, width) - x0, height), bool)
+    columns[: x1 - x0, y0:y1] = mask.T
+    pixels = columns.ravel()
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1 + x0 * height
+    starts = [x0 * height] if pixels[:1].any() else []
+    ends = np.concatenate([starts, changes, [height * width]]).astype(np.int64)
+    ends[1:] -= ends[:-1].copy()
+    return mask_utils.frPyObjects({"size": [height, width], "counts": ends.tolist()}, height, width)
