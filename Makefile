@@ -3,7 +3,7 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test clean
+.PHONY: help setup quickstart test screenshots clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: setup ## check format and lint, run the tests
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
+screenshots: setup ## take the README's screenshots of the App anew
+	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app
+	for picture in assets/app/*.png; do cp ".screenshots/$${picture##*/}" "$$picture"; done
+
 clean: ## remove the environment, build outputs and caches
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -14,24 +15,39 @@ import fiftyone.core.utils as fou
 import fiftyone.core.validation as fov
 from bson import ObjectId
 from fiftyone import ViewField as F
+from mongoengine.errors import ValidationError
 from pymongo import UpdateOne
+from pymongo.errors import PyMongoError
 
 from .modeling.object_discovery import CONFIDENCE
 from .progress import Cancelled
-from .segmentation_runs import SegmentationRun, record, recorded_runs
-from .zoo import ImageGetItem, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig, labels_of
+from .segmentation_runs import Failure, SegmentationRun, record, recorded_runs
+from .stored_labels import LabelError, StoredImage, check_field_name, stored_images
+from .zoo import (
+    LABEL_BYTES_PER_SAMPLE,
+    ImageGetItem,
+    ImageItem,
+    MobileSAMv2Model,
+    MobileSAMv2ModelConfig,
+)
 
 if TYPE_CHECKING:
     import fiftyone as fo
 
     Samples = fo.core.collections.SampleCollection
 
+_KINDS = {"Detection": fol.Detection, "Keypoint": fol.Keypoint}
 PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
+
+HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a detection
 
 _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField, "area_px": fof.IntField}
 
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
+MONGODB_BYTES = 16 * 2**20  # of a document, at most
+_TRIES = 5
+_REFUSED = (PyMongoError, ValueError)  # FiftyOne makes the latter of what MongoDB says of several documents
 _PROMPTS_AT_ONCE = 100  # MongoDB looks for each of them among all labels of the document
 
 
@@ -59,13 +75,36 @@ def segment_everything(
         ValueError: the field can't take masks; or it would go on with masks that were made with other parameters.
     """
     check_label_field(samples, label_field)
+    samples = unfiltered(samples)
     todo = samples if replace else unsegmented(samples, label_field)
     parameters = parameters_of(model.config)
     if not replace:
         check_same_parameters(samples, label_field, parameters)
-    with _recorded(samples, model, label_field, parameters) as run:
-        todo.apply_model(
-            model, label_field=label_field, batch_size=batch_size, num_workers=_workers(samples), progress=progress
+    _declare(samples._root_dataset, label_field)
+    with _recorded(samples, label_field, parameters) as run:
+        while len(todo):
+            try:
+                with _counted(run, model):
+                    todo.apply_model(
+                        model,
+                        label_field=label_field,
+                        batch_size=batch_size,
+                        num_workers=_workers(samples),
+                        progress=progress,
+                    )
+                break
+            except _REFUSED:  # one document costs FiftyOne's whole run
+                left = _untouched(todo, run)
+                full = left.select(_without_room(left))
+                if not len(full):
+                    raise
+                run.failures += _failures(full, f"its document has no room for '{label_field}': MongoDB takes 16 MB")
+                todo = left.exclude(full.values("id"))
+        if not samples._root_dataset.has_field(label_field):
+            raise ValueError(f"'{label_field}' was deleted while masks were being stored in it.")
+        run.failures += _failures(
+            _untouched(todo, run).exclude([failure.sample_id for failure in run.failures]),
+            f"it was segmented, but '{label_field}' could not be stored: the log says why",
         )
     return run
 
@@ -95,13 +134,24 @@ def segment_anything(
     if label_field is not None:
         check_label_field(samples, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
-    with _recorded(samples, model, label_field or prompt_field, parameters) as run, model:
+    with _recorded(samples, label_field or prompt_field, parameters) as run, model, _counted(run, model):
         _answer_prompts(samples, model, prompt_field, label_field, replace, batch_size, progress)
     return run
 
 
+def unfiltered(samples: Samples) -> Samples:
+    """The same samples with all that they have: what a view hides is not to be taken for absent."""
+    dataset = samples._root_dataset
+    if samples is dataset:
+        return samples
+    if dataset.media_type == "group":
+        dataset = dataset.select_group_slices(_allow_mixed=True)
+    return dataset.select(samples.values("id"))
+
+
 def unsegmented(samples: Samples, label_field: str) -> Samples:
     """The samples without labels in this field. An image in which nothing was found has labels: none."""
+    samples = unfiltered(samples)
     if not samples.has_field(label_field):
         return samples
     name, of_frames = samples._handle_frame_field(label_field)
@@ -110,20 +160,36 @@ def unsegmented(samples: Samples, label_field: str) -> Samples:
     return samples.match(F(name) == None)  # noqa: E711
 
 
+def labels_there(samples: Samples, label_field: str) -> tuple[int, int]:
+    """How many samples have labels in this field, and how many labels; also what a view hides."""
+    samples = unfiltered(samples)
+    if not samples.has_field(label_field):
+        return 0, 0
+    return len(samples) - len(unsegmented(samples, label_field)), samples.count(f"{label_field}.detections")
+
+
+def labels_with_masks(samples: Samples, field_name: str) -> tuple[int, int]:
+    """How many detections of a field, as far as the view shows them, have masks, and how many there are."""
+    root, _ = samples._get_label_field_root(field_name)
+    return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
+
+
 def check_label_field(samples: Samples, label_field: str) -> None:
     """Raises ValueError where masks can't be stored in this field of these samples."""
     fov.validate_non_grouped_collection(samples)
-    if samples._is_patches or samples._is_clips:
-        raise ValueError("Patches and clips can't be segmented: go back to the samples that they are of.")
+    if samples._is_generated:
+        raise ValueError("Patches, clips and views of frames can't be segmented: go back to the samples they are of.")
     is_video = samples.media_type == "video"
     if is_video != label_field.startswith(samples._FRAMES_PREFIX):
         wanted = f"{samples._FRAMES_PREFIX}{label_field}" if is_video else label_field.removeprefix("frames.")
         raise ValueError(f"Masks of {samples.media_type}s go into a field such as '{wanted}', not '{label_field}'.")
-    if not label_field.removeprefix(samples._FRAMES_PREFIX).isidentifier():
-        raise ValueError(f"'{label_field}' can't be the name of a field: letters, digits and _ were expected.")
-    found = samples.get_field(label_field)
+    name = label_field.removeprefix(samples._FRAMES_PREFIX)
+    found = samples._root_dataset.get_field(label_field)
     if found is None:
+        check_field_name(name)
         return
+    if "." in name:
+        raise ValueError(f"'{label_field}' is inside another field: choose a field of its own for the masks.")
     if not _holds(found, (fol.Detections,)):
         kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else type(found).__name__
         raise ValueError(f"'{label_field}' holds {kind}, not Detections: choose another field for the masks.")
@@ -141,7 +207,7 @@ def check_prompt_field(samples: Samples, prompt_field: str, in_place: bool) -> N
         )
     found = samples.get_field(prompt_field)
     if found is None:
-        raise ValueError(f"{samples._root_dataset.name} has no field '{prompt_field}' to take prompts from.")
+        raise ValueError(f"There is no field '{prompt_field}' to take prompts from, or the view hides it.")
     if not _holds(found, PROMPT_TYPES):
         raise ValueError(f"'{prompt_field}' holds neither detections nor keypoints, so it can't prompt.")
     if not in_place:
@@ -164,6 +230,21 @@ def _workers(samples: Samples) -> int | None:
 # Prompts of the dataset ---------------------------------------------------------------------------------------------
 
 
+def _declare(dataset: fo.Dataset, label_field: str) -> None:
+    """Adds the field, if there is none.
+
+    FiftyOne shares one object for a dataset among the threads of the App, each of which reloads it: a field that one
+    adds just then is lost.
+    """
+    for _ in range(_TRIES):
+        if dataset.has_field(label_field):
+            return
+        name, of_frames = dataset._handle_frame_field(label_field)
+        add = dataset.add_frame_field if of_frames else dataset.add_sample_field
+        add(name, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
+        dataset.reload()
+
+
 def _answer_prompts(
     samples: Samples,
     model: MobileSAMv2Model,
@@ -174,25 +255,35 @@ def _answer_prompts(
     progress: bool | Callable | None,
 ) -> None:
     dataset = samples._root_dataset
-    if label_field is not None and not dataset.has_field(label_field):
-        dataset.add_sample_field(label_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
+    if label_field is not None:
+        _declare(dataset, label_field)
     root, is_list = dataset._get_label_field_root(label_field or prompt_field)
     for name, kind in _MASK_ATTRIBUTES.items():
         dataset.add_sample_field(f"{root}.{name}", kind)
-    answered = {}
-    if label_field is not None and not replace:
-        answered = dict(zip(*samples.values(["id", f"{root}.id"])))
+    answered = {} if label_field is None or replace else _labels_with_masks(samples, label_field)
     read = ImageGetItem({"prompt_field": prompt_field})
 
-    def items(batch: Sequence[fo.Sample]) -> Iterator[ImageItem]:
-        for sample in batch:
-            prompts = _left(sample[prompt_field], label_field is None, replace, answered.get(sample.id) or ())
-            if prompts is not None:
-                yield read({"id": sample.id, "filepath": sample.filepath, "prompt_field": prompts})
+    seen: set[str] = set()  # a view that is sorted by what is written may come across a sample twice
+
+    def items(images: Sequence[StoredImage]) -> Iterator[ImageItem]:
+        for image in images:
+            path, id = image.name, str(image.sample_id)
+            if id in seen:
+                continue
+            seen.add(id)
+            try:
+                prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
+            except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
+                yield ImageItem(id, path, error=f"its prompts can't be read: {error}", prompted=True)
+                continue
+            left = _left(prompts, label_field is None, replace, answered.get(id) or ())
+            if left is not None:
+                yield read({"id": id, "filepath": path, "prompt_field": left})
 
     keep_boxes = fou.SetAttributes(model, keep_boxes=label_field is None)
     with keep_boxes, fou.ProgressBar(samples, progress=progress) as bar:
-        for batch in fou.iter_batches(samples.select_fields(prompt_field), batch_size):
+        for batch in fou.iter_batches(stored_images(samples, [prompt_field]), batch_size):
+            batch = list(batch)
             read_items = list(items(batch))
             operations = []
             for item, labels in zip(read_items, model.predict_all(read_items)):
@@ -202,17 +293,41 @@ def _answer_prompts(
                     operations += _mask_updates(ObjectId(item.sample_id), root, is_list, labels.detections)
                 else:
                     operations.append(_merge(ObjectId(item.sample_id), label_field, labels))
-            if operations:
-                dataset._bulk_write(operations, ids=[item.sample_id for item in read_items])
+            model.failures += _write(dataset, operations, read_items)
             bar.update(len(batch))
 
 
-def _left(prompts: fol.Label | None, in_place: bool, replace: bool, answered: Sequence[str]) -> fol.Label | None:
+def _write(dataset: fo.Dataset, operations: Sequence[UpdateOne], items: Sequence[ImageItem]) -> list[Failure]:
+    """Updates samples; returns those whose documents have no room for it, which get none of theirs."""
+    ids, failures = [item.sample_id for item in items], []
+    if not operations:
+        return failures
+    try:
+        dataset._bulk_write(operations, ids=ids, ordered=True)
+    except _REFUSED:
+        for item in items:
+            own = [operation for operation in operations if str(operation._filter["_id"]) == item.sample_id]
+            try:
+                if own:
+                    dataset._bulk_write(own, ids=[item.sample_id], ordered=True)
+            except _REFUSED as error:
+                failures.append(
+                    Failure(item.sample_id, item.filepath, f"its masks can't be stored: {str(error)[:200]}")
+                )
+    return failures
+
+
+def _labels_with_masks(samples: Samples, label_field: str) -> dict[str, list[str]]:
+    """By the id of each sample, the ids of its labels that have masks, also of those that the view hides."""
+    labels = unfiltered(samples).filter_labels(label_field, HAS_MASK)
+    return dict(zip(*labels.values(["id", f"{label_field}.detections.id"])))
+
+
+def _left(
+    prompts: Sequence[fol.Detection | fol.Keypoint], in_place: bool, replace: bool, answered: Sequence[str]
+) -> fol.Label | None:
     """Those of a sample's prompts that have no mask yet; None if there are none."""
-    every = labels_of(prompts)
-    left = every
-    if not replace:
-        left = [p for p in every if (not _has_mask(p) if in_place else p.id not in answered)]
+    left = [p for p in prompts if replace or (not _has_mask(p) if in_place else p.id not in answered)]
     if not left:
         return None
     return fol.Keypoints(keypoints=left) if isinstance(left[0], fol.Keypoint) else fol.Detections(detections=left)
@@ -244,6 +359,8 @@ def _mask_updates(
 ) -> Iterator[UpdateOne]:
     """Labels are told by id: others may have come and gone since they were read."""
     detections = [d for d in detections if _has_mask(d)]
+    # Else a label that has become None meanwhile, or a single one that is another now, would be written to.
+    there = {"_id": sample_id, f"{root}._id": {"$in": [ObjectId(d.id) for d in detections]}}
     for start in range(0, len(detections), _PROMPTS_AT_ONCE):
         values: dict[str, object] = {"last_modified_at": datetime.now(timezone.utc)}
         filters = []
@@ -257,7 +374,7 @@ def _mask_updates(
                 f"{path}.mask_path": detection.mask_path,
                 **{f"{path}.{name}": detection[name] for name in _MASK_ATTRIBUTES},
             }
-        yield UpdateOne({"_id": sample_id}, {"$set": values}, array_filters=filters or None)
+        yield UpdateOne(there, {"$set": values}, array_filters=filters or None)
 
 
 # What is noted ----------------------------------------------------------------------------------------------------
@@ -274,7 +391,7 @@ def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
 def check_same_parameters(samples: Samples, label_field: str, parameters: dict) -> None:
     """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
     dataset = samples._root_dataset
-    runs = [run for run in recorded_runs(dataset, label_field) if run.images > len(run.failures)]
+    runs = recorded_runs(dataset, label_field)
     if not runs or runs[-1].parameters == parameters or len(unsegmented(dataset, label_field)) == len(dataset):
         return
     earlier = runs[-1].parameters
@@ -290,22 +407,48 @@ def check_same_parameters(samples: Samples, label_field: str, parameters: dict) 
 
 
 @contextmanager
-def _recorded(
-    samples: Samples, model: MobileSAMv2Model, label_field: str, parameters: dict
-) -> Iterator[SegmentationRun]:
-    """Notes what the model does inside, and keeps it in the dataset, whatever ends it. Takes `Cancelled` for an end."""
-    dataset = samples._root_dataset
-    earlier = recorded_runs(dataset, label_field)
-    run = SegmentationRun(label_field, parameters, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+def _recorded(samples: Samples, label_field: str, parameters: dict) -> Iterator[SegmentationRun]:
+    """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
+    run = SegmentationRun(label_field, parameters, datetime.now(timezone.utc).isoformat(), cancelled=True)
+    record(samples, run)  # it may be killed
     start = time.perf_counter()
     try:
         yield run
-    except BaseException as error:
-        run.cancelled = True
-        if not isinstance(error, Cancelled):
-            raise
+        run.cancelled = False
+    except Cancelled:
+        pass
     finally:
-        run.images, run.objects = model.num_images, model.num_labels
-        run.seconds = {**model.seconds, "total": time.perf_counter() - start}
-        run.failures = list(model.failures)
-        record(dataset, [*earlier, run])
+        run.seconds["total"] = time.perf_counter() - start
+        record(samples, run)
+
+
+@contextmanager
+def _counted(run: SegmentationRun, model: MobileSAMv2Model) -> Iterator[None]:
+    """Adds to the run what the model does inside."""
+    try:
+        yield
+    finally:
+        run.images += model.num_images
+        run.objects += model.num_labels
+        run.failures += model.failures
+        for stage, seconds in model.seconds.items():
+            run.seconds[stage] = run.seconds.get(stage, 0) + seconds
+
+
+def _untouched(samples: Samples, run: SegmentationRun) -> Samples:
+    """The samples that nothing was stored on since the run began. Of videos, whose frames get the labels: none."""
+    if samples.media_type == "video":
+        return samples.limit(0)
+    return samples.match(F("last_modified_at") < datetime.fromisoformat(run.started))
+
+
+def _without_room(samples: Samples) -> list[str]:
+    """Those whose documents leave less than what the labels of an image may take."""
+    room = {"$expr": {"$gt": [{"$bsonSize": "$$ROOT"}, MONGODB_BYTES - LABEL_BYTES_PER_SAMPLE]}}
+    pipeline = [{"$match": {"_id": {"$in": [ObjectId(id) for id in samples.values("id")]}}}, {"$match": room}]
+    found = samples._root_dataset._sample_collection.aggregate([*pipeline, {"$project": {"_id": True}}])
+    return [str(document["_id"]) for document in found]
+
+
+def _failures(samples: Samples, error: str) -> list[Failure]:
+    return [Failure(id, path, error) for id, path in zip(*samples.values(["id", "filepath"]))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import zlib
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class SegmentationRun:
         objects: how many masks it stored.
         seconds: wall time by stage ("encode", "discover", "decode", "crop"), and of everything as "total".
         failures: the images that could not be segmented; their labels are as they were.
-        cancelled: whether it was stopped before its end. What it had stored stays.
+        cancelled: whether it was stopped before its end, or is still going on. What it has stored stays.
     """
 
     label_field: str
@@ -60,25 +61,38 @@ def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
     key = _key(label_field)
     if key not in dataset.list_runs() or not dataset.has_field(label_field):
         return []
-    runs = dataset.load_run_results(key, cache=False).runs
-    return [SegmentationRun(**run | {"failures": [Failure(**each) for each in run["failures"]]}) for run in runs]
+    results = dataset.load_run_results(key, cache=False)
+    if results is None:  # registered, and killed then
+        return []
+    return [
+        SegmentationRun(**run | {"failures": [Failure(**each) for each in run["failures"]]}) for run in results.runs
+    ]
 
 
 def segmented_fields(samples: Samples) -> list[str]:
-    """The fields that have a record."""
+    """The fields that masks were made for: not those whose own labels were given masks."""
     dataset = samples._root_dataset
     infos = [dataset.get_run_info(key) for key in dataset.list_runs(method=_METHOD)]
-    return [info.config.label_field for info in infos if dataset.has_field(info.config.label_field)]
+    fields = [info.config.label_field for info in infos]
+    return [name for name in fields if any(run.parameters["prompting"] != name for run in recorded_runs(dataset, name))]
 
 
-def record(dataset: fo.Dataset, runs: Sequence[SegmentationRun]) -> None:
-    """Keeps these as the runs of their field, oldest first."""
-    label_field = runs[-1].label_field
-    key = _key(label_field)
-    dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field), overwrite=True)
-    kept = [asdict(run) | {"failures": [vars(each) for each in run.failures[:_MOST_FAILURES]]} for run in runs]
+def record(samples: Samples, run: SegmentationRun) -> None:
+    """Keeps this run, and what there is to say of it by now, among those of its field. One that did nothing is none."""
+    dataset = samples._root_dataset
+    runs = [each for each in recorded_runs(dataset, run.label_field) if each.started != run.started]
+    if run.images or not run.seconds:  # or it has just begun
+        runs.append(run)
+    key = _key(run.label_field)
+    if key not in dataset.list_runs():  # registering anew would drop the earlier record first
+        dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=run.label_field))
+    kept = [asdict(each) | {"failures": [vars(f) for f in each.failures[:_MOST_FAILURES]]} for each in runs]
     dataset.save_run_results(key, dataset.init_run_results(key, runs=kept), cache=False)
 
 
 def _key(label_field: str) -> str:
-    return "mobilesamv2_" + label_field.replace(".", "_")
+    # A key is a Python name; fields may be called "my masks", and "my_masks" be another one.
+    name = re.sub(r"\W", "_", label_field)
+    if name != label_field.replace("frames.", "frames_", 1):
+        name += f"_{zlib.crc32(label_field.encode()):08x}"
+    return f"mobilesamv2_{name}"

@@ -69,8 +69,11 @@ class StoredImage:
         return self.size
 
     def labels(self, field_name: str) -> list[dict]:
-        """The single labels of a field that was asked for."""
-        return labels_in(self.document, field_name)
+        """The single labels of a field that was asked for. Raises LabelError where one has no id."""
+        found = labels_in(self.document, field_name)
+        if not all("_id" in label for label in found):
+            raise LabelError(f"a label in '{field_name}' has no id: it was not stored by FiftyOne")
+        return found
 
     def has(self, field_name: str) -> bool:
         """Whether that field has a value. One in which nothing was found has: an empty list."""
@@ -98,7 +101,7 @@ def stored_images(samples: Samples, field_names: Sequence[str]) -> Iterator[Stor
 def labels_in(document: Mapping, field_name: str) -> list[dict]:
     """The single labels of a field of a document of a sample or frame."""
     labels = value_in(document, field_name)
-    for name in ("detections", "polylines"):
+    for name in ("detections", "polylines", "keypoints"):
         if labels and name in labels:
             return labels[name] or []  # None where a view hides all
     return [labels] if labels else []
@@ -157,6 +160,7 @@ def label_fields(samples: Samples, kinds: tuple[type, ...]) -> list[str]:
 
 def have_masks(samples: Samples, field_name: str) -> bool:
     """Whether labels of the field have masks, or are polygons, as far as the first one tells."""
+    samples = samples._dataset  # what a view selects is not worth waiting for
     path, of_frames = samples._handle_frame_field(samples._get_label_field_path(field_name)[1])
     first = [{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}]
     select = {"frames_only": True, "post_pipeline": first} if of_frames else {"pipeline": first}
@@ -178,6 +182,12 @@ def check_shapes_field(samples: Samples, name: str, role: str) -> None:
     if not (isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, SHAPE_TYPES)):
         kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else found
         raise ValueError(f"Field '{name}' holds {kind}; detections or polylines were expected as {role}.")
+
+
+def check_field_name(name: str) -> None:
+    """Raises ValueError unless a new field can be called so."""
+    if not name.isidentifier() or name.startswith("_"):
+        raise ValueError(f"'{name}' can't be the name of a field: a letter was expected, then letters, digits and _.")
 
 
 def ensure_metadata(samples: Samples, progress: bool | Callable | None = None) -> None:

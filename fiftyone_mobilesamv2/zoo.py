@@ -482,7 +482,18 @@ def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
         "iou", min=0, max=1, default=NMS_IOU, label="NMS IoU", description="Boxes that overlap more are one object"
     )
     inputs.int("points_per_side", min=1, default=POINTS_PER_SIDE, label="Grid points per side", description="grid only")
+    for name, label in (("pred_iou_thresh", "Least predicted IoU"), ("stability_score_thresh", "Least stability")):
+        inputs.float(
+            name,
+            min=0,
+            max=1,
+            default=getattr(SAM_GRID_FILTER, name),
+            label=label,
+            description="grid only; 0 keeps all",
+        )
+    inputs.int("min_area", min=0, default=0, label="Smallest area", description="Of a mask, in pixels; 0 keeps all")
     inputs.int("max_masks", min=1, label="Most masks stored an image", description="All where empty")
+    inputs.bool("masks_on_disk", default=False, label="Store masks on disk", description="As PNG files")
     inputs.str("device", label="Device", description="cuda, mps or cpu; the best there is where empty")
     inputs.enum("dtype", list(DTYPES), default="float32", label="Precision")
     return types.Property(inputs)

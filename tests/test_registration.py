@@ -72,6 +72,7 @@ def checkout(tmp_path_factory):
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "fiftyone.yml", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "skills", folder / "skills")
     return folder
 
 
@@ -443,7 +444,8 @@ def test_form(zoo_model, context):
         assert vars(model.config) == vars(untouched.config)
 
     filled = {"prompting": "grid", "confidence_thresh": 0, "max_prompts": 7, "iou": 0.5, "points_per_side": 4}
-    filled |= {"max_masks": 3, "device": "cpu", "dtype": "bfloat16"}
+    filled |= {"max_masks": 3, "device": "cpu", "dtype": "bfloat16", "min_area": 5, "masks_on_disk": True}
+    filled |= {"pred_iou_thresh": 0, "stability_score_thresh": 0.5}
     assert set(filled) == set(fields)
     values = dict(filled)
     zoo_model.parse_parameters(context, values)

@@ -198,7 +198,8 @@ def _note(
             values = {f"{path}.$[l{i}].{attribute}": value for i, value in enumerate(changed)}
             filters = [{f"l{i}._id": {"$in": labels}} for i, labels in enumerate(changed.values())]
             values["last_modified_at"] = datetime.now(timezone.utc)
-            operations.append(UpdateOne({"_id": id}, {"$set": values}, array_filters=filters))
+            there = {"_id": id, f"{path}._id": {"$exists": True}}  # else a list that is None now would be an error
+            operations.append(UpdateOne(there, {"$set": values}, array_filters=filters))
             ids.append(id)
     if operations:
         dataset._bulk_write(operations, ids=ids)

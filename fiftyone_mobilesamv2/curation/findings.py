@@ -39,6 +39,8 @@ def check_options(rank_by: str = "confidence", **shares: float) -> None:
 def check_images(samples: Samples) -> None:
     """Raises ValueError unless these are whole images."""
     if samples._is_generated or samples.media_type not in ("image", None):  # None: without samples
+        if samples.media_type == "group":
+            raise ValueError("Groups can't be worked on as a whole: take a slice, dataset.select_group_slices(...).")
         kind = "patches or frames" if samples._is_generated else f"media of type '{samples.media_type}'"
         raise ValueError(f"The view holds {kind}; images were expected: choose the dataset or a view of whole images.")
 
@@ -67,16 +69,18 @@ def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now:
     What changes nothing is not written: storing a sample with its masks is what takes the time.
     """
     # Not by `tag_labels`: where a label's tags are null, FiftyOne 1.22 deletes all labels of the sample whose aren't.
-    tags = f"{dataset._get_label_field_path(field_name)[1]}.$[label].tags"
+    root = dataset._get_label_field_path(field_name)[1]
+    tags = f"{root}.$[label].tags"
     operations, ids = [], []
     for more, less, edit in ((now, before, {"$addToSet": {tags: tag}}), (before, now, {"$pull": {tags: tag}})):
         for id, labels in more.items():
             if changed := list(set(labels).difference(less.get(id, ()))):
+                there = {"_id": id, f"{root}._id": {"$in": changed}}  # else a list that is None now would be an error
                 chosen = {"label._id": {"$in": changed}}
                 edits = edit | {"$set": {"last_modified_at": datetime.now(timezone.utc)}}
                 operations += [
-                    UpdateOne({"_id": id}, {"$set": {tags: []}}, array_filters=[chosen | {"label.tags": None}]),
-                    UpdateOne({"_id": id}, edits, array_filters=[chosen]),
+                    UpdateOne(there, {"$set": {tags: []}}, array_filters=[chosen | {"label.tags": None}]),
+                    UpdateOne(there, edits, array_filters=[chosen]),
                 ]
                 ids.append(id)
     if operations:

@@ -19,6 +19,7 @@ from ..stored_labels import (
     MissingError,
     StoredImage,
     boxes_of,
+    check_field_name,
     check_shapes_field,
     labels_in,
     look_at_each,
@@ -138,8 +139,8 @@ def check_promotion(samples: Samples, pred_field: str, gt_field: str) -> None:
         raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
     if dataset.has_field(gt_field):
         check_tagged_field(dataset, gt_field, "ground truth", [PROMOTED_FROM])
-    elif not gt_field.isidentifier():
-        raise ValueError(f"'{gt_field}' can't be the name of a field: letters, digits and _ were expected.")
+    else:
+        check_field_name(gt_field)
 
 
 def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mapping], gt_field: str, label: str) -> int:

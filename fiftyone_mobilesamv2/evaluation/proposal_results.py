@@ -147,7 +147,16 @@ class ProposalResults(foud.DetectionResults):
             iou: 0.5, 0.55, ... or 0.95.
             k: default: the largest K of the run.
         """
-        return self._objects(~self._found(iou, k))
+        missed = ~self._found(iou, k)
+        states, ranks = (f"{self.config.stored_as}{end}" for end in ("", "_rank"))
+        root, _ = self.samples._get_label_field_root(self.config.gt_field)
+        if self.has_subset or _threshold_index(iou) or not self.samples.has_field(f"{root}.{ranks}"):
+            return self._objects(missed)
+        # What is noted on the labels says the same, and MongoDB compares it faster than a long list of ids.
+        not_found = F(states) == "fn"
+        if k is not None:
+            not_found |= F(ranks) > k
+        return self.samples.filter_labels(self.config.gt_field, not_found)
 
     def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> Comparison:
         """What this run finds among the `k` best-ranked proposals of an image and `other` doesn't, and the reverse.

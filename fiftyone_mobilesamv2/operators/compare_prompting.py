@@ -57,7 +57,7 @@ class ComparePrompting(Operator):
 
     def _keep(self, form: Form, names: Sequence[str]) -> None:
         from ..evaluation.comparison import draw
-        from ..segmentation import check_label_field
+        from ..segmentation import check_label_field, labels_there
 
         keep = form.switch("keep", False, "Keep the masks", f"In {' and '.join(names)}, with their evaluations")
         if not keep or form.problems:
@@ -69,8 +69,7 @@ class ComparePrompting(Operator):
             except ValueError as error:
                 form.problem(str(error))
                 continue
-            if form.samples.has_field(name):
-                labels = drawn.count(f"{name}.detections")
+            if labels := labels_there(drawn, name)[1]:
                 form.warn(f"{count(labels, 'label')} of these images in '{name}' will be replaced.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:

@@ -56,7 +56,7 @@ class EvaluateProposals(Operator):
 
     def _eval_key(self, form: Form) -> None:
         key = form.text("eval_key", "ar", "Evaluation key", "The name of this evaluation, and of what it stores")
-        if not str(key).isidentifier():
+        if not key.isidentifier() or key.startswith("_"):
             form.problem(f"Evaluation key: '{key}' can't be one: letters, digits and _ were expected.")
         elif key in form.dataset.list_evaluations():
             if form.dataset.get_evaluation_info(key).config.method == "proposals":

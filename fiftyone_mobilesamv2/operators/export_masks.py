@@ -33,16 +33,17 @@ class ExportMasks(Operator):
             raise FormError(f"Labels in '{field}' have no masks: make some by 'Segment from prompts'.")
         default = Path(fo.config.default_dataset_dir, form.dataset.slug, "masks.json")
         typed = form.text("path", str(default), "File", "On the machine that runs the App's server; ends with .json")
-        path = Path(typed).expanduser()
-        if not path.is_absolute():
-            raise FormError(f"File: a full path was expected, such as {default}, not {typed}.")
-        form.values["path"] = str(path)
-        if path.exists():
-            form.switch("overwrite", False, "Overwrite", "The file exists; it is replaced when the new one is complete")
         try:
-            check_path(path, bool(form.values.get("overwrite")))
-        except ValueError as error:
-            raise FormError(f"File: {error}") from error
+            path = Path(typed).expanduser()
+            if not path.is_absolute():
+                raise ValueError(f"a full path was expected, such as {default}, not {typed}.")
+            form.values["path"] = str(path)
+            overwrite = path.exists() and form.switch(
+                "overwrite", False, "Overwrite", "The file exists; it is replaced when the new one is complete"
+            )
+            check_path(path, overwrite)
+        except (ValueError, OSError, RuntimeError) as error:  # the last is of a "~name" that nobody has
+            form.problem(f"File: {error}")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..curation.export import export_masks

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import logging
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import fiftyone as fo
 import fiftyone.operators as foo
 from fiftyone.operators import types
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 from tqdm import tqdm
 
 from ..progress import Cancelled
@@ -30,12 +33,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MANY_IMAGES = 500  # from which on work is better scheduled than watched
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel's plugin is the package, a checkout's the folder around it.
 _ICONS = "/icons" if (_PACKAGE / "fiftyone.yml").exists() else f"/{_PACKAGE.name}/icons"
 
+_UNAUTHORIZED = 13  # MongoDB's code for it
+_MOST_TOLD = 2000  # characters of a message: MongoDB quotes whole documents
 _REFRESH = 0.4  # seconds between two states of the bar in the App
 
 
@@ -60,13 +67,19 @@ class Form:
     def dataset(self) -> fo.Dataset:
         return self.ctx.dataset
 
+    @property
+    def size(self) -> int:
+        """How many samples there are to work on."""
+        return cached(len, self.samples)
+
     def target(self, action: str) -> Samples:
         """Which samples: the dataset, the view or the selected ones. `action` is what is done to them, as a verb."""
         if self.ctx.dataset is None:
             raise FormError("Open a dataset first.")
-        self.inputs.view_target(self.ctx, action_description=action)
-        self.samples = self.ctx.target_view()
-        if not len(self.samples):
+        # Of groups, the slice that the App shows.
+        self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
+        self.samples = self.ctx.target_view(require_flat=True)
+        if not self.size:
             empty = "This dataset has" if not len(self.ctx.dataset) else "The current view has"
             raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
         return self.samples
@@ -88,7 +101,7 @@ class Form:
         value = self._value(name, default)
         if value is None:
             return None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         expected = "a whole number" if whole else "a number"
         if least is not None and most is not None:
             expected += f" from {least:g} to {most:g}"
@@ -112,8 +125,8 @@ class Form:
 
     def text(self, name: str, default: str | None, label: str, description: str | None = None) -> str | None:
         """A line of text."""
-        self.inputs.str(name, label=label, description=description, default=default)
-        return self._value(name, default)
+        found = self.inputs.str(name, label=label, description=description, default=default)
+        return self._text(found, name, default, label)
 
     def choice(
         self,
@@ -129,8 +142,8 @@ class Form:
         for value, text in choices.items():
             view.add_choice(value, label=text)
         found = self.inputs.enum(name, list(choices), label=label, description=description, default=default, view=view)
-        value = self._value(name, default)
-        if value not in choices:
+        value = self._text(found, name, default, label)
+        if value not in choices and not found.invalid:
             self._invalid(found, f"{label}: {value!r} isn't there (any more). Choose one of {', '.join(choices)}.")
         return value
 
@@ -163,8 +176,8 @@ class Form:
         view = types.AutocompleteView(allow_clearing=False)
         for each in dict.fromkeys([default, *known]):
             view.add_choice(each, label=each)
-        self.inputs.str(name, label=label, description=description, default=default, view=view)
-        return self._value(name, default)
+        found = self.inputs.str(name, label=label, description=description, default=default, view=view)
+        return self._text(found, name, default, label)
 
     def note(self, text: str) -> None:
         """Something good to know."""
@@ -181,6 +194,13 @@ class Form:
     def _message(self, view: types.View) -> types.Property:
         return self.inputs.view(f"message_{len(self.inputs.properties)}", view)
 
+    def _text(self, found: types.Property, name: str, default: str | None, label: str) -> str | None:
+        value = self._value(name, default)
+        if value is None or isinstance(value, str):
+            return value
+        self._invalid(found, f"{label}: text was expected, not {value!r}.")
+        return str(value)
+
     def _value(self, name: str, default: object) -> object:
         value = self.ctx.params.get(name)
         self.values[name] = default if value is None or value == "" else value
@@ -194,6 +214,26 @@ class Form:
 
 class FormError(ValueError):
     """Something has to be mended before the rest of a form makes sense."""
+
+
+def cached(compute: Callable[..., T], samples: Samples, *args: Hashable) -> T:
+    """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
+    dataset = samples._root_dataset
+    collections = [dataset._sample_collection]
+    if dataset._frame_collection is not None:
+        collections.append(dataset._frame_collection)
+    newest = [("last_modified_at", -1)]  # FiftyOne keeps an index of it
+    state = [(c.estimated_document_count(), c.find_one({}, {newest[0][0]: True}, sort=newest)) for c in collections]
+    view = hashlib.sha256(str(samples.view()._serialize(include_uuids=False)).encode()).digest()  # it may list ids
+    key = (compute, args, dataset.name, view, str(state))
+    if key not in _cached:
+        if len(_cached) >= 100:
+            _cached.clear()
+        _cached[key] = compute(samples, *args)
+    return _cached[key]
+
+
+_cached: dict[tuple, object] = {}
 
 
 def count(number: int, noun: str) -> str:
@@ -306,10 +346,13 @@ class Operator(foo.Operator):
         return types.Property(self._filled(ctx).inputs, view=types.View(label=self.title))
 
     def resolve_execution_options(self, ctx: ExecutionContext) -> foo.ExecutionOptions:
-        form = self._filled(ctx)
+        form = Form(ctx)
+        with suppress(FormError):  # the form itself tells
+            if ctx.dataset is not None:
+                form.target(self.title)
         # Where nobody has allowed workers to take scheduled work, the App can't schedule.
         can_schedule = fo.config.allow_legacy_orchestrators
-        many = form.samples is not None and len(form.samples) > MANY_IMAGES
+        many = form.samples is not None and form.size > MANY_IMAGES
         return foo.ExecutionOptions(
             allow_immediate_execution=True,
             allow_delegated_execution=True,
@@ -381,7 +424,12 @@ class _Work:
 
     def _work(self) -> None:
         try:
-            self.outcome = self._run(self.progress)
+            while not _one_at_a_time.acquire(timeout=_REFRESH):
+                self.progress.tell(None, "Waiting for other work to end")
+            try:
+                self.outcome = self._run(self.progress)
+            finally:
+                _one_at_a_time.release()
         except BaseException as error:  # told to the user by the thread that waits
             self.error = error
         finally:
@@ -389,6 +437,10 @@ class _Work:
 
 
 _running: dict[str, _Work] = {}
+
+# Two models at a time would take each other's cores and memory, and FiftyOne's progress bars of two threads share one
+# capture of what is printed, which the first to end closes.
+_one_at_a_time = threading.Lock()
 
 
 def _show_progress(ctx: ExecutionContext, work: _Work) -> GeneratedMessage:
@@ -405,7 +457,7 @@ def _show_progress(ctx: ExecutionContext, work: _Work) -> GeneratedMessage:
 def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[GeneratedMessage]:
     outcome, error = work.outcome, work.error
     yield ctx.ops.reload_dataset()
-    outputs = types.Object()
+    outputs, text = types.Object(), None
     if outcome is not None:
         if outcome.view is not None:
             yield ctx.ops.set_view(outcome.view)
@@ -421,8 +473,7 @@ def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[Ge
     else:
         if not _explains_itself(error):
             logger.error("%s failed", title, exc_info=error)
-        text = str(error) if _explains_itself(error) else f"{type(error).__name__}: {error}"
-        outputs.view("error", types.Error(label=f"{title} failed", description=text))
+        outputs.view("error", types.Error(label=f"{title} failed", description=_told(error)))
     yield ctx.ops.show_output(types.Property(outputs).to_json(), {"text": text})
 
 
@@ -431,6 +482,12 @@ def _explains_itself(error: BaseException) -> bool:
     from ..modeling.checkpoints import CheckpointError  # here, as in all operators: the App need not wait for torch
 
     return isinstance(error, (ValueError, OSError, PyMongoError, CheckpointError))
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
+        return f"The database lets this user read only: {str(error).split('{')[0].strip()}. Ask whoever runs it."
+    return str(error)[:_MOST_TOLD] if _explains_itself(error) else f"{type(error).__name__}: {error}"[:_MOST_TOLD]
 
 
 def _throttled(show: Callable[[float | None, str], None]) -> Callable[[float | None, str], None]:

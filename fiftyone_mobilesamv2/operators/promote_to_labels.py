@@ -41,7 +41,9 @@ class PromoteToLabels(Operator):
             view.add_choice(name, label=name)
         # Nothing is suggested: what is confirmed unread ends up in the ground truth.
         form.inputs.str("label", label="Class", description="One there is, or a new one", required=True, view=view)
-        form.values["label"] = form.ctx.params.get("label")
+        form.values["label"] = label = form.ctx.params.get("label")
+        if label is not None and not str(label).strip():
+            form.problem("Class: a name was expected.")
 
     def _selection(self, form: Form) -> None:
         """Which proposals: labels that are selected in samples, or patches that are."""

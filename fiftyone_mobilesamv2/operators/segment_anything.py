@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fiftyone as fo
-from fiftyone import ViewField as F
+from bson.errors import InvalidId
 
 from ..stored_labels import label_fields
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import Form, FormError, Operator, Outcome, Progress, count
-from .segment_everything import STORAGES, segmentation_outcome
+from .operator import Form, FormError, Operator, Outcome, Progress, cached, count
+from .segment_everything import STORAGES, detections_fields, segmentation_outcome
 
 PROMPT_KINDS = (fo.Detections, fo.Keypoints, fo.Detection, fo.Keypoint)
 BOX_KINDS = (fo.Detections, fo.Detection)
@@ -45,7 +45,7 @@ class SegmentAnything(Operator):
         place = form.choice("place", places, next(iter(places)), "Where masks go", radio=True)
         label_field = None
         if place == "new":
-            known = [name for name in label_fields(form.samples, (fo.Detections,)) if name != field]
+            known = [name for name in detections_fields(form.samples) if name != field]
             label_field = form.new_field(
                 "label_field", "masks", "Label field", "A new field, or one of detections; what is there stays", known
             )
@@ -58,6 +58,7 @@ class SegmentAnything(Operator):
                 self._count(form, field, replace)
             else:
                 check_label_field(form.samples, label_field)
+                self._count_masks(form, label_field, replace)
         except ValueError as error:
             form.problem(str(error))
         model_choice(form)
@@ -71,18 +72,22 @@ class SegmentAnything(Operator):
             raise FormError(f"The selected labels are of several fields, {', '.join(fields)}: select labels of one.")
         (field,) = fields
         gone = FormError("The selected labels are gone. Select others.")
-        if not form.dataset.has_field(field):
+        if field not in label_fields(form.dataset, PROMPT_KINDS):
             raise gone
-        form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)
+        try:
+            form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)
+        except InvalidId as error:
+            raise gone from error
         if not form.samples.count(form.dataset._get_label_field_root(field)[0]):
             raise gone
         form.values["prompt_field"] = field
         return field
 
     def _count(self, form: Form, field: str, replace: bool) -> None:
-        root, _ = form.samples._get_label_field_root(field)
-        total = form.samples.count(root)
-        bare = form.samples.filter_labels(field, (F("mask") == None) & (F("mask_path") == None)).count(root)  # noqa: E711
+        from ..segmentation import labels_with_masks
+
+        masks, total = cached(labels_with_masks, form.samples, field)
+        bare = total - masks
         if replace and total > bare:
             form.warn(f"The masks of {count(total - bare, 'label')} in '{field}' will be replaced.")
         elif not total:
@@ -91,6 +96,13 @@ class SegmentAnything(Operator):
             form.problem(f"All {count(total, 'label')} have masks already. Choose to replace them, or other labels.")
         elif total > bare:
             form.note(f"{bare:,} of {total:,} labels have no mask yet.")
+
+    def _count_masks(self, form: Form, label_field: str, replace: bool) -> None:
+        from ..segmentation import labels_there
+
+        if label_field in detections_fields(form.samples) and not replace:
+            there = cached(labels_there, form.samples, label_field)[1]
+            form.note(f"'{label_field}' has {count(there, 'label')} here. Prompts with a mask there are done.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo
@@ -109,4 +121,4 @@ class SegmentAnything(Operator):
             batch_size=values["batch_size"],
             progress=progress,
         )
-        return segmentation_outcome(run)
+        return segmentation_outcome(run, values["replace"])

@@ -9,12 +9,13 @@ from fiftyone.operators import types
 
 from ..stored_labels import label_fields
 from .models import device_choice, fetch_with_progress, model_choice
-from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, count
+from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, cached, count
 
 if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
 
     from ..segmentation_runs import SegmentationRun
+    from ..stored_labels import Samples
     from ..zoo import MobileSAMv2ModelConfig
 
 PROMPTINGS = {
@@ -51,7 +52,7 @@ class SegmentEverything(Operator):
         from ..modeling.grid_prompts import POINTS_PER_SIDE
         from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
 
-        samples = form.target("Segment")
+        form.target("Segment")
         self._label_field(form)
         model_choice(form)
         prompting = form.choice("prompting", PROMPTINGS, "object_aware", "Prompting", radio=True)
@@ -80,22 +81,22 @@ class SegmentEverything(Operator):
         device_choice(form)
         if not form.problems and form.values.get("existing") == "keep":
             self._check_parameters(form)
-        if len(samples) > MANY_IMAGES:
+        if form.size > MANY_IMAGES:
             form.note(
-                f"{len(samples):,} images take a while, and the tab has to stay open. Better schedule this, for a "
+                f"{form.size:,} images take a while, and the tab has to stay open. Better schedule this, for a "
                 f"'fiftyone delegated launch' worker."
                 if fo.config.allow_legacy_orchestrators
-                else f"{len(samples):,} images take a while, and the tab has to stay open. To schedule such work "
+                else f"{form.size:,} images take a while, and the tab has to stay open. To schedule such work "
                 f"instead, start the App with FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS=true and a 'fiftyone delegated "
                 f"launch' worker."
             )
 
     def _label_field(self, form: Form) -> None:
-        from ..segmentation import check_label_field, unsegmented
+        from ..segmentation import check_label_field, labels_there
 
         samples = form.samples
         prefix = samples._FRAMES_PREFIX if samples.media_type == "video" else ""
-        known = [name for name in label_fields(samples, (fo.Detections,)) if name.startswith(prefix)]
+        known = detections_fields(samples, prefix)
         name = form.new_field(
             "label_field",
             f"{prefix}segmentations",
@@ -108,18 +109,15 @@ class SegmentEverything(Operator):
         except ValueError as error:
             form.problem(str(error))
             return
-        if not samples.has_field(name):
-            return
-        objects = samples.count(f"{name}.detections")
-        left = len(unsegmented(samples, name))
-        if left == len(samples):
+        done, objects = cached(labels_there, samples, name)
+        if not done:
             return
         existing = form.choice("existing", EXISTING, "keep", f"'{name}' exists", radio=True)
-        done = len(samples) - left
+        left = form.size - done
         if existing == "replace":
             form.warn(f"{count(objects, 'label')} of {count(done, 'sample')} in '{name}' will be deleted and replaced.")
         elif left:
-            form.note(f"{done:,} of {len(samples):,} samples are done already; {left:,} are left.")
+            form.note(f"{done:,} of {form.size:,} samples are done already; {left:,} are left.")
         else:
             form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
 
@@ -152,7 +150,13 @@ class SegmentEverything(Operator):
             batch_size=values["batch_size"],
             progress=report,
         )
-        return segmentation_outcome(run)
+        return segmentation_outcome(run, values.get("existing") == "replace")
+
+
+def detections_fields(samples: Samples, prefix: str = "") -> list[str]:
+    """Fields that masks can go into."""
+    names = label_fields(samples._root_dataset, (fo.Detections,))
+    return [name for name in names if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 
 def _model_config(form: Form) -> MobileSAMv2ModelConfig:
@@ -164,14 +168,15 @@ def _model_config(form: Form) -> MobileSAMv2ModelConfig:
     return MobileSAMv2ModelConfig({"name": values["model"], "masks_on_disk": values["storage"] == "disk", **parameters})
 
 
-def segmentation_outcome(run: SegmentationRun) -> Outcome:
+def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     """The summary of a run of segment_everything or segment_anything."""
     lines = [
         f"**{count(run.objects, 'object')} in {count(run.images - len(run.failures), 'image')}**",
         f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
     ]
     if run.cancelled:
-        lines.append("**Cancelled before the end.** What was stored stays; run it again to go on with the rest.")
+        rest = "The others have the labels that they had" if replaced else "Run it again to go on with the rest"
+        lines.append(f"**Cancelled before the end.** What was stored stays. {rest}.")
     stages = [f"{name} {seconds:.1f} s" for name, seconds in run.seconds.items() if name != "total"]
     if stages:
         lines.append(f"Time: {run.seconds['total']:.1f} s, of which {', '.join(stages)}.")

@@ -37,7 +37,7 @@ OPERATORS = {
     "segment_everything": "Segment everything",
     "evaluate_proposals": "Measure proposals (AR@K)",
     "find_unlabeled_objects": "Find unlabeled objects",
-    "compare_prompting": "Compare promptings",
+    "compare_prompting": "Compare prompting",
 }
 # Events that change what the App shows beside the panel, but nothing in it.
 _ELSEWHERE = {
@@ -56,7 +56,7 @@ _SHRINKS = {"item": {"sx": {"minWidth": 0}}}
 
 
 # The App may send two events at a time, and FiftyOne reads a run's results from one open file for all threads.
-_one_event = threading.Lock()
+_one_load = threading.Lock()
 
 
 class SegEvery(foo.Panel):
@@ -74,15 +74,14 @@ class SegEvery(foo.Panel):
 
     def execute(self, ctx: ExecutionContext) -> object:
         name = ctx.params.get("__method__")
-        with _one_event:
-            try:
-                if name in _ELSEWHERE:
-                    return getattr(self, name)(ctx)
-                return super().execute(ctx)
-            except Exception as error:  # an event that fails would cost the user the whole panel
-                logger.error("%s of SegEvery failed", name, exc_info=error)
-                ctx.ops.notify(_told(error), variant="error")
-                ctx.ops.show_panel_output(self.render(ctx))
+        try:
+            if name in _ELSEWHERE:
+                return getattr(self, name)(ctx)
+            return super().execute(ctx)
+        except Exception as error:  # an event that fails would cost the user the whole panel
+            logger.error("%s of SegEvery failed", name, exc_info=error)
+            ctx.ops.notify(_told(error), variant="error")
+            ctx.ops.show_panel_output(self.render(ctx))
 
     # Events ---------------------------------------------------------------------------------------------------------
 
@@ -278,7 +277,8 @@ def _results(dataset: fo.Dataset, key: str) -> ProposalResults:
 @lru_cache(maxsize=8)
 def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults:
     """For figures alone, as its samples are as they were at that time. The App has another dataset for each event."""
-    return fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
+    with _one_load:
+        return fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
 
 
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[Samples, str]]:
@@ -356,7 +356,8 @@ def _areas(labels: list[dict], size: tuple[int, int], config: fo.EvaluationMetho
 
 def _clicked(ctx: ExecutionContext) -> ProposalResults:
     """The evaluation that the clicked point is of."""
-    return ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
+    with _one_load:
+        return ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
 
 
 def _show(ctx: ExecutionContext, view: fo.DatasetView) -> None:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.operators.evaluate_proposals import whole_numbers
+from fiftyone_mobilesamv2.segmentation_runs import SegmentationRun, record
 
 NAME = "evaluate_proposals"
 
@@ -55,8 +56,7 @@ def test_proposals_that_were_made_here_come_first(plugin, proposed):
     proposed.clone_sample_field("segmentations", "another")
     assert plugin.form(NAME, proposed).default("pred_field") == "segmentations"
     proposed.clone_sample_field("segmentations", "masks")
-    config = proposed.init_run(method="mobilesamv2", label_field="masks")
-    proposed.register_run("mobilesamv2_masks", config)
+    record(proposed, SegmentationRun("masks", {"prompting": "object_aware"}, "2026-01-01T00:00:00+00:00"))
     assert plugin.form(NAME, proposed).default("pred_field") == "masks"
 
 
@@ -99,13 +99,12 @@ def test_form_without_fields(plugin, scenes, dataset):
     assert "no field of proposals yet" in plugin.form(NAME, scenes).errors[0]
 
 
-def test_groups_are_refused(plugin, dataset):
+def test_groups_are_measured_by_their_slice(plugin, dataset):
     dataset.add_group_field("group", default="left")
     dataset.add_sample(fo.Sample("a.png", group=fo.Group().element("left")))
     for name in ("ground_truth", "segmentations"):
         dataset.add_sample_field(name, fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
-    (error,) = plugin.form(NAME, dataset).errors
-    assert "group" in error
+    assert plugin.form(NAME, dataset).errors == []
 
 
 def test_figures(plugin, proposed):

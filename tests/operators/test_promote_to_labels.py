@@ -118,7 +118,7 @@ def test_proposals_that_are_gone(plugin, proposed):
 
 def test_no_class(plugin, proposed):
     labels = selected_labels(proposed)
-    for params, error in (({}, "label. Reason: Required property"), ({"label": " "}, "name of a class was expected")):
+    for params, error in (({}, "label. Reason: Required property"), ({"label": " "}, "Class: a name was expected")):
         with pytest.raises(Exception, match=error):
             plugin.call(NAME, proposed, selected_labels=labels, **params)
     assert proposed.count("ground_truth.detections") == 4

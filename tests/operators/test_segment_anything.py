@@ -131,6 +131,36 @@ def test_selected_labels_join_those_of_before(plugin, boxed):
     assert sorted(d.id for d in boxed.first().masks.detections) == sorted(ids[:2])
 
 
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda boxed: boxed.exclude_fields("masks"),
+        lambda boxed: boxed.filter_labels("masks", fo.ViewField("label") == "other", only_matches=False),
+    ],
+)
+def test_masks_that_a_view_hides_are_not_made_again(plugin, boxed, hide):
+    params = {"prompt_field": "boxes", "place": "new", "label_field": "masks", **DEMO}
+    plugin.call("segment_anything", boxed, **params)
+    boxed.set_values("masks.detections.note", [["mine"] * 3] * 4, dynamic=True)
+    assert plugin.call("segment_anything", hide(boxed), **params)["objects"] == 0
+    assert boxed.count_values("masks.detections.note") == {"mine": 12}
+
+
+def test_labels_without_masks_in_the_field_get_them(plugin, boxed):
+    boxed.clone_sample_field("boxes", "masks")
+    params = {"prompt_field": "boxes", "place": "new", "label_field": "masks", **DEMO}
+    assert plugin.call("segment_anything", boxed, **params)["objects"] == 12
+    assert all(d.mask is not None for sample in boxed for d in sample.masks.detections)
+    assert boxed.count("masks.detections") == 12
+
+
+def test_boxes_with_masks_are_no_proposals(plugin, boxed):
+    plugin.call("segment_anything", boxed, prompt_field="boxes", **DEMO)
+    plugin.call("segment_everything", boxed, **DEMO)
+    form = plugin.form("evaluate_proposals", boxed)
+    assert form.default("pred_field") == "segmentations"
+
+
 def test_what_a_view_hides_is_no_prompt(plugin, boxed):
     view = boxed.filter_labels("boxes", fo.ViewField("label") == "thing 1")
     assert plugin.call("segment_anything", view, prompt_field="boxes", **DEMO)["objects"] == 4
@@ -167,6 +197,61 @@ def test_one_bad_box_costs_its_image_alone(plugin, boxed):
     text, _ = plugin.run_to_the_end("segment_anything", boxed, {"prompt_field": "boxes", **DEMO})
     assert "1 image failed" in text and "no usable bounding box" in text
     assert [all(d.mask is not None for d in s.boxes.detections) for s in boxed] == [False, True, True, True]
+
+
+def test_prompts_that_can_not_be_read_cost_their_image_alone(plugin, boxed):
+    ids = boxed.values("_id")
+    boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"boxes.detections.0.mask": b"abc"}})
+    boxed._sample_collection.update_one({"_id": ids[3]}, {"$unset": {"boxes.detections.0._id": ""}})
+    result = plugin.call("segment_anything", boxed, prompt_field="boxes", replace=True, **DEMO)
+    assert [each["sample_id"] for each in result["failures"]] == [str(ids[0]), str(ids[3])]
+    assert "can't be read" in result["failures"][0]["error"] and "has no id" in result["failures"][1]["error"]
+    assert result["objects"] == 6
+    assert all(d.mask is not None for sample in boxed[1:3] for d in sample.boxes.detections)
+
+
+def test_document_without_room(plugin, boxed):
+    sample = boxed.first()
+    size = {"n": {"$bsonSize": "$$ROOT"}}
+    (found,) = boxed._sample_collection.aggregate([{"$match": {"_id": sample._id}}, {"$project": size}])
+    sample["large"] = "x" * (16 * 2**20 - found["n"] - 200)
+    sample.save()
+    for params in ({}, {"place": "new", "label_field": "masks"}):
+        result = plugin.call("segment_anything", boxed, prompt_field="boxes", **params, **DEMO)
+        assert [each["sample_id"] for each in result["failures"]] == [sample.id]
+        assert result["failures"][0]["error"].startswith("its masks can't be stored")
+    boxed.reload()
+    assert [d.mask is not None for sample in boxed for d in sample.boxes.detections] == [False] * 3 + [True] * 9
+    assert [labels is not None for labels in boxed.values("masks")] == [False, True, True, True]
+
+
+def test_label_that_was_changed_meanwhile_gets_no_mask_of_another(boxed, monkeypatch):
+    """By someone else, while the model is at work."""
+    from fiftyone_mobilesamv2 import segmentation, zoo
+
+    boxed.add_sample_field("one", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detection)
+    for sample in boxed:
+        sample["one"] = sample.boxes.detections[0].copy()
+        sample.save()
+    other = fo.Detection(label="other", bounding_box=[0.5, 0.5, 0.1, 0.1])
+    ids = boxed.values("_id")
+    model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
+    predict_all = model.predict_all
+
+    def predict_and_interfere(items):
+        found = predict_all(items)
+        boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"one": other.to_dict()}})
+        boxed._sample_collection.update_one({"_id": ids[1]}, {"$set": {"one": None, "boxes": None}})
+        return found
+
+    monkeypatch.setattr(model, "predict_all", predict_and_interfere)
+    for field in ("one", "boxes"):
+        run = segmentation.segment_anything(boxed, model, field)
+        assert run.failures == [] and not run.cancelled
+    boxed.reload()
+    labels = boxed.values("one")
+    assert labels[0].label == "other" and labels[0].mask is None and labels[1] is None
+    assert all(label.mask is not None for label in labels[2:])
 
 
 def test_form_says_what_is_wrong(plugin, boxed, dataset):

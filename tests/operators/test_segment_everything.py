@@ -3,10 +3,13 @@ import shutil
 import fiftyone as fo
 import numpy as np
 import pytest
+from bson import ObjectId
+from fiftyone import ViewField as F
 from PIL import Image
 
 from fiftyone_mobilesamv2 import segmentation, segmentation_runs, zoo
 
+SIZE = {"$bsonSize": "$$ROOT"}
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
 
 
@@ -69,6 +72,9 @@ def test_grid_has_its_own_inputs(plugin, scenes):
     "params, error",
     [
         ({"max_prompts": 0}, "Most prompts: a whole number of at least 1 was expected, not 0"),
+        ({"max_prompts": float("inf")}, "a whole number of at least 1 was expected, not inf"),
+        ({"label_field": 5}, "Label field: text was expected, not 5"),
+        ({"model": ["x"]}, "Model: text was expected, not"),
         ({"max_prompts": 2.5}, "a whole number of at least 1 was expected, not 2.5"),
         ({"confidence_thresh": 1.5}, "Least confidence: a number from 0 to 1 was expected, not 1.5"),
         ({"iou": -0.1}, "NMS IoU: a number from 0 to 1 was expected"),
@@ -76,13 +82,14 @@ def test_grid_has_its_own_inputs(plugin, scenes):
         ({"batch_size": 0}, "Batch size"),
         ({"prompting": "grid", "points_per_side": 0}, "Points per side"),
         ({"label_field": "no name"}, "'no name' can't be the name of a field"),
+        ({"label_field": "_x"}, "'_x' can't be the name of a field"),
         ({"label_field": "filepath"}, "'filepath' holds StringField, not Detections"),
         ({"label_field": "frames.x"}, "Masks of images go into a field such as 'x'"),
         ({"model": "sam"}, "Model: 'sam' isn't there"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, scenes, params, error):
-    (found,) = plugin.form("segment_everything", scenes, params).errors
+    found, *_ = plugin.form("segment_everything", scenes, params).errors
     assert error in found
 
 
@@ -168,6 +175,62 @@ def test_other_parameters_do_not_mix(plugin, scenes):
     assert plugin.call("segment_everything", scenes, confidence_thresh=0.2, **DEMO)["images"] == 4
 
 
+def own_labels(scenes, field):
+    """Labels of the user's own, in a field that the views below hide in whole or in part."""
+    for sample in scenes:
+        sample[field] = fo.Detections(detections=[fo.Detection(label="mine", bounding_box=[0, 0, 1, 1])])
+        sample.save()
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda scenes: scenes.exclude_fields("own"),
+        lambda scenes: scenes.select_fields("ground_truth"),
+        lambda scenes: scenes.filter_labels("own", F("label") == "other", only_matches=False),
+    ],
+)
+def test_what_a_view_hides_is_there_all_the_same(plugin, scenes, hide):
+    own_labels(scenes, "own")
+    params = {**DEMO, "label_field": "own"}
+    form = plugin.form("segment_everything", hide(scenes), params)
+    assert "All 4 samples are done already" in form.errors[0]
+    model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
+    assert segmentation.segment_everything(hide(scenes), model, "own").images == 0
+    scenes.reload()
+    assert scenes.count_values("own.detections.label") == {"mine": 4}
+    form = plugin.form("segment_everything", hide(scenes), params | {"existing": "replace"})
+    assert any("4 labels of 4 samples in 'own'" in message for message in form.messages)
+    plugin.call("segment_everything", hide(scenes), existing="replace", **params)
+    assert set(scenes.count_values("own.detections.label")) == {"object"}
+
+
+def test_fields_of_any_name(plugin, scenes, expected):
+    own_labels(scenes, "my masks")
+    scenes.set_values("my masks", [None] * 4)
+    form = plugin.form("segment_everything", scenes, {**DEMO, "label_field": "my masks"})
+    assert form.errors == [] and "my masks" in form.choices("label_field")
+    plugin.call("segment_everything", scenes, label_field="my masks", **DEMO)
+    plugin.call("segment_everything", scenes.limit(1), label_field="my_masks", **DEMO)
+    assert_as_expected(scenes, "my masks", expected)
+    assert [run.images for run in segmentation_runs.recorded_runs(scenes, "my masks")] == [4]
+    assert [run.images for run in segmentation_runs.recorded_runs(scenes, "my_masks")] == [1]
+    assert sorted(segmentation_runs.segmented_fields(scenes)) == ["my masks", "my_masks"]
+
+
+def test_what_can_not_be_stored_is_no_success(plugin, scenes):
+    # A document that has hardly room for anything more.
+    sample = scenes.first()
+    (size,) = scenes._sample_collection.aggregate([{"$match": {"_id": ObjectId(sample.id)}}, {"$project": {"n": SIZE}}])
+    sample["large"] = "x" * (16 * 2**20 - size["n"] - 1000)
+    sample.save()
+    result = plugin.call("segment_everything", scenes, batch_size=1, **DEMO)
+    assert [each["sample_id"] for each in result["failures"]] == [sample.id]
+    assert "no room for 'segmentations'" in result["failures"][0]["error"]
+    scenes.reload()
+    assert [labels is not None for labels in scenes.values("segmentations")] == [False, True, True, True]
+
+
 def test_bad_image(plugin, scenes, expected, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
@@ -189,14 +252,14 @@ def test_cancel_keeps_what_is_stored(plugin, scenes, expected):
             continue
         properties = params["outputs"]["type"]["properties"]
         label = properties["share"]["view"]["label"] if "share" in properties else ""
-        if label.startswith("1 of 4") and not cancelled:
+        if " of 4 images" in label and "cancel" in properties and not cancelled:
             button = properties["cancel"]["view"]
             ctx = plugin.context("cancel", scenes, button["params"])
             assert plugin.operators["cancel"].execute(ctx) == {"cancelled": True}
             cancelled = True
     text = params["results"]["text"]
     assert cancelled and "Cancelled before the end" in text
-    done = scenes.match(fo.ViewField("segmentations") != None)  # noqa: E711
+    done = scenes.match(F("segmentations") != None)  # noqa: E711
     assert 1 <= len(done) < 4
     assert_as_expected(done, "segmentations", expected)
     (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
@@ -249,6 +312,49 @@ def test_toolbar_button(plugin, scenes):
     view = placement.to_json()["view"]
     assert placement.place == fo.operators.types.Places.SAMPLES_GRID_SECONDARY_ACTIONS
     assert view["label"] == "Segment everything"
+
+
+def test_two_works_wait_for_each_other(plugin, scenes, expected):
+    """Two tabs at once."""
+    slow = plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1})
+    next(slow)
+    told = list(plugin.run_in_app("segment_everything", scenes, {**DEMO, "label_field": "other"}))
+    labels = [str(params) for operator, params in told if operator == "show_output"]
+    assert any("Waiting for other work to end" in label for label in labels)
+    *_, (_, last) = slow
+    assert "in 4 images" in str(last) and "in 4 images" in labels[-1]
+    assert_as_expected(scenes, "segmentations", expected)
+    assert_as_expected(scenes, "other", expected)
+
+
+def test_a_run_that_was_killed_is_on_record(plugin, scenes):
+    for _ in plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1}):
+        if runs := segmentation_runs.recorded_runs(scenes, "segmentations"):
+            assert runs[0].cancelled and runs[0].parameters["confidence_thresh"] == 0.4  # as it would stay
+            break
+    else:
+        pytest.fail("no record while it ran")
+    scenes.register_run("mobilesamv2_other", scenes.init_run(method="mobilesamv2", label_field="other"))
+    scenes.clone_sample_field("ground_truth", "other")  # killed before there were any results
+    form = plugin.form("segment_everything", scenes, {**DEMO, "label_field": "other", "existing": "replace"})
+    assert form.errors == []
+
+
+def test_groups_are_worked_on_by_their_slice(plugin, scene_files):
+    dataset = fo.Dataset()
+    dataset.add_group_field("group", default="left")
+    group = fo.Group()
+    paths = sorted(map(str, scene_files[0].iterdir()))
+    dataset.add_samples([fo.Sample(p, group=group.element(s)) for p, s in zip(paths, ("left", "right"))])
+    try:
+        form = plugin.form("segment_everything", dataset, DEMO, group_slice="right")
+        assert form.errors == []
+        *_, (_, last) = plugin.run_in_app("segment_everything", dataset, DEMO, group_slice="right")
+        assert "in 1 image**" in last["results"]["text"]
+        samples = {sample.filepath: sample for sample in dataset.select_group_slices(_allow_mixed=True)}
+        assert [samples[path].segmentations is not None for path in paths[:2]] == [False, True]
+    finally:
+        dataset.delete()
 
 
 def test_videos(plugin, mongod, tmp_path):
