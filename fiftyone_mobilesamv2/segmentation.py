@@ -94,7 +94,7 @@ def segment_everything(
                     )
                 break
             except _REFUSED:  # one document costs FiftyOne's whole run
-                left = _untouched(todo, run)
+                left = _untouched(todo, run).exclude([failure.sample_id for failure in run.failures])
                 full = left.select(_without_room(left))
                 if not len(full):
                     raise

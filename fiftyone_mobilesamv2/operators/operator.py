@@ -181,18 +181,19 @@ class Form:
 
     def note(self, text: str) -> None:
         """Something good to know."""
-        self._message(types.Notice(label=text))
+        self._message("note", types.Notice(label=text))
 
     def warn(self, text: str) -> None:
         """Something to think about before running."""
-        self._message(types.Warning(label=text))
+        self._message("warning", types.Warning(label=text))
 
     def problem(self, text: str) -> None:
         """Something that has to be mended first."""
-        self._invalid(self._message(types.Error(label=text)), text)
+        self._invalid(self._message("problem", types.Error(label=text)), text)
 
-    def _message(self, view: types.View) -> types.Property:
-        return self.inputs.view(f"message_{len(self.inputs.properties)}", view)
+    def _message(self, kind: str, view: types.View) -> types.Property:
+        number = sum(name.startswith(f"{kind}_") for name in self.inputs.properties)
+        return self.inputs.view(f"{kind}_{number + 1}", view)  # the App shows the name where it can't execute
 
     def _text(self, found: types.Property, name: str, default: str | None, label: str) -> str | None:
         value = self._value(name, default)
@@ -451,7 +452,10 @@ def _show_progress(ctx: ExecutionContext, work: _Work) -> GeneratedMessage:
     if not stopping:
         cancel = f"{PLUGIN}/{CancelWork.identifier}"
         outputs.btn("cancel", label="Cancel", on_click=cancel, params={"work": work.id}, variant="outlined")
-    return ctx.ops.show_output(types.Property(outputs).to_json(), {"share": progress.share})
+        # FiftyOne puts a "Done" below, which closes the dialog until its next state.
+        outputs.str("text", view=types.MarkdownView())
+    text = "This dialog stays until the work is over; closing the tab stops the work."
+    return ctx.ops.show_output(types.Property(outputs).to_json(), {"share": progress.share, "text": text})
 
 
 def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[GeneratedMessage]:

@@ -63,7 +63,7 @@ class SegmentAnything(Operator):
             form.problem(str(error))
         model_choice(form)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
-        form.number("batch_size", 8, "Batch size", "Images at a time", least=1, whole=True)
+        form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
         device_choice(form)
 
     def _field_of_selected(self, form: Form) -> str:

@@ -77,7 +77,7 @@ class SegmentEverything(Operator):
                 form.note(f"{side**2:,} prompts an image, three masks each, most of which are thrown away.")
         form.number("min_area", 0, "Smallest area", "Of a mask, in pixels; 0 keeps all", least=0, whole=True)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
-        form.number("batch_size", 8, "Batch size", "Images at a time", least=1, whole=True)
+        form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
         device_choice(form)
         if not form.problems and form.values.get("existing") == "keep":
             self._check_parameters(form)
