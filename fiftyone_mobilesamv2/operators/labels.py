@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import fiftyone as fo
@@ -60,6 +60,17 @@ def use_masks_switch(form: Form, *field_names: str) -> bool:
         else:
             form.note(f"{told}: boxes are compared. 'Segment from prompts' turns boxes into masks.")
     return use_masks
+
+
+def field_of_selected(labels: Sequence[Mapping]) -> str:
+    """The field that the labels selected in the App are of. Raises FormError where they are of several."""
+    fields = sorted({label["field"] for label in labels})
+    if len(fields) > 1:
+        raise FormError(
+            f"The selected labels are of several fields, {', '.join(fields)}. Select labels of one: the sidebar hides "
+            f"the others."
+        )
+    return fields[0]
 
 
 def skipped_text(skipped: Sequence[dict]) -> list[str]:

@@ -6,7 +6,7 @@ import fiftyone as fo
 from fiftyone.operators import types
 
 from ..stored_labels import label_fields
-from .labels import GROUND_TRUTH, SHAPES, skipped_button, skipped_text
+from .labels import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
 from .operator import Form, FormError, Operator, Outcome, Progress, count
 
 
@@ -50,14 +50,9 @@ class PromoteToLabels(Operator):
         ctx = form.ctx
         is_patches = ctx.view._is_patches
         if ctx.selected_labels:
-            fields = sorted({label["field"] for label in ctx.selected_labels})
-            if len(fields) > 1:
-                raise FormError(
-                    f"The selected labels are of several fields, {', '.join(fields)}: select labels of one."
-                )
+            form.values["pred_field"] = field_of_selected(ctx.selected_labels)
             sample_ids = {label["sample_id"] for label in ctx.selected_labels}
             form.samples = ctx.view if is_patches else ctx.dataset.select(sample_ids)
-            form.values["pred_field"] = fields[0]
             form.values["ids"] = [label["label_id"] for label in ctx.selected_labels]
         elif is_patches and ctx.selected:
             form.samples = ctx.view.select(ctx.selected)

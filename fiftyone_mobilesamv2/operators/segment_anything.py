@@ -6,6 +6,7 @@ import fiftyone as fo
 from bson.errors import InvalidId
 
 from ..stored_labels import label_fields
+from .labels import field_of_selected
 from .models import device_choice, fetch_with_progress, model_choice
 from .operator import Form, FormError, Operator, Outcome, Progress, cached, count
 from .segment_everything import STORAGES, detections_fields, segmentation_outcome
@@ -67,10 +68,7 @@ class SegmentAnything(Operator):
         device_choice(form)
 
     def _field_of_selected(self, form: Form) -> str:
-        fields = sorted({label["field"] for label in form.ctx.selected_labels})
-        if len(fields) > 1:
-            raise FormError(f"The selected labels are of several fields, {', '.join(fields)}: select labels of one.")
-        (field,) = fields
+        field = field_of_selected(form.ctx.selected_labels)
         gone = FormError("The selected labels are gone. Select others.")
         if field not in label_fields(form.dataset, PROMPT_KINDS):
             raise gone
@@ -93,7 +91,10 @@ class SegmentAnything(Operator):
         elif not total:
             form.problem(f"'{field}' has no labels here.")
         elif not bare:
-            form.problem(f"All {count(total, 'label')} have masks already. Choose to replace them, or other labels.")
+            form.problem(
+                f"Nothing is left to do: {count(total, 'label')} of '{field}' here, all with masks. Switch on "
+                f"'Replace masks', or select others."
+            )
         elif total > bare:
             form.note(f"{bare:,} of {total:,} labels have no mask yet.")
 

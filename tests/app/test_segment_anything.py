@@ -34,7 +34,7 @@ def test_masks_for_all_boxes(app, boxed):
     assert f"{len(detections)} objects in 6 images" in text
     assert all(detection.mask is not None and detection.label == "thing" for detection in detections)
     app.operator("Segment from prompts")
-    assert f"All {len(detections)} labels have masks already" in app.form_text()
+    assert f"{len(detections)} labels of 'boxes' here, all with masks" in app.form_text()
     app.cancel()
 
 
@@ -48,7 +48,7 @@ def test_masks_for_selected_boxes(app, boxed):
     app.click_label(sample, sample.boxes.detections[0])
     app.screenshot("segment-anything-selected")
     app.operator("Segment from prompts")
-    assert "What is selected: 1 label" in app.form_text()
+    assert "What is selected: 1 label of 'boxes'" in app.form_text()
     app.choose("Model", DEMO)
     app.execute()
     app.wait_output("1 object in 1 image")

@@ -42,7 +42,7 @@ def labelled(dataset):
         "c/never": None,
     }
     for name, labels in images.items():
-        sample = fo.Sample(f"/root/{name}.png", metadata=fo.ImageMetadata(height=HEIGHT, width=WIDTH))
+        sample = fo.Sample(f"/images/{name}.png", metadata=fo.ImageMetadata(height=HEIGHT, width=WIDTH))
         sample["masks"] = None if labels is None else fo.Detections(detections=labels)
         dataset.add_sample(sample)
     return dataset
@@ -80,7 +80,7 @@ def test_by_hand(labelled, tmp_path):
     ]
     assert not {"score", "predicted_iou", "stability"} & {*second, *third, *fourth}
     assert (export.images, export.annotations, export.skipped) == (4, 4, [])
-    assert export.bytes == path.stat().st_size and export.path == path and str(export.root) == "/root"
+    assert export.bytes == path.stat().st_size and export.path == path and str(export.root) == "/images"
     assert [each.name for each in path.parent.iterdir()] == ["masks.json"]
 
 
@@ -186,13 +186,13 @@ def change_mask(content):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (change_mask, r"annotation 1, of /root/a/one\.png.*segmentation, area of the mask"),
+        (change_mask, r"annotation 1, of /images/a/one\.png.*segmentation, area of the mask"),
         (lambda content: content["annotations"][1].update(category_id=1), r"annotation 2, .*differs in category"),
         (lambda content: content["annotations"][0].update(score=0.5), r"annotation 1, .*differs in score"),
-        (lambda content: content["annotations"].pop(), r"1 annotations of /root/c/two\.png; 2 were expected"),
-        (lambda content: content["images"][2].update(file_name="c/three.png"), r"three.*where /root/c/two\.png"),
-        (lambda content: content["images"][1].update(height=61), r"61.*of /root/a/b/none\.png are \(60, 80\)"),
-        (lambda content: content["images"].pop(), r"None where /root/c/never\.png was expected"),
+        (lambda content: content["annotations"].pop(), r"1 annotations of /images/c/two\.png; 2 were expected"),
+        (lambda content: content["images"][2].update(file_name="c/three.png"), r"three.*where /images/c/two\.png"),
+        (lambda content: content["images"][1].update(height=61), r"61.*of /images/a/b/none\.png are \(60, 80\)"),
+        (lambda content: content["images"].pop(), r"None where /images/c/never\.png was expected"),
         (lambda content: content["images"].append({**content["images"][0], "id": 9}), r"isn't among the samples"),
     ],
 )

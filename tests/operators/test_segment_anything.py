@@ -111,7 +111,7 @@ def test_selected_labels_alone(plugin, boxed, sam):
     assert plugin.call("segment_anything", boxed, prompt_field="boxes", **DEMO)["objects"] == 10
     assert np.array_equal(boxed.first().boxes.detections[0].mask, first)
     assert (
-        "All 12 labels have masks already"
+        "12 labels of 'boxes' here, all with masks"
         in plugin.form("segment_anything", boxed, {"prompt_field": "boxes"}).errors[0]
     )
 
@@ -170,7 +170,7 @@ def test_what_a_view_hides_is_no_prompt(plugin, boxed):
 
 def test_replacing_masks(plugin, scenes):
     form = plugin.form("segment_anything", scenes, {"prompt_field": "ground_truth"})
-    assert "have masks already" in form.errors[0]
+    assert "all with masks" in form.errors[0]
     params = {"prompt_field": "ground_truth", "replace": True}
     form = plugin.form("segment_anything", scenes, params)
     total = scenes.count("ground_truth.detections")
