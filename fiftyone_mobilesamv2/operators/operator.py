@@ -460,6 +460,10 @@ def _show_progress(ctx: ExecutionContext, work: _Work) -> GeneratedMessage:
 
 def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[GeneratedMessage]:
     outcome, error = work.outcome, work.error
+    was_open = ctx.current_sample is not None
+    if was_open:
+        yield ctx.ops.close_sample()
+    yield ctx.ops.reload_samples()
     yield ctx.ops.reload_dataset()
     outputs, text = types.Object(), None
     if outcome is not None:
@@ -469,6 +473,8 @@ def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[Ge
             yield ctx.ops.open_panel(outcome.panel, layout="horizontal")
         outputs.str("text", view=types.MarkdownView())
         text = outcome.text
+        if was_open:  # FiftyOne keeps what it has once shown of it
+            text += "\n\nThe sample that was open shows this in the grid; opened again, after the page is reloaded."
         for number, (label, operator, params) in enumerate(outcome.buttons):
             outputs.btn(f"button_{number}", label=label, on_click=operator, params=params, variant="outlined")
     elif isinstance(error, Cancelled):

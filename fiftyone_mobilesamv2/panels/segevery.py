@@ -104,13 +104,16 @@ class SegEvery(foo.Panel):
         ctx.ops.clear_view()
 
     def show_missed_by_k(self, ctx: ExecutionContext) -> None:
-        _show(ctx, _clicked(ctx).missed(k=int(ctx.params["x"])))
+        results = _clicked(ctx)
+        _show_objects(ctx, results, results.missed(k=int(ctx.params["x"])))
 
     def show_missed_by_iou(self, ctx: ExecutionContext) -> None:
-        _show(ctx, _clicked(ctx).missed(iou=float(ctx.params["x"])))
+        results = _clicked(ctx)
+        _show_objects(ctx, results, results.missed(iou=float(ctx.params["x"])))
 
     def show_missed_by_group(self, ctx: ExecutionContext) -> None:
-        _show(ctx, missed_of_group(_clicked(ctx), ctx.params["id"]))
+        results = _clicked(ctx)
+        _show_objects(ctx, results, missed_of_group(results, ctx.params["id"]))
 
     def show_images(self, ctx: ExecutionContext) -> None:
         samples, name = _sources(ctx)[ctx.params["trace"]]
@@ -358,6 +361,14 @@ def _clicked(ctx: ExecutionContext) -> ProposalResults:
     """The evaluation that the clicked point is of."""
     with _one_load:
         return ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
+
+
+def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:
+    """The objects of a view as patches, where FiftyOne can make some of them."""
+    field_name = results.config.gt_field
+    if len(view) and not view._is_generated and not view._is_frame_field(field_name):
+        view = view.to_patches(field_name)
+    _show(ctx, view)
 
 
 def _show(ctx: ExecutionContext, view: fo.DatasetView) -> None:

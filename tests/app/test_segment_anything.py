@@ -51,7 +51,9 @@ def test_masks_for_selected_boxes(app, boxed):
     assert "What is selected: 1 label of 'boxes'" in app.form_text()
     app.choose("Model", DEMO)
     app.execute()
-    app.wait_output("1 object in 1 image")
+    assert "after the page is reloaded" in app.wait_output("1 object in 1 image")
     app.done()
+    app.wait_grid()  # the sample is closed
+    app.screenshot("segment-anything-selected-grid")
     boxed.reload()
     assert [d.mask is not None for d in boxed.last().boxes.detections] == [True, False, False]

@@ -65,8 +65,8 @@ class Told:
         return fo.DatasetView._build(self._dataset, stages)
 
     def objects(self, field="ground_truth"):
-        """The notes on the objects that the view has."""
-        return sorted(self.view.values(f"{field}.detections.note", unwind=True))
+        """The notes on the objects that the view has, as patches."""
+        return sorted(self.view.values(f"{field}.note"))
 
 
 def box(x, y, width, height, **attributes):
