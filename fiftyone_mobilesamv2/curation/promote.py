@@ -25,10 +25,11 @@ from ..stored_labels import (
     look_at_each,
     masks_of,
     name_of,
+    stored_images,
     value_in,
 )
 from .findings import LabelIds, check_images, check_tagged_field, retag
-from .unlabeled import PROMOTED
+from .unlabeled import DISMISSED, PROMOTED
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -121,9 +122,25 @@ def promote_to_labels(
     try:
         skipped = look_at_each(view, [pred_field], look, progress)
     finally:
-        _tag(samples, pred_field, labelled)
+        _tag(samples, pred_field, labelled, PROMOTED)
     already = sum(map(len, labelled.values())) - promoted
     return Promotion(promoted, already, samples_changed, [id for id in asked if id not in found], skipped)
+
+
+def dismiss(samples: Samples, ids: Iterable[str], pred_field: str) -> int:
+    """Gives the proposals with these ids the tag "dismissed" instead of "unlabeled": they are not suggested again.
+
+    Arguments as for :func:`promote_to_labels`. Returns how many there were.
+    """
+    dataset = samples._root_dataset
+    check_tagged_field(dataset, pred_field, "proposals")
+    view = dataset.select_labels(ids=[id for id in ids if ObjectId.is_valid(id)], fields=pred_field)
+    found = {
+        image.sample_id: [label["_id"] for label in image.labels(pred_field)]
+        for image in stored_images(view, [pred_field])
+    }
+    _tag(samples, pred_field, found, DISMISSED)
+    return sum(map(len, found.values()))
 
 
 def check_promotion(samples: Samples, pred_field: str, gt_field: str) -> None:
@@ -213,13 +230,13 @@ def _mask(proposal: Mapping, size: tuple[int, int]) -> dict | None:
     return mask
 
 
-def _tag(samples: Samples, pred_field: str, labelled: LabelIds) -> None:
-    """Tags these proposals as promoted: in the dataset, and where `samples` shows patches of it, there too."""
+def _tag(samples: Samples, pred_field: str, found: LabelIds, tag: str) -> None:
+    """Gives these proposals the tag, in place of "unlabeled": in the dataset, and in patches of it that are shown."""
     dataset = samples._root_dataset
-    retag(dataset, pred_field, PROMOTED, {}, labelled)
-    retag(dataset, pred_field, UNLABELED, labelled, {})
-    if samples._dataset is not dataset and labelled:
-        ids = [str(id) for label_ids in labelled.values() for id in label_ids]
+    retag(dataset, pred_field, tag, {}, found)
+    retag(dataset, pred_field, UNLABELED, found, {})
+    if samples._dataset is not dataset and found:
+        ids = [str(id) for label_ids in found.values() for id in label_ids]
         patches = samples._dataset.select_labels(ids=ids, fields=pred_field)
-        patches.tag_labels(PROMOTED, label_fields=pred_field)
+        patches.tag_labels(tag, label_fields=pred_field)
         patches.untag_labels(UNLABELED, label_fields=pred_field)

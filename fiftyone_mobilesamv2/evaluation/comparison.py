@@ -176,7 +176,7 @@ class Comparison:
             table.loc[name, "objects"] = f"{measured.masks:.1f}"
             table.loc[name, "decoder, s"] = short(measured.decoder_ms / 1000)
             table.loc[name, "all but encoder, s"] = short(measured.ms / 1000)
-            table.loc[name, "times as long"] = short(ratio)
+            table.loc[name, "all but encoder, times"] = short(ratio)
             if measured.recall is not None and measured.recall.totals["all"]:
                 for k in KS:
                     table.loc[name, f"AR@{k}"] = f"{measured.recall.recalls(k).mean():.3f}"

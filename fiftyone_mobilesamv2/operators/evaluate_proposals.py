@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import TYPE_CHECKING
@@ -55,10 +56,13 @@ class EvaluateProposals(Operator):
         self._eval_key(form)
 
     def _eval_key(self, form: Form) -> None:
-        key = form.text("eval_key", "ar", "Evaluation key", "The name of this evaluation, and of what it stores")
+        keys = form.dataset.list_evaluations()
+        free = (f"ar_{number}" if number > 1 else "ar" for number in itertools.count(1))
+        unused = next(key for key in free if key not in keys)
+        key = form.text("eval_key", unused, "Evaluation key", "The name of this evaluation, and of what it stores")
         if not key.isidentifier() or key.startswith("_"):
             form.problem(f"Evaluation key: '{key}' can't be one: letters, digits and _ were expected.")
-        elif key in form.dataset.list_evaluations():
+        elif key in keys:
             if form.dataset.get_evaluation_info(key).config.method == "proposals":
                 form.warn(f"There is an evaluation '{key}', which will be replaced.")
             else:

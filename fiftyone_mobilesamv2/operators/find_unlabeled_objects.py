@@ -72,6 +72,8 @@ class FindUnlabeledObjects(Operator):
                 f"In {found.num_samples:,} of {count(len(form.samples), 'image')}, tagged `{found.tag}` in "
                 f"`{found.field}`. They are shown, {order} first."
             )
+            if of_objects:
+                lines.append("Tick some, and 'Promote to labels' makes them labels, or dismisses them for good.")
         if found.left_out:
             lines.append(
                 f"{count(found.left_out, 'image')} left out, with nothing in `{options['pred_field']}`: segment them "

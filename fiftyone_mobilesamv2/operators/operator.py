@@ -76,9 +76,12 @@ class Form:
         """Which samples: the dataset, the view or the selected ones. `action` is what is done to them, as a verb."""
         if self.ctx.dataset is None:
             raise FormError("Open a dataset first.")
-        # Of groups, the slice that the App shows.
-        self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
-        self.samples = self.ctx.target_view(require_flat=True)
+        if self.ctx.view._is_generated:  # patches, clips or frames, which the App shows in place of the samples
+            self.note("The whole dataset is worked on, not what this view has made of it.")
+            self.samples = self.dataset
+        else:  # of groups, the slice that the App shows
+            self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
+            self.samples = self.ctx.target_view(require_flat=True)
         if not self.size:
             empty = "This dataset has" if not len(self.ctx.dataset) else "The current view has"
             raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
@@ -468,8 +471,10 @@ def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[Ge
     outputs, text = types.Object(), None
     if outcome is not None:
         if outcome.view is not None:
+            yield ctx.ops.clear_selected_samples()
             yield ctx.ops.set_view(outcome.view)
         if outcome.panel is not None:
+            yield ctx.ops.close_panel(name=outcome.panel)  # one that is open would not be told of the result
             yield ctx.ops.open_panel(outcome.panel, layout="horizontal")
         outputs.str("text", view=types.MarkdownView())
         text = outcome.text

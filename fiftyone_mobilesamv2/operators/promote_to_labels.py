@@ -9,11 +9,17 @@ from ..stored_labels import label_fields
 from .labels import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
 from .operator import Form, FormError, Operator, Outcome, Progress, count
 
+PROMOTE, DISMISS = "promote", "dismiss"
+VERDICTS = {
+    PROMOTE: "Right: they become labels",
+    DISMISS: "Wrong: they are not suggested again",
+}
+
 
 class PromoteToLabels(Operator):
     identifier = "promote_to_labels"
     title = "Promote to labels"
-    description = "Make the selected proposals ground truth, with a class of yours"
+    description = "Make the selected proposals ground truth, with a class of yours, or dismiss them"
     icon = "curate"
 
     def form(self, form: Form) -> None:
@@ -24,6 +30,8 @@ class PromoteToLabels(Operator):
         self._selection(form)
         field = form.values["pred_field"]
         form.note(f"{count(len(form.values['ids']), 'object')} of '{field}' selected.")
+        if form.choice("verdict", VERDICTS, PROMOTE, "Verdict", radio=True) == DISMISS:
+            return
         known = [name for name in label_fields(form.dataset, SHAPES) if name != field]
         gt_field = form.new_field(
             "gt_field",
@@ -72,9 +80,16 @@ class PromoteToLabels(Operator):
         return dataset.distinct(dataset._get_label_field_path(gt_field, "label")[1])
 
     def run(self, form: Form, progress: Progress) -> Outcome:
-        from ..curation.promote import promote_to_labels
+        from ..curation.promote import dismiss, promote_to_labels
 
         values = form.values
+        if values["verdict"] == DISMISS:
+            number = dismiss(form.samples, values["ids"], values["pred_field"])
+            return Outcome(
+                f"**{count(number, 'object')} dismissed**\n\nThe tag `dismissed` keeps them from being suggested.",
+                {"dismissed": number},
+                view=_shown(form),
+            )
         promotion = promote_to_labels(
             form.samples,
             values["ids"],
@@ -91,4 +106,14 @@ class PromoteToLabels(Operator):
         if promotion.missing:
             lines.append(f"Not there any more: {len(promotion.missing):,}.")
         lines += skipped_text(promotion.skipped)
-        return Outcome("\n\n".join(lines), vars(promotion), buttons=skipped_button(promotion.skipped))
+        text, buttons = "\n\n".join(lines), skipped_button(promotion.skipped)
+        return Outcome(text, vars(promotion), view=_shown(form), buttons=buttons)
+
+
+def _shown(form: Form) -> fo.DatasetView | None:
+    """The view of patches that is open, without those that have been decided on."""
+    view = form.ctx.view
+    if not view._is_patches:
+        return None
+    view.reload()
+    return view

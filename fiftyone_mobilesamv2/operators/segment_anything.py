@@ -27,8 +27,9 @@ class SegmentAnything(Operator):
         selected = form.ctx.selected_labels
         prompts = "field"
         if selected:
+            names = ", ".join(sorted({f"'{label['field']}'" for label in selected}))
             choices = {
-                "selected": f"What is selected: {count(len(selected), 'label')}",
+                "selected": f"What is selected: {count(len(selected), 'label')} of {names}",
                 "field": "All labels of a field",
             }
             prompts = form.choice("prompts", choices, "selected", "Prompts", radio=True)

@@ -38,6 +38,7 @@ OPERATORS = {
     "evaluate_proposals": "Measure proposals (AR@K)",
     "find_unlabeled_objects": "Find unlabeled objects",
     "compare_prompting": "Compare prompting",
+    "promote_to_labels": "Promote to labels",
 }
 # Events that change what the App shows beside the panel, but nothing in it.
 _ELSEWHERE = {
@@ -236,7 +237,7 @@ def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> N
     from ..evaluation.proposal_results import comparison_table
 
     table = comparison_table(results)
-    columns = [name for name in table if name == "AR" or name.startswith("AR@")]
+    columns = [*sorted((name for name in table if name.startswith("AR@")), key=lambda name: int(name[3:])), "AR"]
     lines = ["| Evaluation | " + " | ".join(columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
     for key, row in table[columns].iterrows():
         lines.append(f"| {key} | " + " | ".join("-" if value != value else f"{value:.3f}" for value in row) + " |")

@@ -28,6 +28,7 @@ import fiftyone as fo
 import playwright.sync_api
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -327,9 +328,9 @@ class App:
     def operator(self, label: str) -> None:
         """Opens an operator's form, from the list that the toolbar's button opens."""
         button = self.page.locator('[data-cy="action-browse-operations"]').last  # an open sample has its own
-        if button.is_visible():
-            button.click()
-        else:  # a narrow grid hides it
+        try:
+            button.click(timeout=2000)
+        except PlaywrightTimeoutError:  # in a narrow grid, something else is over it
             self.page.keyboard.press("Backquote")
         self.page.fill('[data-cy="operators-browser-search"]', label)
         self.page.locator('[data-cy="operators-browser"]').get_by_text(label, exact=True).first.click()

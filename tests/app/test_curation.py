@@ -36,6 +36,15 @@ def test_what_is_missing_becomes_labels(app, scenes):
     app.execute()
     app.wait_output("2 objects labeled found")
     app.done()
+    app.wait_samples(f"{found - 2} patches")
+
+    app.select_samples(1)
+    app.operator("Promote to labels")
+    app.choose("Verdict", "Wrong")
+    app.execute()
+    app.wait_output("1 object dismissed")
+    app.done()
+    app.wait_samples(f"{found - 3} patches")
     scenes.reload()
     assert scenes.count("ground_truth.detections") == before + 2
     labels = scenes.filter_labels("ground_truth", F("label") == "found").values("ground_truth.detections", unwind=True)

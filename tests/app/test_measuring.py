@@ -29,6 +29,13 @@ def test_measure_proposals(app, scenes):
     assert f"{results.metrics()['AR@10']:.3f}" in panel.inner_text()
     app.screenshot("measure-panel")
 
+    app.operator("Measure proposals (AR@K)")
+    assert app.value("Evaluation key") == "ar_2"  # what there is stays, to be compared with
+    app.execute()
+    app.wait_output("AR@1000 is")
+    app.done()
+    panel.get_by_text("ar_2", exact=True).first.wait_for(timeout=30_000)  # the panel has heard of it
+
 
 def test_compare_prompting(app, scenes):
     app.open(scenes.name)

@@ -49,7 +49,7 @@ def test_form_says_what_is_wrong(plugin, scenes, params, error):
 def test_form_needs_images(plugin, scenes, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "has no samples" in plugin.form(NAME, dataset).errors[0]
-    assert "images were expected" in plugin.form(NAME, scenes.to_patches("ground_truth")).errors[0]
+    assert "whole dataset is worked on" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
     dataset.add_sample(fo.Sample("video.mp4"))
     assert "images were expected" in plugin.form(NAME, dataset).errors[0]
 

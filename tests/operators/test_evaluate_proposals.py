@@ -159,8 +159,10 @@ def test_target(plugin, proposed):
 def test_earlier_evaluation_is_replaced(plugin, proposed):
     plugin.call(NAME, proposed, ks="1")
     form = plugin.form(NAME, proposed)
+    assert form.errors == form.messages == [] and form.default("eval_key") == "ar_2"
+    form = plugin.form(NAME, proposed, {"eval_key": "ar"})
     assert form.errors == [] and form.messages == ["There is an evaluation 'ar', which will be replaced."]
-    plugin.call(NAME, proposed, ks="2")
+    plugin.call(NAME, proposed, ks="2", eval_key="ar")
     assert proposed.get_evaluation_info("ar").config.ks == [2]
 
 

@@ -19,7 +19,7 @@ def test_form_says_what_is_wrong(plugin, scenes, dataset, tmp_path):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "has no samples" in plugin.form(NAME, dataset).errors[0]
     assert "view has no samples" in plugin.form(NAME, scenes.limit(0)).errors[0]
-    assert "patches or frames" in plugin.form(NAME, scenes.to_patches("ground_truth")).errors[0]
+    assert "whole dataset is worked on" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
     assert "'filepath' isn't there" in plugin.form(NAME, scenes, {"field": "filepath"}).errors[0]
     for path, error in (
         ("masks.json", "a full path was expected"),

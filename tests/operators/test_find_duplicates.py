@@ -56,7 +56,7 @@ def test_form_says_what_is_wrong(plugin, doubled, params, error):
 def test_forms_of_what_can_not_be_looked_at(plugin, doubled, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "view has no samples" in plugin.form(NAME, doubled.limit(0)).errors[0]
-    assert "whole images" in plugin.form(NAME, doubled.to_patches("segmentations")).errors[0]
+    assert "whole dataset is worked on" in plugin.form(NAME, doubled.to_patches("segmentations")).messages[0]
     dataset.add_sample(fo.Sample("/nowhere/0.png"))
     assert "no field of Detections or Polylines" in plugin.form(NAME, dataset).errors[0]
     field = doubled.get_field("segmentations.detections.tags")

@@ -71,7 +71,7 @@ def test_forms_of_datasets_that_lack_something(plugin, scenes, dataset):
 
 def test_forms_of_what_can_not_be_tagged(plugin, curated):
     patches = curated.to_patches("segmentations")
-    assert "whole images" in plugin.form(NAME, patches).errors[0]
+    assert "whole dataset is worked on" in plugin.form(NAME, patches).messages[0]
     field = curated.get_field("segmentations")
     field.read_only = True
     field.save()

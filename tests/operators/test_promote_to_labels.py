@@ -134,3 +134,16 @@ def test_unusable_proposal(plugin, proposed):
     properties = told["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show skipped samples"]
     assert button["view"]["params"] == {"samples": [first.id]}
+
+
+def test_dismissed_proposals_are_not_suggested_again(plugin, proposed):
+    found = plugin.call("find_unlabeled_objects", proposed)["found"]
+    patches = proposed.select_labels(tags="unlabeled", fields="proposals").to_patches("proposals")
+    wrong = patches.limit(2).values("id")
+    form = plugin.form(NAME, patches, {"verdict": "dismiss"}, selected=wrong)
+    assert form.errors == [] and "label" not in form.inputs
+    text, told = plugin.run_to_the_end(NAME, patches, {"verdict": "dismiss"}, selected=wrong)
+    assert "2 objects dismissed" in text and {"set_view", "clear_selected_samples"} <= set(told)
+    assert proposed.count_label_tags("proposals")["dismissed"] == 2
+    assert plugin.call("find_unlabeled_objects", proposed)["found"] == found - 2
+    assert proposed.count_label_tags("proposals")["unlabeled"] == found - 2

@@ -261,7 +261,8 @@ def test_form_says_what_is_wrong(plugin, boxed, dataset):
     assert "has no samples" in errors(dataset)
     assert "'boxes' has the prompts" in errors(boxed, {"prompt_field": "boxes", "place": "new", "label_field": "boxes"})
     assert "isn't there (any more)" in errors(boxed, {"prompt_field": "gone"})
-    assert "Go back from patches" in errors(boxed.to_patches("boxes"), {"prompt_field": "boxes"})
+    form = plugin.form("segment_anything", boxed.to_patches("boxes"), {"prompt_field": "boxes"})
+    assert form.errors == [] and "whole dataset is worked on" in form.messages[0]
     sample = boxed.first()
     mixed = selected(sample, "boxes", [0]) + selected(sample, "ground_truth", [0])
     assert "of several fields, boxes, ground_truth" in errors(boxed, selected_labels=mixed)

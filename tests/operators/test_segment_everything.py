@@ -97,8 +97,14 @@ def test_form_without_samples(plugin, scenes, dataset):
     assert "has no samples" in plugin.form("segment_everything", dataset).errors[0]
     assert "view has no samples" in plugin.form("segment_everything", scenes.limit(0)).errors[0]
     assert "Open a dataset" in plugin.form("segment_everything", None).errors[0]
-    patches = scenes.to_patches("ground_truth")
-    assert "go back to the samples" in plugin.form("segment_everything", patches).errors[0]
+
+
+def test_from_patches_the_whole_dataset(plugin, scenes):
+    patches = scenes.to_patches("ground_truth").limit(1)
+    assert "whole dataset is worked on" in plugin.form("segment_everything", patches).messages[0]
+    assert plugin.call("segment_everything", patches, **DEMO)["images"] == 4
+    with pytest.raises(ValueError, match="go back to the samples"):
+        segmentation.segment_everything(patches, zoo.load_model("mobilesamv2-demo-torch", device="cpu"))
 
 
 def test_read_only_field(plugin, scenes):
