@@ -12,6 +12,7 @@ from bson import ObjectId
 from ..evaluation.average_recall import areas_of
 from ..evaluation.proposals import RANKINGS
 from ..stored_labels import StoredImage, check_shapes_field, is_crowd, look_at_each, number_of
+from .duplicates import DUPLICATE
 from .findings import (
     check_images,
     check_options,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Tags of proposals that someone has decided on.
 PROMOTED = "promoted"
 DISMISSED = "dismissed"
+NOT_SUGGESTED = {PROMOTED, DISMISSED, DUPLICATE}  # the last where `find_duplicates` was run before
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def find_unlabeled_objects(
     _check_different(pred_field, gt_field)
 
     def unlabeled(stored: StoredImage) -> dict[ObjectId, float]:
-        proposals = [label for label in stored.labels(pred_field) if not tags_of(label) & {PROMOTED, DISMISSED}]
+        proposals = [label for label in stored.labels(pred_field) if not tags_of(label) & NOT_SUGGESTED]
         scores = np.array([number_of(label, RANKINGS[rank_by]) for label in proposals])
         proposals = [label for label, score in zip(proposals, scores) if score >= min_score]
         scores = scores[scores >= min_score]

@@ -466,7 +466,7 @@ def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[Ge
     was_open = ctx.current_sample is not None
     if was_open:
         yield ctx.ops.close_sample()
-    yield ctx.ops.reload_samples()
+        yield ctx.ops.reload_samples()
     yield ctx.ops.reload_dataset()
     outputs, text = types.Object(), None
     if outcome is not None:
@@ -474,8 +474,11 @@ def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[Ge
             yield ctx.ops.clear_selected_samples()
             yield ctx.ops.set_view(outcome.view)
         if outcome.panel is not None:
-            yield ctx.ops.close_panel(name=outcome.panel)  # one that is open would not be told of the result
-            yield ctx.ops.open_panel(outcome.panel, layout="horizontal")
+            if (panel_id := _panel_id(ctx.spaces, outcome.panel)) is None:
+                yield ctx.ops.open_panel(outcome.panel, layout="horizontal")
+            else:  # it has not heard of the result
+                load = f"{PLUGIN}/{outcome.panel}#on_load"
+                yield ctx.trigger(load, {"panel_id": panel_id, "panel_state": {}})
         outputs.str("text", view=types.MarkdownView())
         text = outcome.text
         if was_open:  # FiftyOne keeps what it has once shown of it
@@ -503,6 +506,15 @@ def _told(error: BaseException) -> str:
     if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
         return f"The database lets this user read only: {str(error).split('{')[0].strip()}. Ask whoever runs it."
     return str(error)[:_MOST_TOLD] if _explains_itself(error) else f"{type(error).__name__}: {error}"[:_MOST_TOLD]
+
+
+def _panel_id(space: fo.Space, name: str) -> str | None:
+    """Of the open panel of that name, if there is one."""
+    for child in space.children:
+        found = _panel_id(child, name) if isinstance(child, fo.Space) else child.component_id
+        if found is not None and (isinstance(child, fo.Space) or child.type == name):
+            return found
+    return None
 
 
 def _throttled(show: Callable[[float | None, str], None]) -> Callable[[float | None, str], None]:

@@ -38,6 +38,8 @@ def test_what_is_missing_becomes_labels(app, scenes):
     app.done()
     app.wait_samples(f"{found - 2} patches")
 
+    app.page.reload()
+    app.wait_grid()
     app.select_samples(1)
     app.operator("Promote to labels")
     app.choose("Verdict", "Wrong")

@@ -146,11 +146,12 @@ def test_what_was_decided_on_is_not_found_again(by_hand):
     first = find_unlabeled_objects(by_hand, "proposals", progress=False)
     by_hand.select_labels(ids=first.ids[0], fields="proposals").tag_labels(PROMOTED)
     by_hand.select_labels(ids=first.ids[1], fields="proposals").tag_labels(DISMISSED)
+    by_hand.select_labels(ids=first.ids[2], fields="proposals").tag_labels("duplicate")
     # What has no score any more needs none.
     by_hand.set_label_values("proposals.detections.confidence", {first.ids[0]: None})
     again = find_unlabeled_objects(by_hand, "proposals", progress=False)
-    assert again.ids == first.ids[2:]
-    assert by_hand.count_label_tags("proposals") == {"unlabeled": len(again), PROMOTED: 1, DISMISSED: 1}
+    assert again.ids == first.ids[3:]
+    assert by_hand.count_label_tags("proposals") == {"unlabeled": len(again), PROMOTED: 1, DISMISSED: 1, "duplicate": 1}
 
 
 def test_a_second_run_stores_nothing(by_hand, stored):

@@ -137,6 +137,10 @@ def test_unusable_proposal(plugin, proposed):
 
 
 def test_dismissed_proposals_are_not_suggested_again(plugin, proposed):
+    proposed.set_values(
+        "proposals.detections.confidence",
+        [[0.5] * n for n in proposed.values(fo.ViewField("proposals.detections").length())],
+    )
     found = plugin.call("find_unlabeled_objects", proposed)["found"]
     patches = proposed.select_labels(tags="unlabeled", fields="proposals").to_patches("proposals")
     wrong = patches.limit(2).values("id")
