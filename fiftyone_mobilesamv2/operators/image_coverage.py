@@ -45,7 +45,7 @@ class ImageCoverage(Operator):
                 f"On average {means['coverage']:.1%} covered, by {means['objects']:.1f} objects: {means['small']:.1f} "
                 f"small, {means['medium']:.1f} medium, {means['large']:.1f} large."
             )
-            lines.append(f"Sort the images by `{field}_coverage`, or filter them in the sidebar under 'coverage'.")
+            lines.append(f"Sort the images by `{field}_coverage`, or filter them in the sidebar.")
         if coverage.unsegmented:
             lines.append(f"{coverage.unsegmented:,} have nothing in `{field}`, and got no numbers: segment them first.")
         lines += skipped_text(coverage.skipped)

@@ -99,7 +99,11 @@ def _verify(model: str, progress: Progress) -> Outcome:
         if found["sha256"]
     ]
     wrong = {weights.filename: found["problem"] for weights, found in files.items() if found["problem"]}
-    bad, good = f"**{count(len(wrong), 'file')} wrong or missing**", f"**All files of {model} are right**"
+    pinned = all(weights.sha256 or weights.git_blob for weights in files)  # else there is nothing to compare with
+    bad, good = (
+        f"**{count(len(wrong), 'file')} wrong or missing**",
+        f"**All files of {model} {'are right' if pinned else 'can be read'}**",
+    )
     lines = [bad if wrong else good]
     if rows:
         lines.append(_markdown(rows))

@@ -69,7 +69,7 @@ def test_manage_models(app, scenes):
     app.choose("Model", DEMO)
     app.choose("Action", "Verify the files")
     app.execute()
-    text = app.wait_output(f"All files of {DEMO} are right")
+    text = app.wait_output(f"All files of {DEMO} can be read")
     app.screenshot("manage-models-summary")
     assert all(weights.filename in text for weights in model_files(DEMO))
     app.done()
