@@ -508,9 +508,9 @@ def _told(error: BaseException) -> str:
     return str(error)[:_MOST_TOLD] if _explains_itself(error) else f"{type(error).__name__}: {error}"[:_MOST_TOLD]
 
 
-def _panel_id(space: fo.Space, name: str) -> str | None:
+def _panel_id(space: fo.Space | None, name: str) -> str | None:
     """Of the open panel of that name, if there is one."""
-    for child in space.children:
+    for child in space.children if space is not None else ():
         found = _panel_id(child, name) if isinstance(child, fo.Space) else child.component_id
         if found is not None and (isinstance(child, fo.Space) or child.type == name):
             return found
