@@ -28,7 +28,7 @@ from .grid_prompts import (
 from .image_encoders import EncoderConfig, encoder_config, preprocess
 from .masks import Segmentation, crop_masks
 from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
-from .prompt_guided_decoder import ImageSide, PromptGuidedDecoder
+from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
 
 PROMPTINGS = ("object_aware", "grid")
 
@@ -362,7 +362,7 @@ class MobileSAMv2(nn.Module):
         side = self._image_side(embeddings, index)
         found = []
         for start in range(0, len(prompts), _PROMPTS_PER_PASS):
-            logits, iou = self._decode(side, prompts[start : start + _PROMPTS_PER_PASS], multimask=True)
+            logits, iou = self._decode(side, prompts[start : start + _PROMPTS_PER_PASS], MULTIMASK)
             of_point = np.repeat(grid[start : start + _PROMPTS_PER_PASS], iou.shape[1], axis=0)
             logits, iou = logits.flatten(0, 1), iou.flatten()
             good = torch.ones_like(iou, dtype=torch.bool)
@@ -383,7 +383,7 @@ class MobileSAMv2(nn.Module):
         side = self._image_side(embeddings, index)
         found = []
         for some in prompts.split(_PROMPTS_PER_PASS):
-            logits, iou = self._decode(side, some, multimask=ambiguous)
+            logits, iou = self._decode(side, some, MULTIMASK if ambiguous else SINGLE_MASK)
             best = iou.argmax(1)
             rows = torch.arange(len(iou), device=iou.device)
             found.append(self._crop(embeddings, index, logits[rows, best], iou[rows, best]))
@@ -409,13 +409,12 @@ class MobileSAMv2(nn.Module):
             return self.decoder.embed_prompts(boxes, points, point_labels)
 
     def _image_side(self, embeddings: ImageEmbeddings, index: int) -> ImageSide:
-        with self._timed("decode"), self._autocast():
-            return self.decoder.image_side(embeddings.features[index])
+        with self._timed("decode"):
+            return self.decoder.image_side(embeddings.features[index], self.dtype)
 
-    def _decode(self, side: ImageSide, prompts: Tensor, multimask: bool = False) -> tuple[Tensor, Tensor]:
-        with self._timed("decode"), self._autocast():
-            logits, iou = self.decoder(side, prompts, multimask)
-            return logits.float(), iou.float()
+    def _decode(self, side: ImageSide, prompts: Tensor, masks: slice = SINGLE_MASK) -> tuple[Tensor, Tensor]:
+        with self._timed("decode"):
+            return self.decoder(side, prompts, masks)
 
     def _crop(self, embeddings: ImageEmbeddings, index: int, logits: Tensor, iou: Tensor) -> Segmentation:
         size = embeddings.original_sizes[index]

@@ -1,10 +1,21 @@
 """Prompts of one image -> low-res logits and predicted IoU.
 
-The weights live in ultralytics' SAM modules, so released checkpoints fit by name; the computation is ours. A prompt
-costs the released decoder a pass over the whole image embedding. Much of that pass is the same for every prompt of the
-image, so :class:`ImageSide` holds it, computed once, and the prompts are decoded against it in chunks. There is never
-a copy of the embedding per prompt going in, and prompts of different images never share a chunk, so a result depends on
-its own image alone.
+The weights live in ultralytics' SAM modules, so released checkpoints fit by name; the computation is ours, and equal to
+SAM's but for the order of additions. A prompt costs the released decoder 3.5 GFLOP, nearly all of it linear maps of the
+S = 4096 image tokens, made anew for every prompt. With few prompt tokens (T = 7 for a box) most of that can be had for
+less than half:
+
+- Until layer 0 has written to them, the image tokens K are the same for every prompt. What layer 0 needs of them, and
+  what all layers need of their positional encoding, is computed once an image: :class:`ImageSide`.
+- Later, products are reordered so that a projection W is applied to the few tokens and not to the many, per head:
+  scores (Q Wq) (K Wk)^T = ((Q Wq) Wk^T) K^T, values P (K Wv) = (P K) Wv, and in the other direction
+  (P V) Wo = P (V Wo). No projection of K is left.
+- Only tokens whose output is used go through the last attention: the one of the predicted IoU and those of the masks
+  that were asked for.
+- A transposed convolution whose stride is its kernel is a linear map of each pixel; so are layer norm and activation
+  between the two. The pixels are put in place once, at the end.
+- Prompts are decoded in chunks whose image tokens fit a CPU's cache. There is never a copy of the embedding per prompt
+  going in, and prompts of different images never share a chunk, so a result depends on its own image alone.
 """
 
 from __future__ import annotations
@@ -16,22 +27,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.models.sam.modules.decoders import MaskDecoder
 from ultralytics.models.sam.modules.encoders import PromptEncoder
-from ultralytics.models.sam.modules.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from ultralytics.models.sam.modules.transformer import Attention, TwoWayTransformer
 
-# Prompts decoded at a time. Per prompt the image tokens take 4 MiB in float32 (4096 x 256), so 16 of them stay
-# within a last-level cache or a small share of a GPU, and are many enough to fill both.
-PROMPTS_PER_CHUNK = 16
+# Bytes of the image tokens that a chunk of prompts has at a time; 8 MiB are two prompts in float32 at the release's
+# geometry. On a CPU they and what is computed from them stay within the last-level cache; a GPU wants many prompts.
+CHUNK_BYTES = {"cpu": 8 * 2**20}
+CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+
+# Horizontal strips in which the masks of a chunk are upscaled, to the same end: upscaled tokens take twice the memory.
+UPSCALED_STRIPS = 4
 
 
 @dataclass(frozen=True)
 class ImageSide:
-    """What all prompts of one image share. S = embed_size ** 2 image tokens of C channels, h heads of d channels."""
+    """What all prompts of one image share. S = embed_size ** 2 image tokens of C channels, h heads of d channels.
 
-    keys: Tensor  # [1, S, C] image tokens: the embedding plus the "no mask" embedding
-    pe: Tensor  # [1, S, C] positional encoding of the tokens
-    first_k: Tensor  # [1, h, S, d] of layer 0's token-to-image attention
-    first_v: Tensor  # [1, h, S, d]
-    first_q: Tensor  # [1, h, S, d] of layer 0's image-to-token attention
+    In the dtype that image tokens are to be computed in, but for `pe_q`: positions rounded to bfloat16 were what cost
+    masks most (the least IoU with float32 of 852 masks on photos rose from 0.952 to 0.975). Prompt tokens are few and
+    always float32.
+    """
+
+    keys: Tensor  # [S, C] image tokens: the embedding plus the "no mask" embedding
+    first_k: Tensor  # [h, S, d] keys of layer 0's token-to-image attention
+    first_v: Tensor  # [h, S, d] its values
+    pe_q: list[
+        Tensor
+    ]  # for each layer [h, S, d], queries of its image-to-token attention; after layer 0 of the pe only
+    pe_k: list[
+        Tensor
+    ]  # for layer 1 and the final attention [h, S, d], of the pe only: keys of token-to-image attention
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -42,8 +66,8 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _merge_heads(x: Tensor) -> Tensor:
     """[N, h, T, d] -> [N, T, h * d]"""
-    n, num_heads, tokens, channels = x.shape
-    return x.transpose(1, 2).reshape(n, tokens, num_heads * channels)
+    n, num_heads, tokens, width = x.shape
+    return x.transpose(1, 2).reshape(n, tokens, num_heads * width)
 
 
 def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,28 +79,83 @@ def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention.out_proj(_merge_heads(out))
 
 
-def _attend_to_few(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Many queries (image tokens) to a few keys (prompt tokens), all prompts' queries possibly the same.
+def _per_head(weight: Tensor, num_heads: int) -> Tensor:
+    """A projection's weight [h * d, C] -> [h, d, C]"""
+    return weight.unflatten(0, (num_heads, -1))
 
-    The output projection is linear, so it is applied to the few values instead of the many outputs: with P_h the
-    softmax of head h and W_h its rows of the projection, sum_h P_h V_h W_h = [P_1 .. P_h] [V_1 W_1; ..; V_h W_h].
+
+def _scores(few: Tensor, shared: Tensor) -> Tensor:
+    """Products of each prompt's tokens `few` [N, h, T, d] with what all share, [h, S, d] -> [N, h, T, S]"""
+    n, num_heads, tokens, width = few.shape
+    few = few.transpose(0, 1).reshape(num_heads, n * tokens, width).to(shared.dtype)
+    return (few @ shared.transpose(1, 2)).unflatten(1, (n, tokens)).transpose(0, 1)
+
+
+def _fold(few: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
+    """`few` [N, h, T, d] times each token's projection, ``keys @ weight.T`` per head, which is not made.
+
+    keys [N, S, C], weight [h * d, C] -> [N, h, T, S]
+    """
+    _, num_heads, tokens, _ = few.shape
+    folded = (few @ _per_head(weight, num_heads)).flatten(1, 2).to(keys.dtype)  # [N, h * T, C]
+    return (folded @ keys.transpose(1, 2)).unflatten(1, (num_heads, tokens))
+
+
+def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: Tensor) -> Tensor:
+    """Prompt tokens attend to the image: ``attention(queries, keys + pe, keys)``.
 
     Args:
-        q: [1 or N, h, S, d], projected and split into heads.
-        k, v: [N, T, C].
+        queries: [N, T, C]. keys: [N, S, C]. pe_k: [h, S, d], from :class:`ImageSide`.
+
+    Returns:
+        [N, T, C]
+    """
+    heads = attention.num_heads
+    q = _heads(attention.q_proj(queries), heads)
+    q = q * q.shape[-1] ** -0.5
+    scores = _fold(q, attention.k_proj.weight, keys) + _scores(q, pe_k)
+    p = torch.softmax(scores, dim=-1).flatten(1, 2)  # [N, h * T, S]
+    attended = (p @ keys).unflatten(1, (heads, -1)).to(queries.dtype)  # [N, h, T, C]
+    v = _merge_heads(attended @ _per_head(attention.v_proj.weight, heads).transpose(1, 2))
+    return attention.out_proj(v + attention.v_proj.bias)  # softmax's rows sum to 1: so the bias can come after it
+
+
+def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, pe_q: Tensor, first: bool) -> Tensor:
+    """The image attends to prompt tokens: ``keys + attention(keys + pe, k, v)``.
+
+    Args:
+        keys: [N, S, C]. k, v: [N, T, C]. pe_q: [h, S, d], from :class:`ImageSide`.
+        first: whether `pe_q` holds the whole queries, as in layer 0.
 
     Returns:
         [N, S, C]
     """
     heads = attention.num_heads
-    k = _heads(attention.k_proj(k), heads)
-    v = _heads(attention.v_proj(v), heads)
-    n, _, tokens, width = v.shape
-    weight = attention.out_proj.weight.T.reshape(heads, width, -1)  # [h, d, C]
-    v = (v @ weight).reshape(n, heads * tokens, -1)  # [N, h * T, C]
-    p = torch.softmax(q @ k.transpose(-1, -2) * width**-0.5, dim=-1)  # [N, h, S, T]
-    p = p.transpose(1, 2).reshape(n, p.shape[2], heads * tokens)
-    return p @ v + attention.out_proj.bias
+    k, v = _heads(attention.k_proj(k), heads), _heads(attention.v_proj(v), heads)
+    k = k * k.shape[-1] ** -0.5
+    scores = _scores(k, pe_q)
+    if not first:
+        scores = scores + _fold(k, attention.q_proj.weight, keys)
+    p = torch.softmax(scores, dim=2).flatten(1, 2).to(keys.dtype)  # over T: [N, h * T, S]
+    # Each head's softmax sums to 1, so a share of the bias in every value adds up to the whole.
+    v = v @ _per_head(attention.out_proj.weight.T, heads) + attention.out_proj.bias / heads  # [N, h, T, C]
+    return torch.baddbmm(keys, p.transpose(1, 2), v.flatten(1, 2).to(keys.dtype))
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Layer norm over the last dimension, of any dtype, with the weights of `norm`."""
+    return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def _pixel_linear(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """A transposed convolution of stride 2 and kernel 2: each pixel becomes 2 x 2. [..., C] -> [..., 4, C']"""
+    weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2).to(x.dtype)
+    return F.linear(x, weight, convolution.bias.repeat(4).to(x.dtype)).unflatten(-1, (4, -1))
+
+
+# What of the decoder's four masks is asked for: the one of an unambiguous prompt, or the three of an ambiguous one.
+SINGLE_MASK = slice(0, 1)
+MULTIMASK = slice(1, None)
 
 
 class PromptGuidedDecoder(nn.Module):
@@ -126,84 +205,121 @@ class PromptGuidedDecoder(nn.Module):
         device = self.prompt_encoder.no_mask_embed.weight.device
         return torch.autocast(device.type, enabled=False)
 
-    def image_side(self, features: Tensor) -> ImageSide:
-        """The part of decoding that all prompts of an image share. `features`: [C, G, G], one image's embedding."""
+    def image_side(self, features: Tensor, dtype: torch.dtype = torch.float32) -> ImageSide:
+        """The part of decoding that all prompts of an image share.
+
+        Args:
+            features: [C, G, G], one image's embedding.
+            dtype: in which image tokens are computed from here on.
+        """
         with self._full_precision():
-            pe = self.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
-        keys = features.unsqueeze(0).flatten(2).transpose(1, 2) + self.prompt_encoder.no_mask_embed.weight
-        layer: TwoWayAttentionBlock = self.mask_decoder.transformer.layers[0]
-        to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        with_pe = keys + pe
+            pe = self.prompt_encoder.get_dense_pe()[0].flatten(1).T
+        keys = features.flatten(1).T + self.prompt_encoder.no_mask_embed.weight
+        transformer = self.mask_decoder.transformer
+        first, second = transformer.layers
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (first.self_attn.num_heads, -1)).transpose(0, 1).contiguous()
+
+        to_image = first.cross_attn_token_to_image
         return ImageSide(
-            keys=keys,
-            pe=pe,
-            first_k=_heads(to_image.k_proj(with_pe), to_image.num_heads),
-            first_v=_heads(to_image.v_proj(keys), to_image.num_heads),
-            first_q=_heads(to_token.q_proj(with_pe), to_token.num_heads),
+            keys=keys.to(dtype).contiguous(),
+            first_k=heads(to_image.k_proj(keys + pe)).to(dtype),
+            first_v=heads(to_image.v_proj(keys)).to(dtype),
+            pe_q=[
+                heads(first.cross_attn_image_to_token.q_proj(keys + pe)),
+                heads(second.cross_attn_image_to_token.q_proj(pe)),
+            ],
+            pe_k=[
+                heads(attention.k_proj(pe)).to(dtype)
+                for attention in (second.cross_attn_token_to_image, transformer.final_attn_token_to_image)
+            ],
         )
 
-    def _first_attend_to_image(self, attention: Attention, side: ImageSide, q: Tensor) -> Tensor:
-        """Layer 0's prompt tokens [N, T, C] attend to the image: every prompt's queries in one attention."""
-        n, tokens, _ = q.shape
-        q = _heads(attention.q_proj(q).reshape(1, n * tokens, -1), attention.num_heads)
-        out = F.scaled_dot_product_attention(q, side.first_k, side.first_v)
-        return attention.out_proj(_merge_heads(out).reshape(n, tokens, -1))
+    def _first_layer(self, side: ImageSide, tokens: Tensor) -> Tensor:
+        """Layer 0 as far as it concerns the prompt tokens [N, T, C]: the image is the same for all of them."""
+        layer = self.mask_decoder.transformer.layers[0]
+        queries = layer.norm1(_attend(layer.self_attn, tokens, tokens, tokens))
+        attention = layer.cross_attn_token_to_image
+        n, count, _ = tokens.shape
+        q = _heads(attention.q_proj(queries + tokens).reshape(1, n * count, -1), attention.num_heads)
+        out = F.scaled_dot_product_attention(q.to(side.first_k.dtype), side.first_k[None], side.first_v[None])
+        out = _merge_heads(out).reshape(n, count, -1).to(queries.dtype)
+        queries = layer.norm2(queries + attention.out_proj(out))
+        return layer.norm3(queries + layer.mlp(queries))
 
-    def _transform(self, side: ImageSide, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """SAM's two-way transformer. tokens [N, T, C] -> tokens [N, T, C], image tokens [N, S, C]"""
-        transformer = self.mask_decoder.transformer
-        queries, keys = tokens, side.keys
-        for index, layer in enumerate(transformer.layers):
-            if index == 0:
-                queries = _attend(layer.self_attn, queries, queries, queries)
-            else:
-                q = queries + tokens
-                queries = queries + _attend(layer.self_attn, q, q, queries)
-            queries = layer.norm1(queries)
+    def _decode_chunk(self, side: ImageSide, tokens: Tensor, queries: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+        """From layer 0's queries to low-res logits and predicted IoU; see :meth:`forward`."""
+        decoder, transformer = self.mask_decoder, self.mask_decoder.transformer
+        first, second = transformer.layers
+        keys = side.keys.expand(len(queries), -1, -1)
+        keys = _image_to_tokens(
+            first.cross_attn_image_to_token, keys, queries + tokens, queries, side.pe_q[0], first=True
+        )
+        keys = _norm(first.norm4, keys)
 
-            if index == 0:
-                attended = self._first_attend_to_image(layer.cross_attn_token_to_image, side, queries + tokens)
-            else:
-                attended = _attend(layer.cross_attn_token_to_image, queries + tokens, keys + side.pe, keys)
-            queries = layer.norm2(queries + attended)
-            queries = layer.norm3(queries + layer.mlp(queries))
+        q = queries + tokens
+        queries = second.norm1(queries + _attend(second.self_attn, q, q, queries))
+        attended = _tokens_to_image(second.cross_attn_token_to_image, queries + tokens, keys, side.pe_k[0])
+        queries = second.norm2(queries + attended)
+        queries = second.norm3(queries + second.mlp(queries))
+        keys = _image_to_tokens(
+            second.cross_attn_image_to_token, keys, queries + tokens, queries, side.pe_q[1], first=False
+        )
+        keys = _norm(second.norm4, keys)
 
-            to_token = layer.cross_attn_image_to_token
-            q = side.first_q if index == 0 else _heads(to_token.q_proj(keys + side.pe), to_token.num_heads)
-            keys = layer.norm4(keys + _attend_to_few(to_token, q, queries + tokens, queries))
-
-        attended = _attend(transformer.final_attn_token_to_image, queries + tokens, keys + side.pe, keys)
-        return transformer.norm_final_attn(queries + attended), keys
-
-    def decode_chunk(self, side: ImageSide, prompts: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
-        """Decodes all `prompts` in one pass; see :meth:`forward`, which bounds the memory."""
-        decoder = self.mask_decoder
-        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(prompts), -1, -1), prompts.to(output_tokens.dtype)], dim=1)
-        queries, keys = self._transform(side, tokens)
-
-        size = self.prompt_encoder.image_embedding_size
-        upscaled = decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, size))
         wanted = range(decoder.num_mask_tokens)[masks]
-        weights = torch.stack([decoder.output_hypernetworks_mlps[i](queries[:, 1 + i]) for i in wanted], dim=1)
-        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        used = [0, *(1 + i for i in wanted)]
+        queries = queries[:, used]
+        attended = _tokens_to_image(
+            transformer.final_attn_token_to_image, queries + tokens[:, used], keys, side.pe_k[1]
+        )
+        queries = transformer.norm_final_attn(queries + attended)
+        weights = [decoder.output_hypernetworks_mlps[i](queries[:, 1 + n]) for n, i in enumerate(wanted)]
+        logits = self._masks(keys, torch.stack(weights, dim=1))
         return logits, decoder.iou_prediction_head(queries[:, 0])[:, masks]
 
-    def forward(self, side: ImageSide, prompts: Tensor, multimask: bool = False) -> tuple[Tensor, Tensor]:
-        """Decodes all prompts of one image, :data:`PROMPTS_PER_CHUNK` at a time.
+    def _masks(self, keys: Tensor, weights: Tensor) -> Tensor:
+        """Image tokens [N, S, C] upscaled four times, and their products with `weights` [N, M, C / 8].
+
+        Returns:
+            float32 [N, M, 4G, 4G]
+        """
+        first, norm, activation, second, _ = self.mask_decoder.output_upscaling
+        weights = weights.transpose(1, 2).to(keys.dtype)
+        width = self.prompt_encoder.image_embedding_size[1]
+        strips = []
+        for x in keys.chunk(UPSCALED_STRIPS, dim=1):
+            x = activation(_norm(norm, _pixel_linear(first, x)))
+            x = activation(_pixel_linear(second, x)).flatten(1, 3)  # [N, 16 * tokens of the strip, C / 8]
+            logits = (x @ weights).unflatten(1, (-1, width, 2, 2, 2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6)
+            strips.append(logits.to(torch.float32, memory_format=torch.contiguous_format).flatten(5, 7).flatten(2, 4))
+        return torch.cat(strips, dim=2)
+
+    def forward(self, side: ImageSide, prompts: Tensor, masks: slice = SINGLE_MASK) -> tuple[Tensor, Tensor]:
+        """Decodes all prompts of one image, in chunks of bounded memory.
 
         Args:
             side: from :meth:`image_side`.
             prompts: [N, T, C] from :meth:`embed_prompts`.
-            multimask: the three masks of an ambiguous prompt (SAM's tokens 1 to 3) rather than the single-mask token.
+            masks: which of the four masks, :data:`SINGLE_MASK` or :data:`MULTIMASK`.
 
         Returns:
-            low-res logits [N, M, 4G, 4G] and predicted IoU [N, M]; M is 3 or 1.
+            low-res logits float32 [N, M, 4G, 4G] and predicted IoU [N, M].
         """
-        masks = slice(1, None) if multimask else slice(0, 1)
+        decoder = self.mask_decoder
         if len(prompts) == 0:
-            count, size = (3 if multimask else 1), 4 * self.prompt_encoder.image_embedding_size[0]
+            count, size = len(range(decoder.num_mask_tokens)[masks]), 4 * self.prompt_encoder.image_embedding_size[0]
             return prompts.new_zeros(0, count, size, size), prompts.new_zeros(0, count)
-        chunks = [self.decode_chunk(side, chunk, masks) for chunk in prompts.split(PROMPTS_PER_CHUNK)]
+        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([output_tokens.expand(len(prompts), -1, -1), prompts], dim=1)
+        queries = self._first_layer(side, tokens)
+        size = prompts_per_chunk(side.keys)
+        chunks = [self._decode_chunk(side, t, q, masks) for t, q in zip(tokens.split(size), queries.split(size))]
         logits, iou = zip(*chunks)
         return torch.cat(logits), torch.cat(iou)
+
+
+def prompts_per_chunk(keys: Tensor) -> int:
+    """How many prompts are decoded at a time, each with its own copy of the image tokens `keys`."""
+    return max(1, CHUNK_BYTES.get(keys.device.type, CHUNK_BYTES_ACCELERATOR) // (keys.numel() * keys.element_size()))

@@ -162,7 +162,7 @@ class DemoTrainer:
                     ),
                 ]
             )
-            logits, iou = decoder.decode_chunk(decoder.image_side(features[i]), prompts, slice(None))
+            logits, iou = decoder(decoder.image_side(features[i]), prompts, slice(None))
             losses = mask_losses(logits.float(), iou.float(), targets[i])
             # A box is unambiguous: the single-mask token answers it. A lone point takes the best of three masks;
             # a small share of their mean keeps the two others learning.

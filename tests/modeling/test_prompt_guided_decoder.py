@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PROMPTS_PER_CHUNK, PromptGuidedDecoder
+from fiftyone_mobilesamv2.modeling import prompt_guided_decoder
+from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import (
+    MULTIMASK,
+    SINGLE_MASK,
+    PromptGuidedDecoder,
+    prompts_per_chunk,
+)
 
 GEOMETRIES = {"release": (256, 64, 1024), "demo": (128, 32, 256)}  # channels and side of the embedding, network input
 
@@ -48,41 +54,61 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("masks", [SINGLE_MASK, MULTIMASK])
 @pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_same_as_sams_modules(geometry, prompts, multimask):
+def test_same_as_sams_modules(geometry, prompts, masks):
     decoder, features = decoder_and_features(geometry)
     names, points = PROMPTS[prompts]
     given = {key: value for key, value in some_prompts(3, points, GEOMETRIES[geometry][2]).items() if key in names}
-    expected_logits, expected_iou = plainly(decoder, features, multimask, **given)
-    logits, iou = decoder(decoder.image_side(features), decoder.embed_prompts(**given), multimask)
-    assert logits.shape[:2] == iou.shape == (3, 3 if multimask else 1)
+    expected_logits, expected_iou = plainly(decoder, features, masks == MULTIMASK, **given)
+    logits, iou = decoder(decoder.image_side(features), decoder.embed_prompts(**given), masks)
+    assert logits.shape[:2] == iou.shape == (3, len(range(4)[masks]))
     assert_close(logits, expected_logits)
     torch.testing.assert_close(iou, expected_iou, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, PROMPTS_PER_CHUNK, 2 * PROMPTS_PER_CHUNK + 3])
-def test_chunks_do_not_show(count):
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_bfloat16_is_close(geometry):
+    decoder, features = decoder_and_features(geometry)
+    prompts = decoder.embed_prompts(boxes=some_prompts(6, 1, GEOMETRIES[geometry][2])["boxes"])
+    expected_logits, expected_iou = decoder(decoder.image_side(features), prompts)
+    logits, iou = decoder(decoder.image_side(features, torch.bfloat16), prompts)
+    assert logits.dtype == iou.dtype == torch.float32
+    assert not torch.equal(logits, expected_logits)
+    deviation = (logits - expected_logits).abs() / expected_logits.std()
+    assert deviation.mean() <= 0.02 and deviation.max() <= 0.2
+    torch.testing.assert_close(iou, expected_iou, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_chunks_do_not_show(count, monkeypatch):
+    """Prompts decoded together and one by one."""
     decoder, features = decoder_and_features("demo")
     side = decoder.image_side(features)
     prompts = decoder.embed_prompts(boxes=some_prompts(count, 1, 256)["boxes"])
+    assert prompts_per_chunk(side.keys) > count
     logits, iou = decoder(side, prompts)
-    at_once, iou_at_once = decoder.decode_chunk(side, prompts, slice(0, 1))
-    assert_close(logits, at_once)
-    torch.testing.assert_close(iou, iou_at_once, rtol=1e-4, atol=1e-5)
+    monkeypatch.setitem(prompt_guided_decoder.CHUNK_BYTES, "cpu", 1)
+    assert prompts_per_chunk(side.keys) == 1
+    one_by_one, iou_one_by_one = decoder(side, prompts)
+    assert_close(logits, one_by_one)
+    torch.testing.assert_close(iou, iou_one_by_one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("multimask", [False, True])
-def test_no_prompts(multimask):
+@pytest.mark.parametrize("masks", [SINGLE_MASK, MULTIMASK])
+def test_no_prompts(masks):
     decoder, features = decoder_and_features("demo")
-    logits, iou = decoder(decoder.image_side(features), decoder.embed_prompts(boxes=torch.zeros(0, 4)), multimask)
-    masks = 3 if multimask else 1
-    assert logits.shape == (0, masks, 128, 128) and iou.shape == (0, masks)
+    logits, iou = decoder(
+        decoder.image_side(features),
+        decoder.embed_prompts(boxes=torch.zeros(0, 4)),
+        masks,
+    )
+    count = len(range(4)[masks])
+    assert logits.shape == (0, count, 128, 128) and iou.shape == (0, count)
 
 
 def test_gradients_are_those_of_sams_modules():
-    """Training goes through decode_chunk."""
     decoder, features = decoder_and_features("demo")
     decoder.mask_decoder.requires_grad_(True)
     features.requires_grad_()
@@ -93,7 +119,7 @@ def test_gradients_are_those_of_sams_modules():
     def gradients(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad((logits * target).mean() + iou.sum(), learned, materialize_grads=True)
 
-    found = gradients(*decoder.decode_chunk(decoder.image_side(features), decoder.embed_prompts(boxes), slice(0, 1)))
+    found = gradients(*decoder(decoder.image_side(features), decoder.embed_prompts(boxes)))
     expected = gradients(*plainly(decoder, features, False, boxes))
     for mine, theirs in zip(found, expected):
         assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7
