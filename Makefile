@@ -3,7 +3,7 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test screenshots clean
+.PHONY: help setup quickstart test screenshots bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: setup ## check format and lint, run the tests
 screenshots: setup ## take the README's screenshots of the App anew
 	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app
 	for picture in assets/app/*.png; do cp ".screenshots/$${picture##*/}" "$$picture"; done
+
+bench: setup ## measure speed and memory anew, for the README (about 13 minutes on 2 cores)
+	$(PY) benchmarks/bench.py
 
 clean: ## remove the environment, build outputs and caches
 	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
 
 def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> dict:
     """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
+    from pycocotools import mask as mask_utils  # here, so that masks can be made where it is not installed
+
     height, width = size
     x0, y0, x1, y1 = (int(v) for v in box)
     # RLE runs down the columns. The column after the box, where there is one, ends a run at the bottom of the last.

@@ -1,0 +1,236 @@
+"""How fast datasets are segmented, beside what users have today; how long a start takes; how time and memory grow.
+
+Needs FiftyOne with its database, in which datasets are made and deleted again; bench.py runs it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import cv2
+import fiftyone as fo
+import fiftyone.utils.sam as fous
+import segment_anything
+import torch
+from core import DTYPES, add_growth
+from demo_quality import MODEL, measure_everything, scenes
+from fiftyone import ViewField as F
+from measure import (
+    Report,
+    Row,
+    in_new_process,
+    in_turns,
+    photo,
+    read_rgb,
+    resident_memory,
+    section,
+    speedup,
+    timed,
+    turned,
+)
+from released import CONFIDENCE, PlausibleMasks, object_like_logits, write_checkpoints
+from tqdm import tqdm
+from ultralytics import SAM
+from ultralytics.models.sam.build import build_mobile_sam
+from ultralytics.utils import ASSETS
+
+from fiftyone_mobilesamv2 import MobileSAMv2
+from fiftyone_mobilesamv2.segmentation import segment_everything
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.zoo import MobileSAMv2Model, MobileSAMv2ModelConfig
+
+# Prompts of an image that has many objects, and the most that the paper allows.
+PROMPTS = (64, 320)
+IMAGES = 3  # of a dataset; the photo, turned
+GRID_SCENES = 10
+
+SCENES = 100  # different ones: a dataset repeats them
+SCENE_COUNTS = (100, 200, 500, 1000, 2000)
+BATCH_SIZE = 8
+
+STARTS = 5
+_IMPORT = "import time; t = time.perf_counter(); import fiftyone_mobilesamv2; print(time.perf_counter() - t)"
+_FIRST_IMAGE = f"""
+import sys
+from fiftyone_mobilesamv2 import MobileSAMv2
+from fiftyone_mobilesamv2.images import read_image
+model = MobileSAMv2.from_pretrained({MODEL!r}, device="cpu")
+assert len(model.segment_everything([read_image(sys.argv[1])])) == 1
+"""
+
+
+@contextmanager
+def temporary_dataset(paths: Sequence[Path]) -> Iterator[fo.Dataset]:
+    """One sample for each path; a path may come more than once."""
+    dataset = fo.Dataset(f"benchmark-{uuid.uuid4().hex}")
+    try:
+        dataset.add_samples([fo.Sample(filepath=str(path)) for path in paths], progress=False)
+        dataset.compute_metadata(progress=False)
+        yield dataset
+    finally:
+        dataset.delete()
+
+
+# Against the grid -----------------------------------------------------------------------------------------------------
+
+
+def measure_grid(report: Report) -> None:
+    """Object-aware prompts and SAM's 32x32 grid, both by the demo model, on scenes that it never saw."""
+    model = MobileSAMv2.from_pretrained(MODEL, device="cpu")
+    ways = ["object_aware", "grid, unfiltered"]
+    ours, grid = measure_everything(model, scenes(GRID_SCENES), GRID_SCENES, ways).values()
+    how = f"{grid['decoder ms per image']:.0f} -> {ours['decoder ms per image']:.1f} ms an image, demo model"
+    times = grid["decoder time / object_aware"]
+    report.add(Row(5, "decoder time, grid 32x32 / object-aware", times, "x", 30, how, GRID_SCENES))
+    gained = ours["AR@1000"] - grid["AR@1000"]
+    how = f"{grid['AR@1000']:.3f} -> {ours['AR@1000']:.3f}"
+    report.add(Row(5, "AR@1000, object-aware less grid's", gained, "", 0, how, GRID_SCENES))
+
+
+# Datasets -------------------------------------------------------------------------------------------------------------
+
+
+def measure_datasets(report: Report, folder: Path, released: Mapping[int, Sequence[float]]) -> None:
+    """Images a second from files to stored labels, at SAM's size.
+
+    Args:
+        folder: for checkpoints and images.
+        released: seconds that the released way takes for an image, by number of prompts.
+    """
+    files = write_checkpoints(folder)
+    sam = files["encoder_checkpoint"]
+    paths = []
+    for number, image in enumerate(turned(photo())[:IMAGES]):
+        paths.append(folder / f"{number}.jpg")
+        cv2.imwrite(str(paths[-1]), image[:, :, ::-1])
+    ours = {}
+    with temporary_dataset(paths) as dataset:
+        for dtype in DTYPES:
+            with section(f"Datasets, {dtype}"):
+                for prompts in PROMPTS:
+                    ours[dtype, prompts] = time_dataset(report, dataset, files, dtype, prompts)
+        grids = {}
+        with section("FiftyOne's SAM, 32x32 grid, one image: some minutes"):
+            model = fiftyone_sam(sam)
+            run = partial(dataset[:1].apply_model, model, "sam", progress=False)
+            grids["FiftyOne's SAM"] = in_turns({"": run}, 1)[""]
+        with section("ultralytics' SAM, 32x32 grid, one image: some minutes"):
+            run = partial(SAM(sam).predict, paths[0], device="cpu", verbose=False)
+            grids["ultralytics' SAM"] = in_turns({"": run}, 1)[""]
+    for (dtype, prompts), seconds in ours.items():
+        title = f"dataset, {prompts} prompts, {dtype}, against"
+        report.add(speedup(6, f"{title} the released loop", 5, released[prompts], seconds))
+        for name, slow in grids.items():
+            report.add(speedup(6, f"{title} {name}", 30, slow, seconds))
+
+
+def time_dataset(
+    report: Report, dataset: fo.Dataset, files: Mapping[str, Path], dtype: str, prompts: int
+) -> list[float]:
+    """Seconds an image of a dataset run; in bfloat16, where the model is fastest, also what storing adds to it."""
+    parameters = {"device": "cpu", "dtype": dtype, "confidence_thresh": CONFIDENCE, "max_prompts": prompts}
+    parameters |= {name: str(path) for name, path in files.items()}
+    model = MobileSAMv2Model(MobileSAMv2ModelConfig({"name": "mobilesamv2-tinyvit-torch", **parameters}))
+    model.model.decoder.register_forward_hook(PlausibleMasks(object_like_logits()))
+    images = [read_rgb(path) for path in dataset.values("filepath")]
+    calls = {"stored": lambda: segment_everything(dataset, model, replace=True, batch_size=1, progress=False)}
+    runs = 1
+    if dtype == "bfloat16":
+        runs = 2
+        calls["alone"] = lambda: [
+            model.model.segment_everything([image], conf=CONFIDENCE, max_prompts=prompts) for image in images
+        ]
+    seconds = {name: [s / len(images) for s in found] for name, found in in_turns(calls, runs).items()}
+    counts = dataset.values(F("segmentations.detections").length())
+    if set(counts) != {prompts}:
+        raise RuntimeError(f"Stored {counts} masks instead of {prompts} for each image")
+    if "alone" in seconds:
+        alone, stored = median(seconds["alone"]), median(seconds["stored"])
+        how = f"{alone:.2f} s -> {stored:.2f} s an image"
+        wanted = 0.1 if prompts == max(PROMPTS) else None
+        name = f"loading and storing {prompts} masks adds to the model's time, share"
+        report.add(Row(6, name, stored / alone - 1, "", wanted, how, runs, at_most=True))
+    return seconds["stored"]
+
+
+def fiftyone_sam(checkpoint: Path) -> fous.SegmentAnythingModel:
+    """FiftyOne's own model for SAM, with TinyViT as its image encoder. Random weights leave SAM's filters no mask."""
+    sam = segment_anything.build_sam_vit_b()
+    sam.image_encoder = build_mobile_sam().image_encoder
+    sam.load_state_dict(torch.load(checkpoint))
+    config = {"model": sam.eval(), "model_path": str(checkpoint)}
+    return fous.SegmentAnythingModel(fous.SegmentAnythingModelConfig(config))
+
+
+# Start ----------------------------------------------------------------------------------------------------------------
+
+
+def measure_start(report: Report) -> None:
+    """Seconds in new processes; files are in the cache of the operating system after the first."""
+    image = str(ASSETS / "bus.jpg")
+    imports, firsts = [], []
+    for _ in tqdm(range(STARTS), desc="starts"):
+        run = subprocess.run([sys.executable, "-c", _IMPORT], check=True, capture_output=True, text=True)
+        imports.append(float(run.stdout))
+        firsts.append(timed(lambda: subprocess.run([sys.executable, "-c", _FIRST_IMAGE, image], check=True)))
+    report.add(
+        Row(7, "import fiftyone_mobilesamv2", median(imports), "s", 0.3, runs=STARTS, at_most=True),
+        Row(7, "first image, from the start of Python", median(firsts), "s", 5, "demo model", STARTS, at_most=True),
+    )
+
+
+# Growth ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_growth(report: Report, folder: Path) -> None:
+    for index in range(SCENES):
+        cv2.imwrite(str(folder / f"scene{index}.png"), make_scene(TEST_SEED, index).image[:, :, ::-1])
+    counts, seconds, megabytes = in_new_process(grow, folder)
+    add_growth(report, "time by images", counts, seconds, "images, small scenes", "s for a dataset run")
+    labels = {"xlabel": "images, small scenes", "ylabel": "MB of the process"}
+    report.curves["memory by images"] = {"x": counts, "y": megabytes, **labels}
+    how = f"{megabytes[0]:.0f} MB -> {megabytes[-1]:.0f} MB"
+    name = f"memory at {counts[-1]} images less that at {counts[0]}"
+    report.add(Row(8, name, megabytes[-1] - megabytes[0], "MB", 50, how, at_most=True))
+
+
+def grow(folder: Path) -> tuple[list[int], list[float], list[float]]:
+    """One run over the largest dataset: images done, seconds since the start, MB of this process at that time."""
+    # Few prompts: how time grows with these is another curve.
+    parameters = {"name": MODEL, "device": "cpu", "dtype": "bfloat16", "max_prompts": 4}
+    model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
+    counts, seconds, megabytes = [], [], []
+
+    def note(bar: fo.ProgressBar) -> None:
+        if len(counts) < len(SCENE_COUNTS) and bar.iteration >= SCENE_COUNTS[len(counts)]:
+            counts.append(bar.iteration)
+            seconds.append(time.perf_counter() - start)
+            megabytes.append(resident_memory())
+            print(f"   {bar.iteration} images after {seconds[-1]:.0f} s", flush=True)
+
+    with temporary_dataset([folder / f"scene{i % SCENES}.png" for i in range(SCENE_COUNTS[-1])]) as dataset:
+        start = time.perf_counter()
+        segment_everything(dataset, model, batch_size=BATCH_SIZE, progress=note)
+    return counts, seconds, megabytes
+
+
+# All ------------------------------------------------------------------------------------------------------------------
+
+
+def measure(report: Report, folder: Path, released: Mapping[int, Sequence[float]]) -> None:
+    """Adds all rows of datasets; arguments as for :func:`measure_datasets`."""
+    with section("Start"):
+        measure_start(report)
+    with section("Object-aware prompts against the grid"):
+        measure_grid(report)
+    with section("Growth with images"):
+        measure_growth(report, folder)
+    measure_datasets(report, folder, released)

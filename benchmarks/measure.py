@@ -1,0 +1,245 @@
+"""What the benchmarks share: timing in turns, peak memory, what to work on, and what becomes of the figures."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import multiprocessing
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import cv2
+import numpy as np
+import torch
+from ultralytics.utils import ASSETS
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT.parent / "shared" / "photos"
+
+_START = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure and what it should be.
+
+    Attributes:
+        target: its number in the list of targets that the README explains.
+        value: the figure, in `unit`: "x" is how many times faster than the baseline, or smaller.
+        wanted: the least value, or with `at_most` the largest; None where the figure is for comparison only.
+        how: the two sides of a ratio, or what was measured.
+        runs: of each side; value and sides are medians.
+    """
+
+    target: int
+    name: str
+    value: float
+    unit: str
+    wanted: float | None
+    how: str = ""
+    runs: int = 1
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.wanted is None or (self.value <= self.wanted if self.at_most else self.value >= self.wanted)
+
+    @property
+    def cells(self) -> list[str]:
+        if self.wanted is None:
+            wanted, verdict = "", ""
+        else:
+            wanted = f"{'at most' if self.at_most else 'at least'} {_figure(self.wanted, self.unit)}"
+            verdict = "met" if self.met else f"short by {_figure(abs(self.value - self.wanted), self.unit)}"
+        return [str(self.target), self.name, _figure(self.value, self.unit), wanted, verdict, self.how, str(self.runs)]
+
+
+COLUMNS = ("", "what", "result", "target", "", "how", "runs")
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "x":
+        return f"{value:.2f}x"
+    return f"{value:.0f} MB" if unit == "MB" else f"{value:.4g} {unit}".strip()
+
+
+def speedup(target: int, name: str, wanted: float | None, slow: Sequence[float], fast: Sequence[float]) -> Row:
+    """How many times faster, by the medians of seconds."""
+    runs = str(len(fast)) if len(slow) == len(fast) else f"{len(slow)} and {len(fast)}"
+    how = f"{_seconds(median(slow))} -> {_seconds(median(fast))}"
+    if runs != str(len(fast)):
+        how += f" ({runs} runs)"
+    return Row(target, name, median(slow) / median(fast), "x", wanted, how, min(len(slow), len(fast)))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+@dataclass
+class Report:
+    """All that a run has measured.
+
+    Attributes:
+        machine: what it ran on.
+        curves: name -> {"x": [...], "y": [...], "xlabel": ..., "ylabel": ..., "exponent": ...}.
+        steps: (name, seconds for one image) from the released way on, each with one part more of this package.
+    """
+
+    machine: dict = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    curves: dict[str, dict] = field(default_factory=dict)
+    steps: list[tuple[str, float]] = field(default_factory=list)
+
+    def add(self, *rows: Row) -> None:
+        """Adds rows and prints them."""
+        for row in rows:
+            print("   " + " | ".join(cell for cell in row.cells if cell), flush=True)
+        self.rows += rows
+
+    def markdown(self) -> str:
+        """The table, by target."""
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells for row in sorted(self.rows, key=lambda r: r.target))]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def write(self, path: Path) -> None:
+        rows = [{**asdict(row), "met": row.met} for row in self.rows]
+        content = {"machine": self.machine, "rows": rows, "steps": self.steps, "curves": self.curves}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine(device: torch.device) -> dict:
+    """What figures depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    found = (
+        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    )
+    return found[1] if found else platform.processor()
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """`text` with `content` between its two comments `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: it doesn't have these, once each.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"Expected one {start} and after it one {end}.")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+# Time and memory ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def section(title: str) -> Iterator[None]:
+    """Says what is being measured, and how long it took."""
+    start = time.perf_counter()
+    print(f"[{(start - _START) / 60:4.1f} min] {title}", flush=True)
+    yield
+    print(f"   took {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call, until a GPU is through with it."""
+    gc.collect()
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each of several calls, one after the other, `runs` times over: what slows the machine slows all."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            seconds[name].append(timed(call))
+    return seconds
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """b of the y = a x^b that fits best, by least squares of the logarithms: 1 is linear growth."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def in_new_process(function: Callable, *args: object) -> object:
+    """`function(*args)` in a process of its own, whose memory nothing else has touched."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_memory(call: Callable[[], object]) -> float:
+    """By how many MB the memory of this process rises at most during a call. Linux with glibc only."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the call would get what earlier ones have freed, and not be charged
+    Path("/proc/self/clear_refs").write_text("5")  # makes the peak what there is now
+    before = _memory("VmRSS")
+    call()
+    return _memory("VmHWM") - before
+
+
+def resident_memory() -> float:
+    """MB of this process."""
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> float:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 / 1e6
+
+
+# What to work on ------------------------------------------------------------------------------------------------------
+
+
+def photo() -> np.ndarray:
+    """A street with a bus and people, 1080x810, from the wheel of ultralytics: the detector sees it at 1024x768."""
+    return read_rgb(ASSETS / "bus.jpg")
+
+
+def turned(image: np.ndarray) -> list[np.ndarray]:
+    """The image and its mirror image, each turned four ways: eight images that cost the same."""
+    return [np.ascontiguousarray(np.rot90(i, k)) for i in (image, image[:, ::-1]) for k in range(4)]
+
+
+def photos(count: int) -> tuple[str, list[np.ndarray]]:
+    """As many photos as there are, at most `count`, and what to call them."""
+    files = sorted((PHOTOS / "images").glob("*.jpg"))[:count]
+    if files:
+        return f"{len(files)} COCO photos", [read_rgb(file) for file in files]
+    found = turned(photo()) + turned(read_rgb(ASSETS / "zidane.jpg"))
+    return "2 photos, mirrored and turned", found[:count]
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+
+
+def random_boxes(count: int, size: tuple[int, int]) -> np.ndarray:
+    """float32 [count, 4] xyxy within `size` (h, w), with sides of 4 to 60 % of the image's, small ones as often."""
+    rng = np.random.default_rng(0)
+    sides = np.exp(rng.uniform(np.log(0.04), np.log(0.6), (count, 2)))
+    starts = rng.uniform(0, 1 - sides)
+    scale = np.array(size[::-1])
+    return np.concatenate([starts * scale, (starts + sides) * scale], 1).astype(np.float32)
