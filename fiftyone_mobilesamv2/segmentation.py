@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import fiftyone.core.fields as fof
 import fiftyone.core.labels as fol
+import fiftyone.core.odm as foo
+import fiftyone.core.sample as fos
 import fiftyone.core.utils as fou
 import fiftyone.core.validation as fov
 from bson import ObjectId
 from fiftyone import ViewField as F
 from mongoengine.errors import ValidationError
-from pymongo import UpdateOne
-from pymongo.errors import PyMongoError
+from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
 from .modeling.object_discovery import CONFIDENCE
 from .progress import Cancelled
-from .segmentation_runs import Failure, SegmentationRun, record, recorded_runs
+from .segmentation_runs import SegmentationRun, record, recorded_runs
 from .stored_labels import LabelError, StoredImage, check_field_name, stored_images
-from .zoo import (
-    LABEL_BYTES_PER_SAMPLE,
-    ImageGetItem,
-    ImageItem,
-    MobileSAMv2Model,
-    MobileSAMv2ModelConfig,
-)
+from .zoo import Found, ImageGetItem, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -45,10 +45,10 @@ _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField
 
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
-MONGODB_BYTES = 16 * 2**20  # of a document, at most
 _TRIES = 5
-_REFUSED = (PyMongoError, ValueError)  # FiftyOne makes the latter of what MongoDB says of several documents
-_PROMPTS_AT_ONCE = 100  # MongoDB looks for each of them among all labels of the document
+
+# The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
+Update = Callable[[list[dict]], tuple[dict, dict]]
 
 
 def segment_everything(
@@ -82,30 +82,21 @@ def segment_everything(
         check_same_parameters(samples, label_field, parameters)
     _declare(samples._root_dataset, label_field)
     with _recorded(samples, label_field, parameters) as run:
-        while len(todo):
-            try:
+        if samples.media_type != "video":
+            _declare_attributes(samples._root_dataset, label_field)
+            read_image = ImageGetItem()
+
+            def read(image: StoredImage) -> ImageItem:
+                return read_image({"id": str(image.sample_id), "filepath": image.name})
+
+            update = partial(_new_labels, label_field=label_field, replace=replace)
+            _pipeline(todo, model, [], read, update, run, batch_size, progress)
+        elif len(todo):
+            try:  # FiftyOne reads videos frame by frame, one after the other
                 with _counted(run, model):
-                    todo.apply_model(
-                        model,
-                        label_field=label_field,
-                        batch_size=batch_size,
-                        num_workers=_workers(samples),
-                        progress=progress,
-                    )
-                break
-            except _REFUSED:  # one document costs FiftyOne's whole run
-                left = _untouched(todo, run).exclude([failure.sample_id for failure in run.failures])
-                full = left.select(_without_room(left))
-                if not len(full):
-                    raise
-                run.failures += _failures(full, f"its document has no room for '{label_field}': MongoDB takes 16 MB")
-                todo = left.exclude(full.values("id"))
-        if not samples._root_dataset.has_field(label_field):
-            raise ValueError(f"'{label_field}' was deleted while masks were being stored in it.")
-        run.failures += _failures(
-            _untouched(todo, run).exclude([failure.sample_id for failure in run.failures]),
-            f"it was segmented, but '{label_field}' could not be stored: the log says why",
-        )
+                    todo.apply_model(model, label_field=label_field, batch_size=batch_size, progress=progress)
+            finally:
+                run.objects = model.num_labels
     return run
 
 
@@ -134,8 +125,31 @@ def segment_anything(
     if label_field is not None:
         check_label_field(samples, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
-    with _recorded(samples, label_field or prompt_field, parameters) as run, model, _counted(run, model):
-        _answer_prompts(samples, model, prompt_field, label_field, replace, batch_size, progress)
+    dataset = samples._root_dataset
+    with _recorded(samples, label_field or prompt_field, parameters) as run:
+        if label_field is None:
+            root, is_list = dataset._get_label_field_root(prompt_field)
+            update = partial(_masks_in_place, root=root, is_list=is_list)
+        else:
+            _declare(dataset, label_field)
+            update = partial(_merged_labels, label_field=label_field)
+        _declare_attributes(dataset, run.label_field)
+        answered = {} if label_field is None or replace else _labels_with_masks(samples, label_field)
+        read_prompted = ImageGetItem({"prompt_field": prompt_field})
+
+        def read(image: StoredImage) -> ImageItem | None:
+            item = ImageItem(str(image.sample_id), image.name, prompted=True, skip_failures=True)
+            try:
+                prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
+            except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
+                return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
+            left = _left(prompts, label_field is None, replace, answered.get(item.sample_id) or ())
+            if left is None:
+                return None
+            return read_prompted({"id": item.sample_id, "filepath": item.filepath, "prompt_field": left})
+
+        with fou.SetAttributes(model, keep_boxes=label_field is None):
+            _pipeline(samples, model, [prompt_field], read, update, run, batch_size, progress)
     return run
 
 
@@ -222,12 +236,157 @@ def _holds(found: fof.Field, kinds: tuple[type, ...]) -> bool:
     return isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, kinds)
 
 
-def _workers(samples: Samples) -> int | None:
-    # Videos are read frame by frame without workers. A worker is a fork of this process, which may be the App's server.
-    return None if samples.media_type == "video" else 0
+# Reading, segmenting and storing ------------------------------------------------------------------------------------
 
 
-# Prompts of the dataset ---------------------------------------------------------------------------------------------
+def _pipeline(
+    samples: Samples,
+    model: MobileSAMv2Model,
+    field_names: Sequence[str],
+    read: Callable[[StoredImage], ImageItem | None],
+    update: Update,
+    run: SegmentationRun,
+    batch_size: int,
+    progress: bool | Callable | None,
+) -> None:
+    """Segments images in batches. While the model is at one, the next is read, and the one before stored.
+
+    There is one thread that reads and one that stores: images are stored in their order, and no more than three batches
+    are in memory. Decoding and compressing take each a few percent of the model's time, and don't hold Python's lock:
+    more threads would only take cores from the model. A worker process would be a fork of this one, which may be the
+    App's server.
+
+    Whatever ends this, the batches that are through the model are stored first.
+
+    Args:
+        field_names: what `read` looks at of a stored image. `read` returns None where there is nothing to do.
+        run: of which images, objects, failures and seconds are noted.
+    """
+    images = _each_once(samples, field_names)
+
+    def read_batch() -> list[ImageItem | None]:
+        return [read(image) for image in islice(images, batch_size)]
+
+    with (
+        _counted(run, model),
+        model,
+        fou.ProgressBar(total=len(samples), progress=progress) as bar,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        ahead, behind = reader.submit(read_batch), Future()
+        behind.set_result(None)
+        try:
+            while batch := ahead.result():
+                ahead = reader.submit(read_batch)
+                items = [item for item in batch if item is not None]
+                found = model.segment_all(items)
+                behind.result()
+                behind = writer.submit(_store, samples._root_dataset, model, items, found, update, run)
+                bar.update(len(batch))
+        finally:
+            behind.result()
+
+
+def _each_once(samples: Samples, field_names: Sequence[str]) -> Iterator[StoredImage]:
+    seen = set()  # a view that is sorted by what is written may come across a sample twice
+    while True:
+        try:
+            for image in stored_images(samples, field_names):
+                if image.sample_id not in seen:
+                    seen.add(image.sample_id)
+                    yield image
+            return
+        except CursorNotFound:  # MongoDB forgets those that nobody asks for ten minutes
+            pass
+
+
+def _store(
+    dataset: fo.Dataset,
+    model: MobileSAMv2Model,
+    items: Sequence[ImageItem],
+    found: Sequence[Found | None],
+    update: Update,
+    run: SegmentationRun,
+) -> None:
+    """Stores what was found in images: each wholly or not at all, and none fails for another.
+
+    Raises:
+        PyMongoError: the database can't be written to. ValueError: the field is gone.
+    """
+    stored = []
+    for item, masks in zip(items, found):
+        if masks is None:
+            continue
+        documents: list[dict] = []
+        is_stored = False
+        try:
+            documents = model.to_documents(masks)
+            model.store_masks(documents)
+            condition, values = update(documents)
+            values["last_modified_at"] = datetime.now(timezone.utc)
+            # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
+            result = dataset._sample_collection.update_one(
+                {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
+            )
+            is_stored = result.matched_count == 1
+        except Exception as error:
+            if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
+                raise
+            cause = error.details["errmsg"] if isinstance(error, WriteError) else str(error)
+            model.fail(item, f"its masks can't be stored: {cause[:200]}")
+        if is_stored:
+            stored.append(item.sample_id)
+            run.objects += len(documents)
+            continue
+        for document in documents:
+            if "mask_path" in document:
+                with suppress(OSError):
+                    os.remove(document["mask_path"])
+    fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored)
+    _check_is_there(dataset, run.label_field.split(".")[0])
+
+
+def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
+    """Raises ValueError where someone has deleted the field. Samples with values in none can't be loaded any more."""
+    there = {"_id": dataset._doc.id, "sample_fields.name": label_field}
+    if foo.get_db_conn().datasets.find_one(there, {"_id": True}) is None:
+        dataset._sample_collection.update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
+        raise ValueError(f"'{label_field}' was deleted while masks were being stored in it.")
+
+
+def _new_labels(documents: list[dict], label_field: str, replace: bool) -> tuple[dict, dict]:
+    """Where labels are not to be replaced, what someone else has put there meanwhile stays."""
+    labels = {"_cls": "Detections", "detections": documents}
+    return {} if replace else {label_field: None}, {label_field: {"$literal": labels}}
+
+
+def _merged_labels(documents: list[dict], label_field: str) -> tuple[dict, dict]:
+    """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
+    others = {
+        "$filter": {
+            "input": {"$ifNull": [f"${label_field}.detections", []]},
+            "cond": {"$not": {"$in": ["$$this._id", [document["_id"] for document in documents]]}},
+        }
+    }
+    labels = {"$concatArrays": [others, {"$literal": documents}]}
+    return {}, {f"{label_field}._cls": "Detections", f"{label_field}.detections": labels}
+
+
+def _masks_in_place(documents: list[dict], root: str, is_list: bool) -> tuple[dict, dict]:
+    """Labels are told by id: others may have come and gone since they were read."""
+    ids, masks = [], []
+    for document in documents:
+        if "mask" in document or "mask_path" in document:
+            ids.append(document["_id"])
+            masks.append({name: document.get(name) for name in ("mask", "mask_path", *_MASK_ATTRIBUTES)})
+    label = "$$this" if is_list else f"${root}"
+    index = {"$indexOfArray": [ids, f"{label}._id"]}
+    mask = {"$arrayElemAt": [{"$literal": masks}, index]}
+    given = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
+    # Else a label that has become None meanwhile, or a single one that is another now, would be written to.
+    there = {f"{root}._id": {"$in": ids}}
+    return there, {root: {"$map": {"input": f"${root}", "in": given}} if is_list else given}
 
 
 def _declare(dataset: fo.Dataset, label_field: str) -> None:
@@ -245,76 +404,13 @@ def _declare(dataset: fo.Dataset, label_field: str) -> None:
         dataset.reload()
 
 
-def _answer_prompts(
-    samples: Samples,
-    model: MobileSAMv2Model,
-    prompt_field: str,
-    label_field: str | None,
-    replace: bool,
-    batch_size: int,
-    progress: bool | Callable | None,
-) -> None:
-    dataset = samples._root_dataset
-    if label_field is not None:
-        _declare(dataset, label_field)
-    root, is_list = dataset._get_label_field_root(label_field or prompt_field)
+def _declare_attributes(dataset: fo.Dataset, label_field: str) -> None:
+    root, _ = dataset._get_label_field_root(label_field)
     for name, kind in _MASK_ATTRIBUTES.items():
         dataset.add_sample_field(f"{root}.{name}", kind)
-    answered = {} if label_field is None or replace else _labels_with_masks(samples, label_field)
-    read = ImageGetItem({"prompt_field": prompt_field})
-
-    seen: set[str] = set()  # a view that is sorted by what is written may come across a sample twice
-
-    def items(images: Sequence[StoredImage]) -> Iterator[ImageItem]:
-        for image in images:
-            path, id = image.name, str(image.sample_id)
-            if id in seen:
-                continue
-            seen.add(id)
-            try:
-                prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
-            except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
-                yield ImageItem(id, path, error=f"its prompts can't be read: {error}", prompted=True)
-                continue
-            left = _left(prompts, label_field is None, replace, answered.get(id) or ())
-            if left is not None:
-                yield read({"id": id, "filepath": path, "prompt_field": left})
-
-    keep_boxes = fou.SetAttributes(model, keep_boxes=label_field is None)
-    with keep_boxes, fou.ProgressBar(samples, progress=progress) as bar:
-        for batch in fou.iter_batches(stored_images(samples, [prompt_field]), batch_size):
-            batch = list(batch)
-            read_items = list(items(batch))
-            operations = []
-            for item, labels in zip(read_items, model.predict_all(read_items)):
-                if labels is None:
-                    continue
-                if label_field is None:
-                    operations += _mask_updates(ObjectId(item.sample_id), root, is_list, labels.detections)
-                else:
-                    operations.append(_merge(ObjectId(item.sample_id), label_field, labels))
-            model.failures += _write(dataset, operations, read_items)
-            bar.update(len(batch))
 
 
-def _write(dataset: fo.Dataset, operations: Sequence[UpdateOne], items: Sequence[ImageItem]) -> list[Failure]:
-    """Updates samples; returns those whose documents have no room for it, which get none of theirs."""
-    ids, failures = [item.sample_id for item in items], []
-    if not operations:
-        return failures
-    try:
-        dataset._bulk_write(operations, ids=ids, ordered=True)
-    except _REFUSED:
-        for item in items:
-            own = [operation for operation in operations if str(operation._filter["_id"]) == item.sample_id]
-            try:
-                if own:
-                    dataset._bulk_write(own, ids=[item.sample_id], ordered=True)
-            except _REFUSED as error:
-                failures.append(
-                    Failure(item.sample_id, item.filepath, f"its masks can't be stored: {str(error)[:200]}")
-                )
-    return failures
+# Prompts of the dataset ---------------------------------------------------------------------------------------------
 
 
 def _labels_with_masks(samples: Samples, label_field: str) -> dict[str, list[str]]:
@@ -335,46 +431,6 @@ def _left(
 
 def _has_mask(detection: fol.Detection) -> bool:
     return detection.mask is not None or detection.mask_path is not None
-
-
-def _merge(sample_id: ObjectId, label_field: str, labels: fol.Detections) -> UpdateOne:
-    """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
-    found = [label.to_mongo().to_dict() for label in labels.detections]
-    others = {
-        "$filter": {
-            "input": {"$ifNull": [f"${label_field}.detections", []]},
-            "cond": {"$not": {"$in": ["$$this._id", [label["_id"] for label in found]]}},
-        }
-    }
-    values = {
-        f"{label_field}._cls": "Detections",
-        f"{label_field}.detections": {"$concatArrays": [others, {"$literal": found}]},
-        "last_modified_at": datetime.now(timezone.utc),
-    }
-    return UpdateOne({"_id": sample_id}, [{"$set": values}])
-
-
-def _mask_updates(
-    sample_id: ObjectId, root: str, is_list: bool, detections: Sequence[fol.Detection]
-) -> Iterator[UpdateOne]:
-    """Labels are told by id: others may have come and gone since they were read."""
-    detections = [d for d in detections if _has_mask(d)]
-    # Else a label that has become None meanwhile, or a single one that is another now, would be written to.
-    there = {"_id": sample_id, f"{root}._id": {"$in": [ObjectId(d.id) for d in detections]}}
-    for start in range(0, len(detections), _PROMPTS_AT_ONCE):
-        values: dict[str, object] = {"last_modified_at": datetime.now(timezone.utc)}
-        filters = []
-        for detection in detections[start : start + _PROMPTS_AT_ONCE]:
-            path = root
-            if is_list:
-                path += f".$[l{len(filters)}]"
-                filters.append({f"l{len(filters)}._id": ObjectId(detection.id)})
-            values |= {
-                f"{path}.mask": None if detection.mask is None else fou.serialize_numpy_array(detection.mask),
-                f"{path}.mask_path": detection.mask_path,
-                **{f"{path}.{name}": detection[name] for name in _MASK_ATTRIBUTES},
-            }
-        yield UpdateOne(there, {"$set": values}, array_filters=filters or None)
 
 
 # What is noted ----------------------------------------------------------------------------------------------------
@@ -429,26 +485,6 @@ def _counted(run: SegmentationRun, model: MobileSAMv2Model) -> Iterator[None]:
         yield
     finally:
         run.images += model.num_images
-        run.objects += model.num_labels
         run.failures += model.failures
         for stage, seconds in model.seconds.items():
             run.seconds[stage] = run.seconds.get(stage, 0) + seconds
-
-
-def _untouched(samples: Samples, run: SegmentationRun) -> Samples:
-    """The samples that nothing was stored on since the run began. Of videos, whose frames get the labels: none."""
-    if samples.media_type == "video":
-        return samples.limit(0)
-    return samples.match(F("last_modified_at") < datetime.fromisoformat(run.started))
-
-
-def _without_room(samples: Samples) -> list[str]:
-    """Those whose documents leave less than what the labels of an image may take."""
-    room = {"$expr": {"$gt": [{"$bsonSize": "$$ROOT"}, MONGODB_BYTES - LABEL_BYTES_PER_SAMPLE]}}
-    pipeline = [{"$match": {"_id": {"$in": [ObjectId(id) for id in samples.values("id")]}}}, {"$match": room}]
-    found = samples._root_dataset._sample_collection.aggregate([*pipeline, {"$project": {"_id": True}}])
-    return [str(document["_id"]) for document in found]
-
-
-def _failures(samples: Samples, error: str) -> list[Failure]:
-    return [Failure(id, path, error) for id, path in zip(*samples.values(["id", "filepath"]))]

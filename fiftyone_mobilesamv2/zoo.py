@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import fiftyone as fo
 import fiftyone.core.config as foc
@@ -29,6 +29,7 @@ from .modeling.masks import Segmentation
 from .modeling.mobilesamv2 import PROMPTINGS, MobileSAMv2
 from .modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
 from .segmentation_runs import Failure
+from .stored_labels import serialized
 
 if TYPE_CHECKING:
     from fiftyone.operators import types
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LABEL = "object"
+_DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # what the database holds of every object
 
 # MongoDB takes documents of at most 16,793,600 bytes. The labels of a field get 7 MiB, which leaves room for a second
 # field like it and for the attributes that an evaluation adds.
@@ -122,6 +126,13 @@ class ImageItem:
     error: str | None = None
     prompted: bool = False
     skip_failures: bool = False
+
+
+class Found(NamedTuple):
+    """The masks of an image, and the prompt of each, if there were prompts."""
+
+    masks: Segmentation
+    prompts: Sequence[fol.Detection | fol.Keypoint] | None = None
 
 
 class ImageGetItem(fout.GetItem):
@@ -248,36 +259,70 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         What goes wrong with an array is raised; with an item, as it says.
         """
         items = [arg if isinstance(arg, ImageItem) else ImageItem(image=np.asarray(arg)) for arg in args]
-        labels: list[fol.Label | None] = [None] * len(items)
-        good = [i for i, item in enumerate(items) if item.error is None]
+        found = self.segment_all(items)
+        return [each and self._attempt(item, self._to_labels, each) for item, each in zip(items, found)]
+
+    def segment_all(self, items: Sequence[ImageItem]) -> list[Found | None]:
+        """The part of :meth:`predict_all` that takes a model: what is found, before it becomes labels."""
+        good = [item for item in items if item.error is None]
         for item in items:
             if item.error is not None:
-                self._record(item, item.error)
+                self.fail(item, item.error)
         try:
-            predicted = self._predict([items[i] for i in good])
+            found = self._segment(good)
         except Exception:
             if not all(item.skip_failures for item in items):
                 raise
             # One image may have failed the others: each gets a try of its own.
-            predicted = [self._predict_or_record(items[i]) for i in good]
-        for i, label in zip(good, predicted):
-            labels[i] = label
-            self.num_labels += 0 if label is None else len(label.detections)
+            found = [self._attempt(item, lambda item: self._segment([item])[0], item) for item in good]
         self.num_images += len(items)
-        return labels
+        self.num_labels += sum(len(each.masks) for each in found if each)
+        of_good = iter(found)
+        return [next(of_good) if item.error is None else None for item in items]
 
-    def _predict_or_record(self, item: ImageItem) -> fol.Label | None:
+    def to_documents(self, found: Found) -> list[dict]:
+        """The detections as FiftyOne stores them, but for their masks, which are still arrays.
+
+        At 320 masks an image FiftyOne's own objects take ten times as long, all of it inside Python's lock, which the
+        model then waits for.
+        """
+        if found.prompts is None:
+            return [_DOCUMENT | {"_id": ObjectId()} | _attributes(found.masks, i) for i in range(len(found.masks))]
+        documents = []
+        for detection in self._prompted_detections(found):
+            mask, detection.mask = detection.mask, None
+            documents.append(detection.to_mongo().to_dict() | ({} if mask is None else {"mask": mask}))
+        return documents
+
+    def store_masks(self, documents: Sequence[dict]) -> None:
+        """Puts the masks of :meth:`to_documents` where they are kept: into the documents, or into files."""
+        with_masks = [document for document in documents if "mask" in document]
+        contents = [serialized(document["mask"]) if self.label_bytes else b"" for document in with_masks]
+        beyond = self._beyond_budget([len(content) for content in contents], len(documents))
+        for i, (document, content) in enumerate(zip(with_masks, contents)):
+            mask = document.pop("mask")
+            if i in beyond:
+                document["mask_path"] = self._mask_path()
+                fol.Detection(mask=mask).export_mask(document["mask_path"])
+            else:
+                document["mask"] = content
+
+    def _attempt(self, item: ImageItem, work: Callable[..., T], *args: object) -> T | None:
+        """None where it fails, which is recorded, or raised where the item says so."""
         try:
-            return self._predict([item])[0]
+            return work(*args)
         except Exception as error:
-            self._record(item, f"{type(error).__name__}: {error}")
+            if not item.skip_failures:
+                raise
+            self.fail(item, f"{type(error).__name__}: {error}")
             return None
 
-    def _record(self, item: ImageItem, error: str) -> None:
+    def fail(self, item: ImageItem, error: str) -> None:
+        """Notes an image that was not segmented."""
         self.failures.append(Failure(item.sample_id, item.filepath, error))
         logger.warning("%s (sample %s) was not segmented: %s", item.filepath, item.sample_id, error)
 
-    def _predict(self, items: Sequence[ImageItem]) -> list[fol.Label | None]:
+    def _segment(self, items: Sequence[ImageItem]) -> list[Found | None]:
         if items and items[0].prompted:
             return [self._segment_anything(item) for item in items]
         config = self.config
@@ -290,22 +335,18 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             points_per_side=config.points_per_side,
             grid_filter=GridFilter(config.pred_iou_thresh, config.stability_score_thresh),
         )
-        return [self._to_labels(segmentation) for segmentation in found]
+        return [Found(self._wanted(masks)) for masks in found]
 
-    def _to_labels(self, found: Segmentation) -> fol.Detections:
+    def _wanted(self, found: Segmentation) -> Segmentation:
         if self.config.confidence_thresh is not None:
             found = found.select(np.flatnonzero(found.confidence >= self.config.confidence_thresh))
         if self.config.min_area:
             found = found.select(np.flatnonzero(found.areas >= self.config.min_area))
         if self.config.max_masks is not None:
             found = found.select(np.argsort(-found.confidence, kind="stable")[: self.config.max_masks])
-        detections = [
-            fol.Detection(label=LABEL, confidence=float(found.confidence[i]), **mask_attributes(found, i))
-            for i in range(len(found))
-        ]
-        return self._within_budget(fol.Detections(detections=detections))
+        return found
 
-    def _segment_anything(self, item: ImageItem) -> fol.Detections | None:
+    def _segment_anything(self, item: ImageItem) -> Found | None:
         prompts = labels_of(item.prompts)
         if not prompts:
             return None
@@ -319,35 +360,61 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             points, point_labels = zip(*(keypoint_prompt(prompt) for prompt in prompts))
             points = [p * scale for p in points]
             found = self.model.segment_anything([item.image], points=[points], point_labels=[point_labels])[0]
-        detections = [prompted_detection(prompt, found, i, self.keep_boxes) for i, prompt in enumerate(prompts)]
-        thresh = self.config.confidence_thresh
-        if thresh is not None:
-            detections = [d for d, iou in zip(detections, found.predicted_iou) if iou >= thresh]
+        if self.config.confidence_thresh is not None:
+            kept = np.flatnonzero(found.predicted_iou >= self.config.confidence_thresh)
+            found, prompts = found.select(kept), [prompts[i] for i in kept]
+        return Found(found, prompts)
+
+    def _to_labels(self, found: Found) -> fol.Detections:
+        if found.prompts is None:
+            detections = [fol.Detection(label=LABEL, **_attributes(found.masks, i)) for i in range(len(found.masks))]
+        else:
+            detections = self._prompted_detections(found)
         return self._within_budget(fol.Detections(detections=detections))
 
+    def _prompted_detections(self, found: Found) -> list[fol.Detection]:
+        return [prompted_detection(prompt, found.masks, i, self.keep_boxes) for i, prompt in enumerate(found.prompts)]
+
     def _within_budget(self, labels: fol.Detections) -> fol.Detections:
-        """Moves the largest masks to disk until the rest fits into the sample's document."""
-        with_masks = [d for d in labels.detections if d.mask is not None]
-        rest = DETECTION_BYTES * len(labels.detections)
+        with_masks = [detection for detection in labels.detections if detection.mask is not None]
         # zlib makes a little over a bit per pixel of noise, and the array has a header: a bound that costs nothing.
-        if rest + sum(d.mask.size / 7 + 200 for d in with_masks) <= self.label_bytes:
-            return labels
-        sizes = {d.id: len(fou.serialize_numpy_array(d.mask)) for d in with_masks}
-        total, moved = rest + sum(sizes.values()), 0
-        folder = self.config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks")
-        for detection in sorted(with_masks, key=lambda d: sizes[d.id], reverse=True):
+        bound = sum(detection.mask.size / 7 + 200 for detection in with_masks)
+        if DETECTION_BYTES * len(labels.detections) + bound > self.label_bytes:
+            sizes = [len(fou.serialize_numpy_array(detection.mask)) for detection in with_masks]
+            for i in self._beyond_budget(sizes, len(labels.detections)):
+                with_masks[i].export_mask(self._mask_path(), update=True)
+        return labels
+
+    def _beyond_budget(self, mask_bytes: Sequence[int], num_detections: int) -> set[int]:
+        """Which masks go to disk: the largest, until the rest fits into the sample's document."""
+        total = DETECTION_BYTES * num_detections + sum(mask_bytes)
+        beyond: set[int] = set()
+        for i in sorted(range(len(mask_bytes)), key=mask_bytes.__getitem__, reverse=True):
             if total <= self.label_bytes:
                 break
-            total -= sizes[detection.id]
-            # Ids end in a counter: 256 folders that fill evenly.
-            path = os.path.join(folder, detection.id[-2:], f"{detection.id}.png")
-            detection.export_mask(path, update=True)
-            moved += 1
-        if moved and not self.config.masks_on_disk:
+            total -= mask_bytes[i]
+            beyond.add(i)
+        if beyond and self.label_bytes:
             logger.info(
-                "Stored %d of %d masks of an image in %s: they don't fit into its document", moved, len(sizes), folder
+                "Stored %d of %d masks of an image in %s: they don't fit into its document",
+                len(beyond),
+                len(mask_bytes),
+                self._mask_folder,
             )
-        return labels
+        return beyond
+
+    @property
+    def _mask_folder(self) -> str:
+        return self.config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks")
+
+    def _mask_path(self) -> str:
+        name = str(ObjectId())  # and not the detection's, which may have a file that is needed until this one is stored
+        # Ids end in a counter: 256 folders that fill evenly.
+        return os.path.join(self._mask_folder, name[-2:], f"{name}.png")
+
+
+def _attributes(found: Segmentation, index: int) -> dict:
+    return {"confidence": float(found.confidence[index]), **mask_attributes(found, index)}
 
 
 def mask_attributes(found: Segmentation, index: int) -> dict:

@@ -236,15 +236,15 @@ def test_label_that_was_changed_meanwhile_gets_no_mask_of_another(boxed, monkeyp
     other = fo.Detection(label="other", bounding_box=[0.5, 0.5, 0.1, 0.1])
     ids = boxed.values("_id")
     model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
-    predict_all = model.predict_all
+    segment_all = model.segment_all
 
-    def predict_and_interfere(items):
-        found = predict_all(items)
+    def segment_and_interfere(items):
+        found = segment_all(items)
         boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"one": other.to_dict()}})
         boxed._sample_collection.update_one({"_id": ids[1]}, {"$set": {"one": None, "boxes": None}})
         return found
 
-    monkeypatch.setattr(model, "predict_all", predict_and_interfere)
+    monkeypatch.setattr(model, "segment_all", segment_and_interfere)
     for field in ("one", "boxes"):
         run = segmentation.segment_anything(boxed, model, field)
         assert run.failures == [] and not run.cancelled

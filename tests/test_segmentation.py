@@ -1,0 +1,309 @@
+"""Reading, segmenting and storing at the same time: what the database holds then, whatever happens meanwhile."""
+
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import fiftyone as fo
+import fiftyone.core.utils as fou
+import numpy as np
+import pytest
+from PIL import Image
+from pymongo.errors import AutoReconnect
+
+from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2.progress import Cancelled
+from fiftyone_mobilesamv2.segmentation import _each_once, segment_anything, segment_everything
+from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+
+MODEL = "mobilesamv2-demo-torch"
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    for index in range(COUNT):
+        Image.fromarray(make_scene(TEST_SEED, index).image).save(folder / f"{index}.png")
+    return sorted(map(str, folder.iterdir()))
+
+
+@pytest.fixture
+def images(dataset, files):
+    dataset.add_samples([fo.Sample(path) for path in files])
+    return dataset
+
+
+@pytest.fixture
+def model():
+    return zoo.load_model(MODEL, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def threads_end():
+    before = set(threading.enumerate())
+    yield
+    assert {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")} <= before
+
+
+def stored(dataset, field, with_ids=False):
+    """What the database holds, by file name: one dict of attributes a label, masks as arrays of pixels."""
+    found = {}
+    for document in dataset._sample_collection.find():
+        labels = document.get(field)
+        found[Path(document["filepath"]).name] = labels and [
+            {name: readable(name, value) for name, value in label.items() if with_ids or name != "_id"}
+            for label in labels["detections"]
+        ]
+        assert labels is None or labels["_cls"] == "Detections"
+    return found
+
+
+def readable(name, value):
+    if name == "mask_path":
+        value = cv2.imread(value, cv2.IMREAD_UNCHANGED)
+    elif name == "mask":
+        value = fou.deserialize_numpy_array(value)
+    return (value.dtype, value.tolist()) if isinstance(value, np.ndarray) else value
+
+
+@pytest.mark.parametrize("settings", [{}, {"masks_on_disk": True}, {"min_area": 300, "max_masks": 5}])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_same_documents_as_of_apply_model(images, tmp_path, settings, batch_size):
+    model = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path), **settings)
+    images.apply_model(model, "plain", batch_size=batch_size, num_workers=0)
+    run = segment_everything(images, model, "own", batch_size=batch_size)
+    plain, own = stored(images, "plain"), stored(images, "own")
+    assert own == plain and all(own.values())
+    assert run.objects == sum(map(len, own.values())) == images.count("own.detections")
+    assert len(set(images.values("own.detections.id", unwind=True))) == run.objects
+    assert images.first().own.detections[0].predicted_iou == images.first().plain.detections[0].predicted_iou
+
+
+def test_same_documents_as_of_apply_model_from_prompts(images, model):
+    boxes = [[0.1, 0.1, 0.4, 0.4], [0.5, 0.4, 0.3, 0.5], [0, 0, 0.001, 0.001]]
+    for sample in images:
+        sample["boxes"] = fo.Detections(
+            detections=[fo.Detection(label="box", bounding_box=box, tags=["x"], mood="good") for box in boxes]
+        )
+        sample["clicks"] = fo.Keypoints(keypoints=[fo.Keypoint(label="click", points=[(0.3, 0.3)], mood="bad")])
+        sample.save()
+    for prompts in ("boxes", "clicks"):
+        images.apply_model(model, f"plain_{prompts}", prompt_field=prompts, num_workers=0)
+        segment_anything(images, model, prompts, f"own_{prompts}", batch_size=4)
+        own = stored(images, f"own_{prompts}", with_ids=True)
+        assert own == stored(images, f"plain_{prompts}", with_ids=True) and all(own.values())
+
+
+def test_samples_in_memory_are_up_to_date(images, model):
+    sample = images.first()
+    created = sample.last_modified_at
+    segment_everything(images, model, "own")
+    assert sample.own.detections and sample.last_modified_at > created
+    segment_everything(images.limit(1), model, "own", replace=True)
+    assert sample.own.detections[0].id == images.first().own.detections[0].id
+
+
+def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
+    """Two batches at most are read, or segmented, and not stored; and all are stored in order."""
+    segment_all, store_masks = model.segment_all, model.store_masks
+    read, calls = [], []
+
+    def counted_read(path):
+        read.append(path)
+        return read_image(path)
+
+    def counted_segment_all(items):
+        in_database = images._sample_collection.count_documents({"own": {"$ne": None}})
+        calls.append((len(read), in_database))
+        return segment_all(items)
+
+    def slow_store_masks(documents):
+        time.sleep(0.5)
+        store_masks(documents)
+
+    read_image = zoo.read_image
+    monkeypatch.setattr(zoo, "read_image", counted_read)
+    monkeypatch.setattr(model, "segment_all", counted_segment_all)
+    monkeypatch.setattr(model, "store_masks", slow_store_masks)
+    segment_everything(images, model, "own", batch_size=1)
+    assert len(calls) == COUNT
+    for segmented, (num_read, num_stored) in enumerate(calls):
+        assert num_read <= segmented + 2
+        assert num_stored >= segmented - 1
+    times = images.values("last_modified_at")
+    assert times == sorted(times) and len(set(times)) == COUNT
+
+
+@pytest.mark.parametrize("interrupt", [Cancelled, KeyboardInterrupt])
+def test_interrupted_and_resumed(images, model, interrupt):
+    segment_everything(images, model, "reference")
+
+    def stop(bar):
+        if bar.iteration >= 4:
+            raise interrupt
+
+    try:
+        run = segment_everything(images, model, "own", batch_size=2, progress=stop)
+    except KeyboardInterrupt:
+        (run,) = recorded_runs(images, "own")
+    reference, own = stored(images, "reference"), stored(images, "own")
+    assert run.cancelled and run.images == 4  # what is through the model is stored
+    assert [own[name] == reference[name] for name in sorted(own)] == [True] * 4 + [False] * 2
+    assert [own[name] for name in sorted(own)][4:] == [None, None]
+    assert run.objects == sum(len(labels or []) for labels in own.values())
+    first = images.first().own.detections[0].id
+    assert segment_everything(images, model, "own", batch_size=2).images == 2
+    assert stored(images, "own") == reference and images.first().own.detections[0].id == first
+
+
+def test_database_that_goes_away_ends_the_run(images, model, monkeypatch):
+    calls, store_masks = [], model.store_masks
+
+    def store_three(documents):
+        calls.append(documents)
+        if len(calls) > 3:
+            raise AutoReconnect("connection closed")
+        store_masks(documents)
+
+    monkeypatch.setattr(model, "store_masks", store_three)
+    with pytest.raises(AutoReconnect, match="connection closed"):
+        segment_everything(images, model, "own", batch_size=2)
+    monkeypatch.undo()
+    own = stored(images, "own")
+    assert [bool(own[name]) for name in sorted(own)] == [True] * 3 + [False] * 3
+    (run,) = recorded_runs(images, "own")
+    assert run.cancelled and run.objects == images.count("own.detections") > 0
+    segment_everything(images, model, "own", batch_size=2)
+    segment_everything(images, model, "reference")
+    assert stored(images, "own") == stored(images, "reference")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_the_database_refuses_costs_its_image_alone(images, files, tmp_path, on_disk):
+    refuse = {"$or": [{"filepath": {"$ne": files[2]}}, {"own": None}]}
+    name = images._sample_collection_name
+    images._sample_collection.database.command("collMod", name, validator=refuse)
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
+    run = segment_everything(images, model, "own", batch_size=4)
+    assert [failure.filepath for failure in run.failures] == [files[2]]
+    assert run.failures[0].error == "its masks can't be stored: Document failed validation"
+    own = stored(images, "own")
+    assert [path for path in files if own[Path(path).name] is None] == [files[2]]
+    assert run.objects == images.count("own.detections")
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == (run.objects if on_disk else 0)  # no orphans
+
+
+def test_disk_that_is_full_costs_its_image_alone(images, files, tmp_path, monkeypatch):
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
+    export_mask, room = fo.Detection.export_mask, 25
+
+    def export_while_there_is_room(detection, path, **kwargs):
+        nonlocal room
+        room -= 1
+        if room == 0:
+            raise OSError(28, "No space left on device")
+        export_mask(detection, path, **kwargs)
+
+    monkeypatch.setattr(fo.Detection, "export_mask", export_while_there_is_room)
+    run = segment_everything(images, model, "own", batch_size=4)
+    (failure,) = run.failures
+    assert "No space left on device" in failure.error
+    own = stored(images, "own")
+    assert [path for path in files if own[Path(path).name] is None] == [failure.filepath]
+    assert run.objects == sum(len(labels or []) for labels in own.values())
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == run.objects  # no orphans
+
+
+def test_image_that_can_not_be_read_costs_itself_alone(images, model, tmp_path):
+    for name in ("bad.png", "gone.png"):
+        images.add_sample(fo.Sample(str(tmp_path / name)))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    run = segment_everything(images.sort_by("filepath", reverse=True), model, "own", batch_size=3)
+    assert {Path(failure.filepath).name for failure in run.failures} == {"bad.png", "gone.png"}
+    assert {name for name, labels in stored(images, "own").items() if labels is None} == {"bad.png", "gone.png"}
+    assert run.images == COUNT + 2
+
+
+def interfering(model, monkeypatch, what):
+    """Someone else does `what` while the model is at its first batch."""
+    segment_all = model.segment_all
+    pending = [what]
+
+    def segment_and_interfere(items):
+        found = segment_all(items)
+        while pending:
+            pending.pop()()
+        return found
+
+    monkeypatch.setattr(model, "segment_all", segment_and_interfere)
+
+
+def test_changed_by_someone_else_meanwhile(images, files, tmp_path, monkeypatch):
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
+    mine = fo.Detections(detections=[fo.Detection(label="mine", bounding_box=[0, 0, 1, 1])])
+    ids = images.values("_id")
+
+    def interfere():
+        images._sample_collection.update_one({"_id": ids[0]}, {"$set": {"own": mine.to_dict()}})
+        images._sample_collection.delete_one({"_id": ids[1]})
+
+    interfering(model, monkeypatch, interfere)
+    run = segment_everything(images, model, "own", batch_size=4)
+    assert run.failures == [] and not run.cancelled
+    own = stored(images, "own")
+    assert [label["label"] for label in own.pop("0.png")] == ["mine"]
+    assert len(own) == COUNT - 2 and all(own.values())
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == run.objects == sum(map(len, own.values()))
+
+
+def test_field_that_is_deleted_meanwhile(images, model, monkeypatch):
+    interfering(model, monkeypatch, lambda: fo.load_dataset(images.name).delete_sample_field("own"))
+    with pytest.raises(ValueError, match="'own' was deleted while masks were being stored in it"):
+        segment_everything(images, model, "own", batch_size=2)
+    assert not images.has_field("own")
+    assert images._sample_collection.count_documents({"own": {"$exists": True}}) == 0
+    images.clear_cache()
+    assert len(list(images)) == COUNT  # with a value in no field, none could be loaded
+
+
+def test_masks_of_many_prompts_are_stored_at_once_or_not_at_all(images, model):
+    sample = images.first()
+    boxes = [[0.01 * (i % 50), 0.2 * (i // 50), 0.3, 0.2] for i in range(150)]
+    sample["boxes"] = fo.Detections(
+        detections=[fo.Detection(label=f"{i}", bounding_box=b) for i, b in enumerate(boxes)]
+    )
+    sample.save()
+    with_masks = {"$filter": {"input": "$boxes.detections", "cond": {"$gt": ["$$this.mask", None]}}}
+    refuse = {"$expr": {"$lte": [{"$size": with_masks}, 100]}}
+    name = images._sample_collection_name
+    images._sample_collection.database.command("collMod", name, validator=refuse)
+    run = segment_anything(images, model, "boxes")
+    assert len(run.failures) == 1 and run.objects == 0
+    assert all("mask" not in label for label in stored(images, "boxes")["0.png"])
+    images._sample_collection.database.command("collMod", name, validator={})
+    run = segment_anything(images, model, "boxes")
+    labels = stored(images, "boxes")["0.png"]
+    assert run.failures == [] and run.objects == 150
+    assert [label["label"] for label in labels] == [f"{i}" for i in range(150)]
+    assert all(label["area_px"] == np.sum(label["mask"][1]) for label in labels if label.get("mask"))
+    assert sum(bool(label.get("mask")) for label in labels) > 100
+
+
+def test_cursor_that_the_database_drops(dataset):
+    """As it does with those that wait for ten minutes."""
+    dataset.add_samples([fo.Sample(f"{i}.png") for i in range(300)])
+    found = []
+    for image in _each_once(dataset, []):
+        found.append(image.sample_id)
+        if len(found) == 50:
+            admin = dataset._sample_collection.database.client.admin
+            idle = {"type": "idleCursor", "ns": dataset._sample_collection.full_name}
+            (cursor,) = admin.aggregate([{"$currentOp": {"idleCursors": True}}, {"$match": idle}])
+            killed = dataset._sample_collection.database.command(
+                "killCursors", dataset._sample_collection_name, cursors=[cursor["cursor"]["cursorId"]]
+            )
+            assert killed["cursorsKilled"]
+    assert found == dataset.values("_id")
