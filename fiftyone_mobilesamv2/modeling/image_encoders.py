@@ -217,5 +217,6 @@ def preprocess(image: np.ndarray, image_size: int) -> tuple[Tensor, tuple[int, i
     # At least one pixel: a 1 x 5000 image has a short side that rounds to zero.
     size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
     resized = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    pixels = (torch.from_numpy(resized).to(torch.float32) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-    return F.pad(pixels.permute(2, 0, 1), (0, image_size - size[1], 0, image_size - size[0])), size
+    pixels = torch.zeros(image_size, image_size, 3)
+    pixels[: size[0], : size[1]] = (torch.from_numpy(resized) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    return pixels.permute(2, 0, 1), size

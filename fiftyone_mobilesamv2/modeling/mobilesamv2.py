@@ -26,6 +26,7 @@ from .grid_prompts import (
     suppress_duplicates,
 )
 from .image_encoders import EncoderConfig, encoder_config, preprocess
+from .inference import prepare_for_inference
 from .masks import Segmentation, crop_masks
 from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
 from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
@@ -67,7 +68,8 @@ def default_device() -> torch.device:
 class MobileSAMv2(nn.Module):
     """An image encoder, a prompt-guided decoder and, for object-aware prompting, a detector.
 
-    Make one with :meth:`from_pretrained` or :meth:`from_checkpoints`.
+    Make one with :meth:`from_pretrained` or :meth:`from_checkpoints`. Encoder and detector are changed for inference
+    (:mod:`.inference`): they are not to be trained any more.
 
     Args:
         image_encoder: images [B, 3, S, S] -> embeddings [B, C, G, G].
@@ -75,7 +77,7 @@ class MobileSAMv2(nn.Module):
         config: the encoder's sizes.
         discovery: the detector, or None: then only the grid and SegAny work.
         device: where to run; None takes :func:`default_device`.
-        dtype: of the heavy computation. Weights, prompts and final masks stay float32.
+        dtype: of the heavy computation. Prompts, embeddings, boxes and final masks stay float32.
 
     Attributes:
         seconds: wall time spent per stage ("encode", "discover", "decode", "crop") since it was last cleared.
@@ -98,7 +100,8 @@ class MobileSAMv2(nn.Module):
         self.device = torch.device(device) if device is not None else default_device()
         self.dtype = dtype
         self.seconds: Counter[str] = Counter()
-        # `eval` after the weights are in: TinyViT caches its attention biases at this call.
+        for module in (image_encoder, *([discovery.detector] if discovery is not None else [])):
+            prepare_for_inference(module, self.device, dtype)
         self.to(self.device).requires_grad_(False).eval()
 
     @classmethod
@@ -179,8 +182,7 @@ class MobileSAMv2(nn.Module):
             # a single image fills the device.
             for image in images:
                 pixels, input_size = preprocess(image, self.config.image_size)
-                with self._autocast():
-                    features.append(self.image_encoder(pixels[None].to(self.device)).float())
+                features.append(self.image_encoder(pixels[None].to(self.device, self.dtype)).float())
                 input_sizes.append(input_size)
         if not features:
             size = self.config.embed_size
@@ -210,7 +212,7 @@ class MobileSAMv2(nn.Module):
                 'detector_checkpoint=..., or use prompting="grid".'
             )
         _check_images(images)
-        with self._timed("discover"), self._autocast():
+        with self._timed("discover"):
             return [self.discovery(image, conf, iou, max_prompts) for image in images]
 
     @torch.inference_mode()
@@ -422,9 +424,6 @@ class MobileSAMv2(nn.Module):
             boxes, masks, stability = crop_masks(logits, self.config.image_size, embeddings.input_sizes[index], size)
         predicted_iou = iou.cpu().numpy()
         return Segmentation(boxes, masks, predicted_iou.copy(), predicted_iou, stability, size)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

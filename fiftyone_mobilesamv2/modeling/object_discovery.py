@@ -48,7 +48,7 @@ def letterbox(image: np.ndarray, input_size: int) -> Tensor:
     The shape depends on the image alone, so an image is seen the same way in every batch.
     """
     resized = LetterBox((input_size, input_size), auto=True, stride=_STRIDE)(image=image)
-    return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))[None].float() / 255
+    return torch.from_numpy(resized).permute(2, 0, 1)[None].float() / 255
 
 
 def snap_to_border(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -112,8 +112,7 @@ class ObjectDiscovery(nn.Module):
         self, image: np.ndarray, conf: float = CONFIDENCE, iou: float = NMS_IOU, max_prompts: int = MAX_PROMPTS
     ) -> BoxPrompts:
         """Boxes of the objects of one uint8 RGB image [H, W, 3]; possibly none."""
-        device = next(self.detector.parameters()).device
-        pixels = letterbox(image, self.input_size).to(device)
+        pixels = letterbox(image, self.input_size).to(next(self.detector.parameters()))
         raw = self.detector(pixels)[0]
         if isinstance(raw, tuple):  # a segmentation model: predictions and mask prototypes
             raw = raw[0]
