@@ -112,7 +112,7 @@ class Released:
     def discover(self, image: np.ndarray, max_prompts: int, conf: float = CONFIDENCE) -> Tensor:
         """Boxes [N, 4] xyxy in pixels of the image."""
         with self._timed("discover"):
-            pixels = letterbox(image, 1024).to(self.device)
+            pixels = letterbox(image, 1024).contiguous().to(self.device)
             found = non_max_suppression(self.detector(pixels)[0], conf, NMS_IOU, max_det=max_prompts, nc=1)[0][:, :4]
             size = tuple(pixels.shape[-2:])
             return to_image(snap_to_border(found, size), size, image.shape[:2])
@@ -122,7 +122,7 @@ class Released:
         """The embedding [1, C, G, G], and the size of the resized image in the network input."""
         with self._timed("encode"):
             pixels, input_size = preprocess(image, 1024)
-            return self.sam.image_encoder(pixels[None].to(self.device)), input_size
+            return self.sam.image_encoder(pixels[None].contiguous().to(self.device)), input_size
 
     @torch.inference_mode()
     def decode(self, features: Tensor, boxes: Tensor, size: tuple[int, int], input_size: tuple[int, int]) -> Tensor:
@@ -167,9 +167,9 @@ class PlausibleMasks:
 
     def __call__(self, decoder: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A forward hook."""
-        logits, iou = output
-        chosen = self.bank[torch.arange(len(logits), device=logits.device) % len(self.bank)].to(logits)
-        return chosen[:, None].expand(-1, logits.shape[1], -1, -1), iou
+        for some in output[0].split(len(self.bank)):
+            some.copy_(self.bank[: len(some), None])
+        return output
 
 
 def object_like_logits(count: int = 64) -> Tensor:
