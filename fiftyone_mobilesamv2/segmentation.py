@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 import zlib
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     Samples = fo.core.collections.SampleCollection
 
+logger = logging.getLogger(__name__)
+
 _KINDS = {"Detection": fol.Detection, "Keypoint": fol.Keypoint}
 PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
 
@@ -46,6 +49,7 @@ _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
 _TRIES = 5
+_DELETED = "'{}' was deleted while masks were being stored in it."
 
 # The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
 Update = Callable[[list[dict]], tuple[dict, dict]]
@@ -97,6 +101,8 @@ def segment_everything(
                     todo.apply_model(model, label_field=label_field, batch_size=batch_size, progress=progress)
             finally:
                 run.objects = model.num_labels
+            if not samples._root_dataset.has_field(label_field):
+                raise ValueError(_DELETED.format(label_field))
     return run
 
 
@@ -281,11 +287,13 @@ def _pipeline(
                 ahead = reader.submit(read_batch)
                 items = [item for item in batch if item is not None]
                 found = model.segment_all(items)
-                behind.result()
-                behind = writer.submit(_store, samples._root_dataset, model, items, found, update, run)
+                before, behind = behind, writer.submit(_store, samples._root_dataset, model, items, found, update, run)
+                before.result()
                 bar.update(len(batch))
         finally:
-            behind.result()
+            if error := behind.exception():
+                logger.error("The last images that were segmented could not be stored: %s", error)
+        behind.result()
 
 
 def _each_once(samples: Samples, field_names: Sequence[str]) -> Iterator[StoredImage]:
@@ -343,8 +351,8 @@ def _store(
             if "mask_path" in document:
                 with suppress(OSError):
                     os.remove(document["mask_path"])
+    _check_is_there(dataset, run.label_field.split(".")[0])  # first: samples with values in no field can't be reloaded
     fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored)
-    _check_is_there(dataset, run.label_field.split(".")[0])
 
 
 def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
@@ -352,7 +360,7 @@ def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
     there = {"_id": dataset._doc.id, "sample_fields.name": label_field}
     if foo.get_db_conn().datasets.find_one(there, {"_id": True}) is None:
         dataset._sample_collection.update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
-        raise ValueError(f"'{label_field}' was deleted while masks were being stored in it.")
+        raise ValueError(_DELETED.format(label_field))
 
 
 def _new_labels(documents: list[dict], label_field: str, replace: bool) -> tuple[dict, dict]:

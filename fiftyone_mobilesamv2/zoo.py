@@ -158,7 +158,7 @@ class ImageGetItem(fout.GetItem):
             if self.has_prompts:
                 check_prompts(d["prompt_field"])
             return replace(item, image=read_image(d["filepath"]), prompts=d.get("prompt_field"))
-        except (OSError, ValueError, MemoryError) as error:
+        except (OSError, TypeError, ValueError, MemoryError) as error:
             if not self.skip_failures:
                 raise
             return replace(item, error=f"{type(error).__name__}: {error}")

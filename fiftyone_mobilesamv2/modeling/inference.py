@@ -137,7 +137,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Conv2d):
             convolution = name
-        elif isinstance(child, nn.BatchNorm2d):
+        elif type(child) is nn.BatchNorm2d:  # and none that does more, as timm has
             module.set_submodule(convolution, fuse_conv_bn_eval(module.get_submodule(convolution), child))
             module.set_submodule(name, nn.Identity())
 
@@ -160,7 +160,15 @@ def prepare_for_inference(module: nn.Module, device: torch.device, dtype: torch.
 
     Batch norms are folded into convolutions, attention is fused and its bias gathered once, what is larger than a CPU's
     cache is computed in strips, tensors are `dtype` and have their channels last. Prepared again, it stays as it is.
+
+    Raises:
+        ValueError: it has been prepared for another device or dtype.
     """
+    wanted = (device.type, dtype)
+    prepared = getattr(module, "prepared_for", wanted)
+    if prepared != wanted:
+        raise ValueError(f"This {type(module).__name__} was prepared for {prepared}: load another one for {wanted}.")
+    module.prepared_for = wanted
     module.eval().requires_grad_(False)
     fuse_batch_norms(module)
     _replace(module, _FASTER | (_IN_STRIPS if device.type == "cpu" else {}))

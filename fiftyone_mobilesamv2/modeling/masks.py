@@ -26,6 +26,9 @@ STABILITY_OFFSET = 1.0
 # our weights.
 _ROUNDING = 2**-20
 
+# Pixels of a mask that are looked at one by one: a few KB each, where the whole upsampling takes a few MB.
+_MOST_DOUBTS = 1024
+
 
 @dataclass
 class Segmentation:
@@ -122,22 +125,24 @@ class Axis:
         return slice(int(self.first[pixels].min()), int(self.last[pixels].max()) + 1)
 
 
-def _bilinear_matrix(n_in: int, n_out: int) -> Tensor:
+def _bilinear_matrix(n_in: int, n_out: int, device: torch.device) -> Tensor:
     """float32 [n_out, n_in]: 1-D `F.interpolate(..., mode="bilinear", align_corners=False)`.
 
     Made by `interpolate` itself, whose weights carry its float32 rounding of positions: 6e-5 at pixel 1000.
     """
-    return F.interpolate(torch.eye(n_in)[None], n_out, mode="linear", align_corners=False)[0].T
+    return F.interpolate(torch.eye(n_in, device=device)[None], n_out, mode="linear", align_corners=False)[0].T
 
 
 @lru_cache(maxsize=16)  # every batch of prompts of an image asks for the same two
-def upsampling_axis(logit_size: int, image_size: int, input_length: int, length: int) -> Axis:
+def upsampling_axis(logit_size: int, image_size: int, input_length: int, length: int, device: torch.device) -> Axis:
     """The axis of an image of `length` pixels that takes `input_length` of the network input's `image_size`."""
-    matrix = _bilinear_matrix(input_length, length) @ _bilinear_matrix(logit_size, image_size)[:input_length]
+    matrix = (
+        _bilinear_matrix(input_length, length, device) @ _bilinear_matrix(logit_size, image_size, device)[:input_length]
+    )
     used = matrix != 0
     first = used.int().argmax(1)
     last = logit_size - 1 - used.flip(1).int().argmax(1)
-    return Axis(matrix, first, last)
+    return Axis(matrix, first.cpu(), last.cpu())
 
 
 def crop_masks(
@@ -153,9 +158,10 @@ def crop_masks(
     """
     logits = low_res_logits.detach().float()
     rows, columns = (
-        upsampling_axis(logits.shape[-1], image_size, n_in, n_out) for n_in, n_out in zip(input_size, size)
+        upsampling_axis(logits.shape[-1], image_size, n_in, n_out, logits.device)
+        for n_in, n_out in zip(input_size, size)
     )
-    row_weights, column_weights = rows.weights.to(logits.device), columns.weights.T.contiguous().to(logits.device)
+    column_weights = columns.weights.T.contiguous()
     row_used, column_used = ((logits.amax(axis) > -STABILITY_OFFSET).cpu().numpy() for axis in (2, 1))
     # Both ways of summing may be wrong.
     tolerances = (logits.abs().amax((1, 2)) * 2 * _ROUNDING).tolist() if len(logits) else []
@@ -171,12 +177,13 @@ def crop_masks(
         if r.start == r.stop or c.start == c.stop:  # all of it lies in the padding
             continue
         in_rows, in_columns = rows.cells_of(r), columns.cells_of(c)
-        values = row_weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
+        values = rows.weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
         values = values.cpu().numpy()  # NumPy compares and counts several times faster than torch does on a CPU
         mask, possible = values > tolerance, values >= -tolerance
         if np.count_nonzero(mask) != np.count_nonzero(possible):
             y, x = np.nonzero(possible & ~mask)
-            decided = _decided(logits[i], rows.weights[r][y], columns.weights[c][x])
+            few = len(y) <= _MOST_DOUBTS
+            decided = _decided(logits[i], rows.weights[r][y], columns.weights[c][x]) if few else None
             if decided is None:
                 values = upsample(logits[i : i + 1], image_size, input_size, size)[0, r, c].cpu().numpy()
                 mask = values > 0

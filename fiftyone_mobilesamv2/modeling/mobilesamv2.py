@@ -103,6 +103,8 @@ class MobileSAMv2(nn.Module):
         for module in (image_encoder, *([discovery.detector] if discovery is not None else [])):
             prepare_for_inference(module, self.device, dtype)
         self.to(self.device).requires_grad_(False).eval()
+        with torch.inference_mode():
+            self._positions = decoder.positions(dtype)
 
     @classmethod
     def from_pretrained(
@@ -412,7 +414,7 @@ class MobileSAMv2(nn.Module):
 
     def _image_side(self, embeddings: ImageEmbeddings, index: int) -> ImageSide:
         with self._timed("decode"):
-            return self.decoder.image_side(embeddings.features[index], self.dtype)
+            return self.decoder.image_side(embeddings.features[index], self._positions)
 
     def _decode(self, side: ImageSide, prompts: Tensor, masks: slice = SINGLE_MASK) -> tuple[Tensor, Tensor]:
         with self._timed("decode"):

@@ -5,8 +5,9 @@ SAM's but for the order of additions. A prompt costs the released decoder 3.5 GF
 S = 4096 image tokens, made anew for every prompt. With few prompt tokens (T = 7 for a box) most of that can be had for
 less than half:
 
-- Until layer 0 has written to them, the image tokens K are the same for every prompt. What layer 0 needs of them, and
-  what all layers need of their positional encoding, is computed once an image: :class:`ImageSide`.
+- Until layer 0 has written to them, the image tokens K are the same for every prompt: what layer 0 needs of them is
+  computed once an image (:class:`ImageSide`). What later layers need of their positional encoding is the same for all
+  images (:class:`Positions`).
 - Later, products are reordered so that a projection W is applied to the few tokens and not to the many, per head:
   scores (Q Wq) (K Wk)^T = ((Q Wq) Wk^T) K^T, values P (K Wv) = (P K) Wv, and in the other direction
   (P V) Wo = P (V Wo). No projection of K is left.
@@ -39,29 +40,43 @@ UPSCALED_STRIPS = 4
 
 
 @dataclass(frozen=True)
-class ImageSide:
-    """What all prompts of one image share. S = embed_size ** 2 image tokens of C channels, h heads of d channels.
+class Positions:
+    """What all images share: the positional encoding (pe) of the S = embed_size ** 2 image tokens of C channels.
 
-    In the dtype that image tokens are to be computed in, but for `pe_q`: positions rounded to bfloat16 were what cost
-    masks most (the least IoU with float32 of 852 masks on photos rose from 0.952 to 0.975). Prompt tokens are few and
-    always float32.
+    Queries stay float32 in every dtype: rounded to bfloat16 they were what cost masks most (without that, the least IoU
+    with float32 of 852 masks on photos rose from 0.952 to 0.975).
     """
+
+    pe: Tensor  # float32 [S, C]
+    k: list[Tensor]  # [h, S, d], the pe's part of the keys of layer 1's and the final token-to-image attention
+    q: Tensor  # float32 [h, S, d], the pe's part of the queries of layer 1's image-to-token attention
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which image tokens are computed. Prompt tokens are few, and always float32."""
+        return self.k[0].dtype
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """What all prompts of one image share. S image tokens of C channels, h heads of d channels."""
 
     keys: Tensor  # [S, C] image tokens: the embedding plus the "no mask" embedding
     first_k: Tensor  # [h, S, d] keys of layer 0's token-to-image attention
     first_v: Tensor  # [h, S, d] its values
-    pe_q: list[
-        Tensor
-    ]  # for each layer [h, S, d], queries of its image-to-token attention; after layer 0 of the pe only
-    pe_k: list[
-        Tensor
-    ]  # for layer 1 and the final attention [h, S, d], of the pe only: keys of token-to-image attention
+    first_q: Tensor  # float32 [h, S, d] queries of layer 0's image-to-token attention
+    positions: Positions
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[N, T, h * d] -> [N, h, T, d]"""
     n, tokens, channels = x.shape
     return x.reshape(n, tokens, num_heads, channels // num_heads).transpose(1, 2)
+
+
+def _shared_heads(projection: nn.Linear, x: Tensor, attention: Attention) -> Tensor:
+    """Image tokens [S, C], projected -> [h, S, d]"""
+    return projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1).contiguous()
 
 
 def _merge_heads(x: Tensor) -> Tensor:
@@ -105,7 +120,7 @@ def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: 
     """Prompt tokens attend to the image: ``attention(queries, keys + pe, keys)``.
 
     Args:
-        queries: [N, T, C]. keys: [N, S, C]. pe_k: [h, S, d], from :class:`ImageSide`.
+        queries: [N, T, C]. keys: [N, S, C]. pe_k: [h, S, d], from :class:`Positions`.
 
     Returns:
         [N, T, C]
@@ -120,12 +135,13 @@ def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: 
     return attention.out_proj(v + attention.v_proj.bias)  # softmax's rows sum to 1: so the bias can come after it
 
 
-def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, pe_q: Tensor, first: bool) -> Tensor:
+def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, shared_q: Tensor, first: bool) -> Tensor:
     """The image attends to prompt tokens: ``keys + attention(keys + pe, k, v)``.
 
     Args:
-        keys: [N, S, C]. k, v: [N, T, C]. pe_q: [h, S, d], from :class:`ImageSide`.
-        first: whether `pe_q` holds the whole queries, as in layer 0.
+        keys: [N, S, C]. k, v: [N, T, C].
+        shared_q: [h, S, d], what is the same for all prompts of the queries `keys + pe`, projected.
+        first: whether that is all of them, as in layer 0.
 
     Returns:
         [N, S, C]
@@ -133,7 +149,7 @@ def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, p
     heads = attention.num_heads
     k, v = _heads(attention.k_proj(k), heads), _heads(attention.v_proj(v), heads)
     k = k * k.shape[-1] ** -0.5
-    scores = _scores(k, pe_q)
+    scores = _scores(k, shared_q)
     if not first:
         scores = scores + _fold(k, attention.q_proj.weight, keys)
     p = torch.softmax(scores, dim=2).flatten(1, 2).to(keys.dtype)  # over T: [N, h * T, S]
@@ -205,35 +221,40 @@ class PromptGuidedDecoder(nn.Module):
         device = self.prompt_encoder.no_mask_embed.weight.device
         return torch.autocast(device.type, enabled=False)
 
-    def image_side(self, features: Tensor, dtype: torch.dtype = torch.float32) -> ImageSide:
+    def positions(self, dtype: torch.dtype = torch.float32) -> Positions:
+        """The part of decoding that all images share, as long as the weights are the same.
+
+        Args:
+            dtype: in which image tokens are to be computed.
+        """
+        transformer = self.mask_decoder.transformer
+        second = transformer.layers[1]
+        with self._full_precision():
+            pe = self.prompt_encoder.get_dense_pe()[0].flatten(1).T
+        to_image = (second.cross_attn_token_to_image, transformer.final_attn_token_to_image)
+        return Positions(
+            pe=pe,
+            k=[_shared_heads(attention.k_proj, pe, attention).to(dtype) for attention in to_image],
+            q=_shared_heads(second.cross_attn_image_to_token.q_proj, pe, second.cross_attn_image_to_token),
+        )
+
+    def image_side(self, features: Tensor, positions: Positions) -> ImageSide:
         """The part of decoding that all prompts of an image share.
 
         Args:
             features: [C, G, G], one image's embedding.
-            dtype: in which image tokens are computed from here on.
+            positions: from :meth:`positions`.
         """
-        with self._full_precision():
-            pe = self.prompt_encoder.get_dense_pe()[0].flatten(1).T
         keys = features.flatten(1).T + self.prompt_encoder.no_mask_embed.weight
-        transformer = self.mask_decoder.transformer
-        first, second = transformer.layers
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (first.self_attn.num_heads, -1)).transpose(0, 1).contiguous()
-
-        to_image = first.cross_attn_token_to_image
+        with_pe = keys + positions.pe
+        first = self.mask_decoder.transformer.layers[0]
+        to_image, to_token = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         return ImageSide(
-            keys=keys.to(dtype).contiguous(),
-            first_k=heads(to_image.k_proj(keys + pe)).to(dtype),
-            first_v=heads(to_image.v_proj(keys)).to(dtype),
-            pe_q=[
-                heads(first.cross_attn_image_to_token.q_proj(keys + pe)),
-                heads(second.cross_attn_image_to_token.q_proj(pe)),
-            ],
-            pe_k=[
-                heads(attention.k_proj(pe)).to(dtype)
-                for attention in (second.cross_attn_token_to_image, transformer.final_attn_token_to_image)
-            ],
+            keys=keys.to(positions.dtype).contiguous(),
+            first_k=_shared_heads(to_image.k_proj, with_pe, to_image).to(positions.dtype),
+            first_v=_shared_heads(to_image.v_proj, keys, to_image).to(positions.dtype),
+            first_q=_shared_heads(to_token.q_proj, with_pe, to_token),
+            positions=positions,
         )
 
     def _first_layer(self, side: ImageSide, tokens: Tensor) -> Tensor:
@@ -254,17 +275,17 @@ class PromptGuidedDecoder(nn.Module):
         first, second = transformer.layers
         keys = side.keys.expand(len(queries), -1, -1)
         keys = _image_to_tokens(
-            first.cross_attn_image_to_token, keys, queries + tokens, queries, side.pe_q[0], first=True
+            first.cross_attn_image_to_token, keys, queries + tokens, queries, side.first_q, first=True
         )
         keys = _norm(first.norm4, keys)
 
         q = queries + tokens
         queries = second.norm1(queries + _attend(second.self_attn, q, q, queries))
-        attended = _tokens_to_image(second.cross_attn_token_to_image, queries + tokens, keys, side.pe_k[0])
+        attended = _tokens_to_image(second.cross_attn_token_to_image, queries + tokens, keys, side.positions.k[0])
         queries = second.norm2(queries + attended)
         queries = second.norm3(queries + second.mlp(queries))
         keys = _image_to_tokens(
-            second.cross_attn_image_to_token, keys, queries + tokens, queries, side.pe_q[1], first=False
+            second.cross_attn_image_to_token, keys, queries + tokens, queries, side.positions.q, first=False
         )
         keys = _norm(second.norm4, keys)
 
@@ -272,7 +293,7 @@ class PromptGuidedDecoder(nn.Module):
         used = [0, *(1 + i for i in wanted)]
         queries = queries[:, used]
         attended = _tokens_to_image(
-            transformer.final_attn_token_to_image, queries + tokens[:, used], keys, side.pe_k[1]
+            transformer.final_attn_token_to_image, queries + tokens[:, used], keys, side.positions.k[1]
         )
         queries = transformer.norm_final_attn(queries + attended)
         weights = [decoder.output_hypernetworks_mlps[i](queries[:, 1 + n]) for n, i in enumerate(wanted)]

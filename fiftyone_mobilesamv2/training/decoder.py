@@ -152,6 +152,7 @@ class DemoTrainer:
         features = self.model["image_encoder"](pixels.contiguous(memory_format=torch.channels_last))
         decoder: PromptGuidedDecoder = self.model["decoder"]
         half = PROMPTS_PER_IMAGE // 2
+        positions = decoder.positions()
         total = features.new_zeros(())
         for i in range(len(pixels)):
             prompts = torch.cat(
@@ -162,7 +163,7 @@ class DemoTrainer:
                     ),
                 ]
             )
-            logits, iou = decoder(decoder.image_side(features[i]), prompts, slice(None))
+            logits, iou = decoder(decoder.image_side(features[i], positions), prompts, slice(None))
             losses = mask_losses(logits.float(), iou.float(), targets[i])
             # A box is unambiguous: the single-mask token answers it. A lone point takes the best of three masks;
             # a small share of their mean keeps the two others learning.

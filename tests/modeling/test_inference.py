@@ -112,6 +112,9 @@ def test_same_boxes(tmp_path):
     prepare_for_inference(prepared, CPU, torch.float32)
     raw = detector(pixels)[0][0]
     torch.testing.assert_close(prepared(pixels)[0], raw[:, :5], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match=r"prepared for \('cpu', torch.float32\): load another one"):
+        prepare_for_inference(prepared, CPU, torch.bfloat16)
+    prepared = load_detector(tmp_path / "detector.pt")
     prepare_for_inference(prepared, CPU, torch.bfloat16)
     assert prepared(pixels.bfloat16())[0].dtype == torch.float32
     # Anchors are counted in float32 as well: in bfloat16 those of the far end of a large image would be off by 4 px.

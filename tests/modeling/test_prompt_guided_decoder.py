@@ -62,7 +62,7 @@ def test_same_as_sams_modules(geometry, prompts, masks):
     names, points = PROMPTS[prompts]
     given = {key: value for key, value in some_prompts(3, points, GEOMETRIES[geometry][2]).items() if key in names}
     expected_logits, expected_iou = plainly(decoder, features, masks == MULTIMASK, **given)
-    logits, iou = decoder(decoder.image_side(features), decoder.embed_prompts(**given), masks)
+    logits, iou = decoder(decoder.image_side(features, decoder.positions()), decoder.embed_prompts(**given), masks)
     assert logits.shape[:2] == iou.shape == (3, len(range(4)[masks]))
     assert_close(logits, expected_logits)
     torch.testing.assert_close(iou, expected_iou, rtol=1e-4, atol=1e-5)
@@ -72,8 +72,8 @@ def test_same_as_sams_modules(geometry, prompts, masks):
 def test_bfloat16_is_close(geometry):
     decoder, features = decoder_and_features(geometry)
     prompts = decoder.embed_prompts(boxes=some_prompts(6, 1, GEOMETRIES[geometry][2])["boxes"])
-    expected_logits, expected_iou = decoder(decoder.image_side(features), prompts)
-    logits, iou = decoder(decoder.image_side(features, torch.bfloat16), prompts)
+    expected_logits, expected_iou = decoder(decoder.image_side(features, decoder.positions()), prompts)
+    logits, iou = decoder(decoder.image_side(features, decoder.positions(torch.bfloat16)), prompts)
     assert logits.dtype == iou.dtype == torch.float32
     assert not torch.equal(logits, expected_logits)
     deviation = (logits - expected_logits).abs() / expected_logits.std()
@@ -85,7 +85,7 @@ def test_bfloat16_is_close(geometry):
 def test_chunks_do_not_show(count, monkeypatch):
     """Prompts decoded together and one by one."""
     decoder, features = decoder_and_features("demo")
-    side = decoder.image_side(features)
+    side = decoder.image_side(features, decoder.positions())
     prompts = decoder.embed_prompts(boxes=some_prompts(count, 1, 256)["boxes"])
     assert prompts_per_chunk(side.keys) > count
     logits, iou = decoder(side, prompts)
@@ -100,7 +100,7 @@ def test_chunks_do_not_show(count, monkeypatch):
 def test_no_prompts(masks):
     decoder, features = decoder_and_features("demo")
     logits, iou = decoder(
-        decoder.image_side(features),
+        decoder.image_side(features, decoder.positions()),
         decoder.embed_prompts(boxes=torch.zeros(0, 4)),
         masks,
     )
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_sams_modules():
     def gradients(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad((logits * target).mean() + iou.sum(), learned, materialize_grads=True)
 
-    found = gradients(*decoder(decoder.image_side(features), decoder.embed_prompts(boxes)))
+    found = gradients(*decoder(decoder.image_side(features, decoder.positions()), decoder.embed_prompts(boxes)))
     expected = gradients(*plainly(decoder, features, False, boxes))
     for mine, theirs in zip(found, expected):
         assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7

@@ -1,0 +1,14 @@
+"""What of the benchmarks also runs on a machine with a GPU that has no FiftyOne."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ABSENT = ["fiftyone", "pycocotools", "pymongo", "mongoengine", "bson", "lvis", "segment_anything", "plotly"]
+
+
+def test_core_needs_no_fiftyone():
+    program = f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\nimport core"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
