@@ -30,6 +30,7 @@ from measure import (
     in_new_process,
     in_turns,
     machine,
+    matrix_gflops,
     peak_memory,
     photo,
     photos,
@@ -64,7 +65,7 @@ RUNS_BY_PROMPTS = {64: 3, 320: 1}
 
 # Images of a batch, and runs. A ViT-B takes 10 s an image on two cores; ViT-L and ViT-H are the same code.
 ENCODERS = {
-    "tiny_vit": (8, 2),
+    "tiny_vit": (8, 1),
     "efficientvit_l0": (2, 2),
     "efficientvit_l1": (2, 2),
     "efficientvit_l2": (2, 2),
@@ -222,7 +223,32 @@ def measure_images(report: Report, released: Released, ours: dict[str, MobileSAM
         row = speedup(3, f"discover, {name}", DISCOVER_TARGETS.get(name), discover["released"], discover[name])
         report.add(row)
     report.steps = steps(stages[max(RUNS_BY_PROMPTS)])
+    for dtype in DTYPES:
+        measure_shares(report, ours[dtype], {stage: median(s) for stage, s in stages[min(stages)][dtype].items()})
     return totals
+
+
+def measure_shares(report: Report, model: MobileSAMv2, seconds: dict[str, float]) -> None:
+    """What share of the speed of large matrix products each stage reaches, from its seconds at the fewest prompts."""
+    peak = matrix_gflops(model.device, model.dtype)
+    image, boxes = photo(), random_boxes(min(RUNS_BY_PROMPTS), photo().shape[:2])
+    embeddings = model.encode([image])
+    calls = {
+        "discover": lambda: model.discover([image]),
+        "encode": lambda: model.encode([image]),
+        "decode": lambda: model.decode(embeddings, [boxes]),
+    }
+    for target, (stage, call) in zip((3, 2, 1), calls.items()):
+        gflop = count_flops(call) / 1e9
+        name = f"{stage}, {str(model.dtype).removeprefix('torch.')}, share of this machine's matrix products"
+        how = f"{gflop:.0f} GFLOP at {gflop / seconds[stage]:.0f} of {peak:.0f} GFLOP/s"
+        report.add(Row(target, name, gflop / seconds[stage] / peak, "", None, how))
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def time_images(
@@ -329,9 +355,7 @@ def measure_stages(report: Report, model: MobileSAMv2) -> None:
         }
         flops = {}
         for name, call in calls.items():
-            with FlopCounterMode(display=False) as counter:
-                call()
-            flops[name] = counter.get_total_flops()
+            flops[name] = count_flops(call)
         for name, seconds in in_turns(calls, runs=5).items():
             tflops = flops[name] / median(seconds) / 1e12
             how = f"{batch / median(seconds):.2f} images/s, {tflops:.2f} TFLOP/s{_share_of_peak(tflops, model.device)}"
@@ -394,7 +418,7 @@ def measure_unfused(report: Report, released: Released, ours: dict[str, MobileSA
     calls = {"plain": lambda: plain.discover(image, 320)}
     calls |= {dtype: lambda dtype=dtype: ours[dtype].discover([image], CONFIDENCE) for dtype in DTYPES}
     calls["plain"]()  # the others have run before
-    seconds = in_turns(calls, runs=2)
+    seconds = in_turns(calls, runs=1)
     for dtype in DTYPES:
         name = f"discover, {dtype}, against a detector that isn't fused"
         report.add(speedup(3, name, None, seconds["plain"], seconds[dtype]))

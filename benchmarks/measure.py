@@ -123,6 +123,14 @@ def machine(device: torch.device) -> dict:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def matrix_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of the best of ten products of 2048 x 2048 matrices: what the rest can be compared with."""
+    size = 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = min(timed(lambda: a @ b) for _ in range(10))
+    return 2 * size**3 / seconds / 1e9
+
+
 def _processor() -> str:
     found = (
         re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
