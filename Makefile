@@ -37,7 +37,7 @@ screenshots: setup ## take the README's screenshots of the App anew
 	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app
 	for picture in assets/app/*.png; do cp ".screenshots/$${picture##*/}" "$$picture"; done
 
-bench: setup ## measure speed and memory anew, for the README (a quarter of an hour on 2 cores)
+bench: setup ## measure speed and memory anew, for the README (15 to 20 minutes on 2 cores)
 	$(PY) benchmarks/bench.py
 
 clean: ## remove the environment, build outputs and caches
