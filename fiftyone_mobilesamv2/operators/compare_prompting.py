@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..stored_labels import label_fields
 from .labels import GROUND_TRUTH, use_masks_switch
-from .models import device_choice, fetch_with_progress, model_choice
+from .models import fetch_with_progress, model_choice, runtime_choices
 from .operator import Form, FormError, Operator, Outcome, Progress, count
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ComparePrompting(Operator):
         model_choice(form)
         grid = form.choice("grid", GRIDS, "32", "Grid", "SAM's search, three masks for each of its points")
         form.switch("filters", True, "SAM's filters", "Off, all masks of the grid count, however unsure")
-        device_choice(form)
+        runtime_choices(form)
         names = kept_fields(int(grid)) if grid in GRIDS else ()
         self._ground_truth(form, names)
         self._keep(form, names)
@@ -80,7 +80,7 @@ class ComparePrompting(Operator):
         fetch_with_progress(values["model"], progress)
         progress.tell(None, f"Loading {values['model']}")
         thresholds = {} if values["filters"] else {"pred_iou_thresh": 0, "stability_score_thresh": 0}
-        model = zoo.load_model(values["model"], device=values["device"], **thresholds)
+        model = zoo.load_model(values["model"], device=values["device"], dtype=values["dtype"], **thresholds)
         gt_field = values["gt_field"]
         comparison = compare_promptings(
             form.samples,
@@ -100,8 +100,8 @@ def _outcome(comparison: Comparison, values: dict) -> Outcome:
     lines = [
         f"**{comparison}**",
         comparison.table().to_markdown(disable_numparse=True, stralign="right"),
-        f"Means over {count(len(comparison.samples), 'image')} by `{values['model']}` on {values['device']}. All but "
-        f"the encoder, which both need once: finding objects, decoding, cropping masks.",
+        f"Means over {count(len(comparison.samples), 'image')} by `{values['model']}` on {values['device']} in "
+        f"{values['dtype']}. All but the encoder, which both need once: finding objects, decoding, cropping masks.",
     ]
     if values["filters"] and grid.masks < 1:
         lines.append(

@@ -23,6 +23,13 @@ HINTS = {
 }
 
 
+PRECISIONS = {
+    "float32": "float32: exact",
+    "bfloat16": "bfloat16: faster where the processor has it; a few pixels of each outline differ",
+    "float16": "float16: for GPUs without bfloat16",
+}
+
+
 def model_choice(form: Form) -> str:
     """Which model, with its size, a hint at its speed, and whether its weights are here."""
     from ..modeling.checkpoints import MODELS, weights_dir
@@ -42,13 +49,14 @@ def model_choice(form: Form) -> str:
     return name
 
 
-def device_choice(form: Form) -> str | None:
-    """Where the model runs."""
+def runtime_choices(form: Form) -> None:
+    """Where the model runs, and how exactly."""
     from ..modeling.mobilesamv2 import available_devices
 
     devices = available_devices()
     names = {"cuda": "GPU (cuda)", "mps": "GPU (mps)", "cpu": "CPU"}
-    return form.choice("device", {device: names[device] for device in devices}, devices[0], "Device")
+    form.choice("device", {device: names[device] for device in devices}, devices[0], "Device")
+    form.choice("dtype", PRECISIONS, "float32", "Precision")
 
 
 def megabytes_to_download(name: str) -> int:

@@ -7,7 +7,7 @@ from bson.errors import InvalidId
 
 from ..stored_labels import label_fields
 from .labels import field_of_selected
-from .models import device_choice, fetch_with_progress, model_choice
+from .models import fetch_with_progress, model_choice, runtime_choices
 from .operator import Form, FormError, Operator, Outcome, Progress, cached, count
 from .segment_everything import STORAGES, detections_fields, segmentation_outcome
 
@@ -66,7 +66,7 @@ class SegmentAnything(Operator):
         model_choice(form)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
         form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
-        device_choice(form)
+        runtime_choices(form)
 
     def _field_of_selected(self, form: Form) -> str:
         field = field_of_selected(form.ctx.selected_labels)
@@ -113,7 +113,8 @@ class SegmentAnything(Operator):
         values = form.values
         fetch_with_progress(values["model"], progress)
         progress.tell(None, f"Loading {values['model']}")
-        model = zoo.load_model(values["model"], device=values["device"], masks_on_disk=values["storage"] == "disk")
+        runtime = {name: values[name] for name in ("device", "dtype")}
+        model = zoo.load_model(values["model"], masks_on_disk=values["storage"] == "disk", **runtime)
         run = segment_anything(
             form.samples,
             model,

@@ -8,7 +8,7 @@ import fiftyone as fo
 from fiftyone.operators import types
 
 from ..stored_labels import label_fields
-from .models import device_choice, fetch_with_progress, model_choice
+from .models import fetch_with_progress, model_choice, runtime_choices
 from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, cached, count
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class SegmentEverything(Operator):
         form.number("min_area", 0, "Smallest area", "Of a mask, in pixels; 0 keeps all", least=0, whole=True)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
         form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
-        device_choice(form)
+        runtime_choices(form)
         if not form.problems and form.values.get("existing") == "keep":
             self._check_parameters(form)
         if form.size > MANY_IMAGES:
@@ -163,7 +163,7 @@ def _model_config(form: Form) -> MobileSAMv2ModelConfig:
     from ..zoo import MobileSAMv2ModelConfig
 
     values = form.values
-    names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device")
+    names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device", "dtype")
     parameters = {name: values[name] for name in names if name in values}
     return MobileSAMv2ModelConfig({"name": values["model"], "masks_on_disk": values["storage"] == "disk", **parameters})
 

@@ -1,6 +1,7 @@
 import fiftyone as fo
 import numpy as np
 import pytest
+import torch
 
 from fiftyone_mobilesamv2 import MobileSAMv2
 from fiftyone_mobilesamv2.images import read_image
@@ -72,6 +73,18 @@ def test_masks_in_a_new_field(plugin, boxed, sam):
         assert [(d.id, d.label, d.color) for d in found] == [(d.id, d.label, "red") for d in sample.boxes.detections]
         assert all(np.array_equal(pixels(d, size), mask) for d, mask in zip(found, masks))
         assert all(d.mask is None for d in sample.boxes.detections)
+
+
+def test_precision(plugin, boxed):
+    params = {"prompt_field": "boxes", "place": "new", **DEMO}
+    for dtype in ("float32", "bfloat16"):
+        plugin.call("segment_anything", boxed, label_field=dtype, dtype=dtype, **params)
+        model = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", "cpu", getattr(torch, dtype))
+        for sample in boxed:
+            masks, size = expected_masks(model, sample, sample.boxes.detections)
+            assert all(np.array_equal(pixels(d, size), mask) for d, mask in zip(sample[dtype].detections, masks))
+    scores = [boxed.values(f"{dtype}.detections.predicted_iou", unwind=True) for dtype in ("float32", "bfloat16")]
+    assert len(scores[0]) == 12 and set(scores[0]).isdisjoint(scores[1])
 
 
 def test_points(plugin, boxed, sam):

@@ -3,11 +3,13 @@ import shutil
 import fiftyone as fo
 import numpy as np
 import pytest
+import torch
 from bson import ObjectId
 from fiftyone import ViewField as F
 from PIL import Image
 
-from fiftyone_mobilesamv2 import segmentation, segmentation_runs, zoo
+from fiftyone_mobilesamv2 import MobileSAMv2, segmentation, segmentation_runs, zoo
+from fiftyone_mobilesamv2.images import read_image
 
 SIZE = {"$bsonSize": "$$ROOT"}
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
@@ -16,10 +18,11 @@ DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
 @pytest.fixture(scope="session")
 def expected(scene_files):
     """What the model itself finds in the scenes, by file name: relative boxes and masks."""
-    from fiftyone_mobilesamv2 import MobileSAMv2
-    from fiftyone_mobilesamv2.images import read_image
+    return found_by_model(scene_files, torch.float32)
 
-    model = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu")
+
+def found_by_model(scene_files, dtype):
+    model = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu", dtype=dtype)
     found = {}
     for path in sorted(scene_files[0].iterdir()):
         (found[path.name],) = model.segment_everything([read_image(path)])
@@ -86,6 +89,7 @@ def test_grid_has_its_own_inputs(plugin, scenes):
         ({"label_field": "filepath"}, "'filepath' holds StringField, not Detections"),
         ({"label_field": "frames.x"}, "Masks of images go into a field such as 'x'"),
         ({"model": "sam"}, "Model: 'sam' isn't there"),
+        ({"dtype": "int8"}, "Precision: 'int8' isn't there"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, scenes, params, error):
@@ -128,6 +132,19 @@ def test_masks_on_disk(plugin, scenes, expected):
     detections = [d for sample in scenes for d in sample.segmentations.detections]
     assert all(d.mask is None and d.mask_path for d in detections)
     assert_as_expected(scenes, "segmentations", expected)
+
+
+def test_precision(plugin, scenes, scene_files, expected):
+    form = plugin.form("segment_everything", scenes)
+    assert form.choices("dtype") == list(zoo.DTYPES) and form.default("dtype") == "float32"
+    plugin.call("segment_everything", scenes, dtype="bfloat16", **DEMO)
+    in_bfloat16 = found_by_model(scene_files, torch.bfloat16)
+    assert_as_expected(scenes, "segmentations", in_bfloat16)
+    scores = scenes.values("segmentations.detections.predicted_iou", unwind=True)
+    assert scores == [float(score) for found in in_bfloat16.values() for score in found.predicted_iou]
+    assert set(scores).isdisjoint(float(score) for found in expected.values() for score in found.predicted_iou)
+    scenes.add_sample(fo.Sample(scenes.first().filepath))
+    assert "dtype bfloat16 then, float32 now" in plugin.form("segment_everything", scenes, DEMO).errors[0]
 
 
 def test_smallest_area(plugin, scenes, expected):
