@@ -21,6 +21,21 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("quickstart"), help="folder for scenes and overlays.png"
     )
 
+    segment = commands.add_parser("segment", help="give every object of a dataset's images a mask, or go on with it")
+    segment.add_argument("dataset", help="name of a FiftyOne dataset")
+    segment.add_argument("--model", required=True, help="name of a zoo model, such as mobilesamv2-tinyvit-torch")
+    segment.add_argument("--label-field", default="segmentations", help="where the masks go")
+    segment.add_argument("--replace", action="store_true", help="replace the labels that are there; else these stay")
+    segment.add_argument("--prompting", choices=("object_aware", "grid"), default="object_aware")
+    segment.add_argument("--confidence", type=float, help="the detector's least score of an object; the paper's is 0.4")
+    segment.add_argument("--max-prompts", type=positive, default=320, help="most objects to look for in an image")
+    segment.add_argument("--batch-size", type=positive, default=8)
+    segment.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
+    segment.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    segment.add_argument("--masks-on-disk", action="store_true", help="store masks as PNG files")
+    segment.add_argument("--mask-dir", help="folder for these; on a cluster one that all machines share")
+    add_cluster(segment)
+
     reproduce = commands.add_parser("reproduce", help="measure the paper's tables on COCO or LVIS ground truth")
     reproduce.add_argument("--annotations", type=Path, required=True, help="JSON file in the format of COCO or LVIS")
     reproduce.add_argument("--images", type=Path, required=True, help="folder of the images that it lists")
@@ -53,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     evaluate.add_argument("--compare", nargs="+", default=[], metavar="KEY", help="earlier runs to print beside it")
 
+    add_cluster(evaluate)
+
     commands.add_parser("install", help="register the zoo models and the plugin with FiftyOne")
     commands.add_parser("uninstall", help="undo install")
 
@@ -65,12 +82,21 @@ def main(argv: list[str] | None = None) -> int:
 
             expected.append(CheckpointError)
             quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
+        elif args.command == "segment":
+            from .cluster import ClusterError
+            from .modeling.checkpoints import CheckpointError
+
+            expected += [CheckpointError, ClusterError]
+            return run_segment(args)
         elif args.command == "reproduce":
             from .modeling.checkpoints import CheckpointError
 
             expected.append(CheckpointError)
             run_reproduce(args)
         elif args.command == "evaluate":
+            from .cluster import ClusterError
+
+            expected.append(ClusterError)
             run_evaluate(args)
         else:
             from . import registration
@@ -85,6 +111,37 @@ def main(argv: list[str] | None = None) -> int:
         print("\nfiftyone-mobilesamv2: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def run_segment(args: argparse.Namespace) -> int:
+    """Segments a dataset. Returns 1 where images failed, which are listed."""
+    import fiftyone as fo
+
+    from .segmentation import segment_everything
+    from .zoo import MobileSAMv2ModelConfig
+
+    parameters = {"name": args.model, "device": args.device, "dtype": args.dtype, "prompting": args.prompting}
+    parameters |= {"confidence_thresh": args.confidence, "max_prompts": args.max_prompts}
+    parameters |= {"masks_on_disk": args.masks_on_disk, "mask_dir": args.mask_dir}
+    run = segment_everything(
+        fo.load_dataset(args.dataset),
+        MobileSAMv2ModelConfig({name: value for name, value in parameters.items() if value is not None}),
+        args.label_field,
+        args.replace,
+        args.batch_size,
+        progress=True,
+        cluster=args.cluster,
+        workers=args.workers,
+    )
+    print(
+        f"{run.objects:,} objects in {run.images - run.num_failures:,} images, stored in '{run.label_field}'; "
+        f"{run.images_per_second:.2g} images/s"
+    )
+    for failure in run.failures:
+        print(f"failed: {failure.filepath}: {failure.error}", file=sys.stderr)
+    if run.num_failures:
+        print(f"{run.num_failures:,} images failed. The same command tries them again.", file=sys.stderr)
+    return 1 if run.num_failures else 0
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
@@ -125,11 +182,28 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if not isinstance(results, ProposalResults):
             raise ValueError(f"Evaluation '{key}' of {args.dataset} is none of proposals.")
     results = evaluate_proposals(
-        dataset, args.pred_field, args.gt_field, args.eval_key, args.ks, not args.boxes, args.rank_by
+        dataset,
+        args.pred_field,
+        args.gt_field,
+        args.eval_key,
+        args.ks,
+        not args.boxes,
+        args.rank_by,
+        cluster=args.cluster,
+        workers=args.workers,
     )
     print(results.report())
     if others:
         print(f"\n{comparison_table(others | {args.eval_key: results}).to_string(float_format='{:.3f}'.format)}")
+
+
+def add_cluster(command: argparse.ArgumentParser) -> None:
+    """The arguments for a Ray cluster."""
+    command.add_argument(
+        "--cluster",
+        help="spread the work over a Ray cluster: auto, its address, or local for processes on this machine",
+    )
+    command.add_argument("--workers", type=positive, help="how many; one for each GPU or machine if left out")
 
 
 def positive(text: str) -> int:

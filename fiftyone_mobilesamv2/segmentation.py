@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
+import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,11 +29,17 @@ from fiftyone import ViewField as F
 from mongoengine.errors import ValidationError
 from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
+from . import database
+from .cluster import on_cluster
+from .database import AWAY, first_line, patiently
+from .mask_files import MaskFiles, settle
+from .modeling import checkpoints
 from .modeling.object_discovery import CONFIDENCE
 from .progress import Cancelled
-from .segmentation_runs import SegmentationRun, record, recorded_runs
+from .segmentation_runs import SegmentationRun, declare_dead, on_record, recorded_runs
+from .shards import Shard
 from .stored_labels import LabelError, StoredImage, check_field_name, stored_images
-from .zoo import Found, ImageGetItem, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig
+from .zoo import CHECKPOINTS, Found, ImageGetItem, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig, mask_folder
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -49,6 +58,7 @@ _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
 _TRIES = 5
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DELETED = "'{}' was deleted while masks were being stored in it."
 
 # The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
@@ -57,37 +67,53 @@ Update = Callable[[list[dict]], tuple[dict, dict]]
 
 def segment_everything(
     samples: Samples,
-    model: MobileSAMv2Model,
+    model: MobileSAMv2Model | MobileSAMv2ModelConfig,
     label_field: str = "segmentations",
     replace: bool = False,
     batch_size: int = 8,
     progress: bool | Callable | None = None,
+    shard: Shard | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
 ) -> SegmentationRun:
     """Stores the masks of all objects of every image, as `apply_model` does, and keeps a record of it in the dataset.
 
+    Whatever ends it (an error, a kill, a power failure), called again with the same arguments it does what is missing.
+    While the database is away it waits for it, up to five minutes.
+
     Args:
         samples: a dataset or view of images, or of videos: then `label_field` is one of frames, as "frames.x".
+        model: a model, or its configuration, for it to be loaded here or on each worker.
         label_field: a new field, or one of detections.
         replace: replaces the labels of samples that have some. Else these are left as they are, so that a run that was
-            stopped goes on.
+            stopped goes on; with it, it starts anew.
         progress: as everywhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.progress.Cancelled`.
+        shard: only this part of the samples: other processes do the others.
+        cluster: spreads the work over a Ray cluster: "auto" for the one that this machine belongs to, its address, or
+            "local" for processes on this machine. Workers read the images by the same paths, and masks on disk go to
+            the same folder, so both have to be where all machines reach them, and so has the database.
+        workers: how many of the cluster; None: one for each GPU, or, without any, for each machine.
 
     Returns:
         the run, which `segmentation_runs.recorded_runs` lists from then on, whether it came to its end or not.
 
     Raises:
         ValueError: the field can't take masks; or it would go on with masks that were made with other parameters.
+        FieldBusyError: another run is storing masks in the field.
+        OSError: masks go to a disk, and that is full.
+        ClusterError: the cluster can't do it.
     """
-    check_label_field(samples, label_field)
-    samples = unfiltered(samples)
+    config = model if isinstance(model, MobileSAMv2ModelConfig) else model.config
+    samples = prepare(samples, label_field, config, replace)
+    if cluster is not None:
+        return _segment_on_cluster(samples, config, label_field, replace, batch_size, progress, cluster, workers)
+    if model is config:
+        model = MobileSAMv2Model(config)
+    if shard is not None:
+        samples = shard.of(samples)
     todo = samples if replace else unsegmented(samples, label_field)
-    parameters = parameters_of(model.config)
-    if not replace:
-        check_same_parameters(samples, label_field, parameters)
-    _declare(samples._root_dataset, label_field)
-    with _recorded(samples, label_field, parameters) as run:
+    with _recorded(samples, model, label_field, parameters_of(model.config), shard) as run:
         if samples.media_type != "video":
-            _declare_attributes(samples._root_dataset, label_field)
             read_image = ImageGetItem()
 
             def read(image: StoredImage) -> ImageItem:
@@ -104,6 +130,73 @@ def segment_everything(
             if not samples._root_dataset.has_field(label_field):
                 raise ValueError(_DELETED.format(label_field))
     return run
+
+
+def _segment_on_cluster(
+    samples: Samples,
+    config: MobileSAMv2ModelConfig,
+    label_field: str,
+    replace: bool,
+    batch_size: int,
+    progress: bool | Callable | None,
+    cluster: str,
+    workers: int | None,
+) -> SegmentationRun:
+    run = SegmentationRun(label_field, parameters_of(config), run_id=uuid.uuid4().hex)
+    total = len(samples if replace else unsegmented(samples, label_field))
+    if not total:
+        return dataclasses.replace(run, cancelled=False)
+    parameters = {name: value for name, value in vars(config).items() if name not in ("model_name", "model_path")}
+    parameters["mask_dir"] = mask_folder(config)  # as it is here, not in each worker's home
+    with fou.ProgressBar(total=total, progress=progress) as bar:
+
+        def so_far() -> SegmentationRun:
+            return next((r for r in recorded_runs(samples, label_field) if r.run_id == run.run_id), run)
+
+        def show() -> None:
+            bar.update(so_far().images - bar.iteration)
+
+        parts = on_cluster(
+            samples,
+            _segmenter,
+            (parameters, label_field, replace, batch_size),
+            run.run_id,
+            cluster,
+            workers,
+            died=declare_dead,
+            waiting=show,
+        )
+        with suppress(Cancelled):
+            for _ in parts:
+                pass
+            show()
+    return so_far()
+
+
+def _segmenter(parameters: dict, label_field: str, replace: bool, batch_size: int) -> Callable[[Samples, Shard], None]:
+    """What a worker of a cluster does with each part."""
+    model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
+
+    def segment(samples: Samples, shard: Shard) -> None:
+        segment_everything(samples, model, label_field, replace, batch_size, progress=False, shard=shard)
+
+    return segment
+
+
+def prepare(samples: Samples, label_field: str, config: MobileSAMv2ModelConfig, replace: bool) -> Samples:
+    """Makes the field ready for a run of :func:`segment_everything`, and returns its samples with all that they have.
+
+    FiftyOne loses fields that several processes add at once: before parts of one run are given to workers, this is to
+    be called.
+    """
+    check_label_field(samples, label_field)
+    samples = unfiltered(samples)
+    if not replace:
+        check_same_parameters(samples, label_field, parameters_of(config))
+    _declare(samples._root_dataset, label_field)
+    if samples.media_type != "video":
+        _declare_attributes(samples._root_dataset, label_field)
+    return samples
 
 
 def segment_anything(
@@ -128,16 +221,16 @@ def segment_anything(
     The rest is as with :func:`segment_everything`.
     """
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
+    dataset = samples._root_dataset
     if label_field is not None:
         check_label_field(samples, label_field)
+        _declare(dataset, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
-    dataset = samples._root_dataset
-    with _recorded(samples, label_field or prompt_field, parameters) as run:
+    with _recorded(samples, model, label_field or prompt_field, parameters) as run:
         if label_field is None:
             root, is_list = dataset._get_label_field_root(prompt_field)
             update = partial(_masks_in_place, root=root, is_list=is_list)
         else:
-            _declare(dataset, label_field)
             update = partial(_merged_labels, label_field=label_field)
         _declare_attributes(dataset, run.label_field)
         answered = {} if label_field is None or replace else _labels_with_masks(samples, label_field)
@@ -268,7 +361,9 @@ def _pipeline(
         field_names: what `read` looks at of a stored image. `read` returns None where there is nothing to do.
         run: of which images, objects, failures and seconds are noted.
     """
-    images = _each_once(samples, field_names)
+    given_up = threading.Event()
+    images = _each_once(samples, field_names, given_up)
+    store = partial(_store, samples._root_dataset, model, update, run, given_up)
 
     def read_batch() -> list[ImageItem | None]:
         return [read(image) for image in islice(images, batch_size)]
@@ -287,17 +382,22 @@ def _pipeline(
                 ahead = reader.submit(read_batch)
                 items = [item for item in batch if item is not None]
                 found = model.segment_all(items)
-                before, behind = behind, writer.submit(_store, samples._root_dataset, model, items, found, update, run)
+                before, behind = behind, writer.submit(store, items, found)
                 before.result()
+                _note(run, model)
                 bar.update(len(batch))
+        except BaseException:
+            given_up.set()
+            raise
         finally:
             if error := behind.exception():
                 logger.error("The last images that were segmented could not be stored: %s", error)
         behind.result()
 
 
-def _each_once(samples: Samples, field_names: Sequence[str]) -> Iterator[StoredImage]:
+def _each_once(samples: Samples, field_names: Sequence[str], given_up: threading.Event) -> Iterator[StoredImage]:
     seen = set()  # a view that is sorted by what is written may come across a sample twice
+    failed_at, since = -1, 0.0
     while True:
         try:
             for image in stored_images(samples, field_names):
@@ -305,54 +405,86 @@ def _each_once(samples: Samples, field_names: Sequence[str]) -> Iterator[StoredI
                     seen.add(image.sample_id)
                     yield image
             return
-        except CursorNotFound:  # MongoDB forgets those that nobody asks for ten minutes
+        except CursorNotFound:  # MongoDB forgets those that nobody asks for ten minutes, and all when it restarts
             pass
+        except AWAY as error:
+            if failed_at != len(seen):
+                logger.warning("Reading samples was interrupted: %s", first_line(error))
+                failed_at, since = len(seen), time.monotonic()
+            elif given_up.is_set() or time.monotonic() - since > database.PATIENCE:
+                raise
+            given_up.wait(0.5)
 
 
 def _store(
     dataset: fo.Dataset,
     model: MobileSAMv2Model,
-    items: Sequence[ImageItem],
-    found: Sequence[Found | None],
     update: Update,
     run: SegmentationRun,
+    given_up: threading.Event,
+    items: Sequence[ImageItem],
+    found: Sequence[Found | None],
 ) -> None:
     """Stores what was found in images: each wholly or not at all, and none fails for another.
 
     Raises:
-        PyMongoError: the database can't be written to. ValueError: the field is gone.
+        PyMongoError: the database can't be written to. OSError: the disk is full. ValueError: the field is gone.
     """
     stored = []
     for item, masks in zip(items, found):
         if masks is None:
             continue
+        files = MaskFiles(_dataset_mask_folder(dataset, model), item.sample_id, run.label_field)
         documents: list[dict] = []
         is_stored = False
         try:
             documents = model.to_documents(masks)
-            model.store_masks(documents)
+            model.store_masks(documents, files)
             condition, values = update(documents)
             values["last_modified_at"] = datetime.now(timezone.utc)
+            change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
             # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
-            result = dataset._sample_collection.update_one(
-                {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
-            )
-            is_stored = result.matched_count == 1
+            result = patiently(partial(dataset._sample_collection.update_one, *change), given_up)
+            # A first try whose answer got lost leaves nothing to do for the second.
+            is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, item.sample_id, documents)
         except Exception as error:
             if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
-                raise
+                raise  # perhaps they are stored: the next run will know what to do with the files
+            if isinstance(error, OSError) and error.errno in _FULL:
+                _discard(files)
+                raise OSError(
+                    error.errno,
+                    f"{os.strerror(error.errno)}: masks can't be stored in {mask_folder(model.config)}. Make room "
+                    f"there, or choose another folder by `mask_dir`; then run the same again, and it goes on",
+                ) from error
             cause = error.details["errmsg"] if isinstance(error, WriteError) else str(error)
             model.fail(item, f"its masks can't be stored: {cause[:200]}")
         if is_stored:
+            files.confirm()
             stored.append(item.sample_id)
             run.objects += len(documents)
-            continue
-        for document in documents:
-            if "mask_path" in document:
-                with suppress(OSError):
-                    os.remove(document["mask_path"])
-    _check_is_there(dataset, run.label_field.split(".")[0])  # first: samples with values in no field can't be reloaded
-    fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored)
+        else:
+            _discard(files)
+    # First this: samples with values in no field can't be reloaded.
+    patiently(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
+    patiently(lambda: fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored), given_up)
+
+
+def _discard(files: MaskFiles) -> None:
+    with suppress(OSError):  # what is left is settled by the next run
+        files.discard()
+
+
+def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents: Sequence[dict]) -> bool:
+    if not documents:
+        return False
+    root, _ = dataset._get_label_field_root(label_field)
+    query = {"_id": ObjectId(sample_id), f"{root}._id": documents[0]["_id"]}
+    return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
+
+
+def _dataset_mask_folder(dataset: fo.Dataset, model: MobileSAMv2Model) -> str:
+    return os.path.join(mask_folder(model.config), str(dataset._doc.id))
 
 
 def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
@@ -415,7 +547,8 @@ def _declare(dataset: fo.Dataset, label_field: str) -> None:
 def _declare_attributes(dataset: fo.Dataset, label_field: str) -> None:
     root, _ = dataset._get_label_field_root(label_field)
     for name, kind in _MASK_ATTRIBUTES.items():
-        dataset.add_sample_field(f"{root}.{name}", kind)
+        if not dataset.has_field(f"{root}.{name}"):
+            dataset.add_sample_field(f"{root}.{name}", kind)
 
 
 # Prompts of the dataset ---------------------------------------------------------------------------------------------
@@ -447,6 +580,9 @@ def _has_mask(detection: fol.Detection) -> bool:
 def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
     """What of a model's configuration decides what it finds."""
     found = {name: value for name, value in vars(config).items() if name not in _RUNTIME}
+    for name in CHECKPOINTS:
+        del found[name]
+    found["weights"] = checkpoints.weights_sha256(config.name, config.files)  # wherever the files are
     if config.confidence_thresh is None and config.prompting == "object_aware":
         found["confidence_thresh"] = CONFIDENCE
     return found
@@ -456,43 +592,70 @@ def check_same_parameters(samples: Samples, label_field: str, parameters: dict) 
     """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
     dataset = samples._root_dataset
     runs = recorded_runs(dataset, label_field)
-    if not runs or runs[-1].parameters == parameters or len(unsegmented(dataset, label_field)) == len(dataset):
+    if not runs:
         return
     earlier = runs[-1].parameters
     changed = [
         f"{name} {earlier.get(name)} then, {value} now"
         for name, value in parameters.items()
-        if earlier.get(name) != value
+        if not _are_same(earlier.get(name), value)
     ]
+    if not changed or len(unsegmented(dataset, label_field)) == len(dataset):
+        return
     raise ValueError(
         f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
         f"the same ones; else replace what is there, or choose another field."
     )
 
 
+def _are_same(then: object, now: object) -> bool:
+    if isinstance(then, dict) and isinstance(now, dict):  # files that aren't here have not been read
+        return all(then[name] == now[name] for name in then.keys() & now.keys())
+    return then == now
+
+
 @contextmanager
-def _recorded(samples: Samples, label_field: str, parameters: dict) -> Iterator[SegmentationRun]:
+def _recorded(
+    samples: Samples, model: MobileSAMv2Model, label_field: str, parameters: dict, shard: Shard | None = None
+) -> Iterator[SegmentationRun]:
     """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
-    run = SegmentationRun(label_field, parameters, datetime.now(timezone.utc).isoformat(), cancelled=True)
-    record(samples, run)  # it may be killed
-    start = time.perf_counter()
-    try:
-        yield run
-        run.cancelled = False
-    except Cancelled:
-        pass
-    finally:
-        run.seconds["total"] = time.perf_counter() - start
-        record(samples, run)
+    run = SegmentationRun(label_field, parameters, shard=shard)
+    with on_record(samples, run):
+        try:
+            _settle(samples._root_dataset, model, run)
+            yield run
+            run.cancelled = False
+        except Cancelled:
+            pass
+        _settle(samples._root_dataset, model, run)
+
+
+def _settle(dataset: fo.Dataset, model: MobileSAMv2Model, run: SegmentationRun) -> None:
+    """Deletes the masks on disk that runs which were killed have left, and that the database doesn't know of."""
+    root, _ = dataset._get_label_field_root(run.label_field)
+
+    def is_mine(sample_id: str, label_field: str) -> bool:
+        return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
+
+    def is_stored(sample_id: str, folder: str) -> bool:
+        query = {"_id": ObjectId(sample_id), f"{root}.mask_path": {"$regex": f"/{folder}/"}}
+        return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
+
+    if images := settle(_dataset_mask_folder(dataset, model), is_mine, is_stored):
+        logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
 
 
 @contextmanager
 def _counted(run: SegmentationRun, model: MobileSAMv2Model) -> Iterator[None]:
-    """Adds to the run what the model does inside."""
+    """Notes what the model has done, at the end, too."""
     try:
         yield
     finally:
-        run.images += model.num_images
-        run.failures += model.failures
-        for stage, seconds in model.seconds.items():
-            run.seconds[stage] = run.seconds.get(stage, 0) + seconds
+        _note(run, model)
+
+
+def _note(run: SegmentationRun, model: MobileSAMv2Model) -> None:
+    run.images = model.num_images
+    run.failures = list(model.failures)
+    run.num_failures = len(run.failures)
+    run.seconds |= model.seconds

@@ -1,19 +1,47 @@
-"""The record that a dataset keeps of the runs which stored masks in its fields. Needs no torch."""
+"""The record that a dataset keeps of the runs which store masks in its fields, from their start. Needs no torch."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import socket
+import threading
+import time
+import uuid
 import zlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING
+
+import fiftyone.core.odm as foo
+import psutil
+from gridfs.errors import NoFile
+
+from .database import AWAY, patiently
+from .shards import Shard
 
 if TYPE_CHECKING:
     import fiftyone as fo
+    from pymongo.collection import Collection
 
     Samples = fo.core.collections.SampleCollection
 
+logger = logging.getLogger(__name__)
+
 _METHOD = "mobilesamv2"
 _MOST_FAILURES = 1000  # of a run: more tell nothing new
+
+# In the database beside FiftyOne's own: runs that go on, on any machine, and those that FiftyOne hasn't recorded yet.
+_COLLECTION = "mobilesamv2.runs"
+_BEAT = 5  # seconds after which a run gives the next sign of life
+_SILENCE = timedelta(seconds=60)  # after which it is taken for dead
+
+
+class FieldBusyError(ValueError):
+    """Another run is storing masks in the field."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +59,30 @@ class SegmentationRun:
 
     Attributes:
         label_field: where the masks are.
-        parameters: the model's, by name. "prompting" names the field where prompts were the user's.
+        parameters: the model's, by name. "prompting" names the field where prompts were the user's; "weights" has the
+            sha256 of every file.
         started: when, UTC.
         images: how many images, or frames of videos, it went through; those that failed are among them.
         objects: how many masks it stored.
-        seconds: wall time by stage ("encode", "discover", "decode", "crop"), and of everything as "total".
-        failures: the images that could not be segmented; their labels are as they were.
+        seconds: wall time by stage ("encode", "discover", "decode", "crop"), and of everything as "total". Of the parts
+            of one run the stages add up, and "total" is the time from the first start to the last end.
+        failures: the images that could not be segmented, the first thousand; their labels are as they were.
+        num_failures: how many there were.
         cancelled: whether it was stopped before its end, or is still going on. What it has stored stays.
+        shard: the part of the dataset that it is about; None: all of it.
     """
 
     label_field: str
     parameters: dict
-    started: str
+    started: str = field(default_factory=lambda: _now().isoformat())
     images: int = 0
     objects: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
-    cancelled: bool = False
+    num_failures: int = 0
+    cancelled: bool = True
+    shard: Shard | None = None
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def images_per_second(self) -> float:
@@ -56,38 +91,211 @@ class SegmentationRun:
 
 
 def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
-    """The runs that stored masks in this field, oldest first; none, where the field is gone since."""
+    """The runs that stored masks in this field, oldest first, those that go on among them; none, where it is gone.
+
+    The parts of one run are told as one run.
+    """
     dataset = samples._root_dataset
-    key = _key(label_field)
-    if key not in dataset.list_runs() or not dataset.has_field(label_field):
+    if not dataset.has_field(label_field):
         return []
-    results = dataset.load_run_results(key, cache=False)
-    if results is None:  # registered, and killed then
-        return []
-    return [
-        SegmentationRun(**run | {"failures": [Failure(**each) for each in run["failures"]]}) for run in results.runs
-    ]
+    runs = {run.run_id: run for run in _kept(dataset, label_field)}
+    runs |= {run.run_id: run for run in map(_run, _collection().find(_of_field(dataset, label_field)))}
+    groups: dict[str, list[SegmentationRun]] = {}
+    for run in sorted(runs.values(), key=lambda run: run.started):
+        groups.setdefault(run.run_id if run.shard is None else run.shard.group, []).append(run)
+    return [_merged(parts) for parts in groups.values()]
 
 
 def segmented_fields(samples: Samples) -> list[str]:
     """The fields that masks were made for: not those whose own labels were given masks."""
     dataset = samples._root_dataset
-    infos = [dataset.get_run_info(key) for key in dataset.list_runs(method=_METHOD)]
-    fields = [info.config.label_field for info in infos]
+    fields = [dataset.get_run_info(key).config.label_field for key in dataset.list_runs(method=_METHOD)]
+    fields += _collection().distinct("label_field", {"dataset_id": dataset._doc.id})
+    fields = [name for name in dict.fromkeys(fields) if dataset.has_field(name)]
     return [name for name in fields if any(run.parameters["prompting"] != name for run in recorded_runs(dataset, name))]
 
 
-def record(samples: Samples, run: SegmentationRun) -> None:
-    """Keeps this run, and what there is to say of it by now, among those of its field. One that did nothing is none."""
+def failed_samples(samples: Samples, label_field: str) -> fo.DatasetView:
+    """The samples that the last run into this field could not segment: to look at, and to try again alone."""
+    runs = recorded_runs(samples, label_field)
+    ids = [failure.sample_id for failure in (runs[-1].failures if runs else ()) if failure.sample_id]
+    return samples._root_dataset.select(dict.fromkeys(ids))
+
+
+@contextmanager
+def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
+    """Keeps the run on record while it goes on and after, whatever ends it, and other runs out of its field.
+
+    Raises:
+        FieldBusyError: another one is at the same samples.
+    """
     dataset = samples._root_dataset
-    runs = [each for each in recorded_runs(dataset, run.label_field) if each.started != run.started]
-    if run.images or not run.seconds:  # or it has just begun
-        runs.append(run)
-    key = _key(run.label_field)
-    if key not in dataset.list_runs():  # registering anew would drop the earlier record first
-        dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=run.label_field))
-    kept = [asdict(each) | {"failures": [vars(f) for f in each.failures[:_MOST_FAILURES]]} for each in runs]
+    _claim(dataset, run)
+    start, ended = time.perf_counter(), threading.Event()
+    signs = threading.Thread(target=_give_signs_of_life, args=(run, ended), name=f"record-{run.run_id}", daemon=True)
+    signs.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signs.join()
+        run.seconds["total"] = time.perf_counter() - start
+        patiently(
+            lambda: _collection().update_one({"_id": run.run_id}, {"$set": {"run": _document(run), "ended": True}})
+        )
+        patiently(lambda: _keep_ended(dataset, run.label_field))
+
+
+def declare_dead(shard: Shard) -> None:
+    """Says that whoever was at this part isn't any more, so that another may take it over at once."""
+    mine = {"run.shard.group": shard.group, "run.shard.index": shard.index}
+    patiently(lambda: _collection().update_many(mine, {"$set": {"ended": True}}))
+
+
+# Runs that go on --------------------------------------------------------------------------------------------------
+
+
+def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
+    """Announces the run. Of two that do so at the same time, the later one makes way, by the server's clock."""
+    collection, mine = _collection(), {"_id": run.run_id}
+    document = {**_of_field(dataset, run.label_field), "run": _document(run), "owner": _this_process(), "ended": False}
+    now = {"$currentDate": {"claimed": True, "seen": True}}
+    patiently(lambda: collection.update_one(mine, {"$set": document, **now}, upsert=True))
+    own = collection.find_one(mine)
+    for other in collection.find({**_of_field(dataset, run.label_field), "ended": False, "_id": {"$ne": run.run_id}}):
+        is_earlier = (other["claimed"], other["_id"]) < (own["claimed"], own["_id"])
+        if is_earlier and _is_alive(other, own["seen"]) and not _are_parts(_run(other), run):
+            collection.delete_one(mine)
+            owner = other["owner"]
+            raise FieldBusyError(
+                f"Another run is storing masks in '{run.label_field}', since {other['run']['started']}, by process "
+                f"{owner['pid']} on {owner['host']}. Wait for its end, or stop it. If that machine is gone, its run is "
+                f"taken for dead {_SILENCE.seconds} seconds after its last sign of life."
+            )
+
+
+def _give_signs_of_life(run: SegmentationRun, ended: threading.Event) -> None:
+    while not ended.wait(_BEAT):
+        sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
+        try:
+            _collection().update_one({"_id": run.run_id}, sign)
+        except AWAY as error:  # whoever stores masks waits for the database
+            logger.debug("No sign of life: %s", error)
+
+
+def _is_alive(document: Mapping, now: datetime) -> bool:
+    if document["ended"] or now - document["seen"] > _SILENCE:
+        return False
+    owner, here = document["owner"], _this_process()
+    if owner["host"] != here["host"]:
+        return True
+    try:
+        return psutil.Process(owner["pid"]).create_time() == owner["process_started"]
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _are_parts(run: SegmentationRun, other: SegmentationRun) -> bool:
+    """Whether they are different parts of the same work."""
+    return bool(
+        run.shard and other.shard and run.shard.group == other.shard.group and run.shard.index != other.shard.index
+    )
+
+
+def _this_process() -> dict:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
+
+
+# Runs that have ended ---------------------------------------------------------------------------------------------
+
+
+def _keep_ended(dataset: fo.Dataset, label_field: str) -> None:
+    """Hands the runs that have ended, or died, to FiftyOne, once none goes on: it can't take them from several at once.
+
+    Saving deletes what was saved before first: so all of it is in our collection meanwhile.
+    """
+    collection, here = _collection(), _of_field(dataset, label_field)
+    documents = list(collection.find(here))
+    now = foo.get_db_conn().command("hello")["localTime"]
+    if not documents or any(_is_alive(document, now) for document in documents) or dataset.deleted:
+        return
+    runs = {run.run_id: run for run in _kept(dataset, label_field)}
+    for run in runs.values():
+        collection.update_one(
+            {"_id": run.run_id}, {"$set": {**here, "run": _document(run), "ended": True}}, upsert=True
+        )
+    # One that did nothing is none, unless it died: then it may have.
+    runs |= {d["_id"]: _run(d) for d in documents if d["run"]["images"] or not d["ended"]}
+    dataset.reload()  # others may have recorded runs
+    key = _key(label_field)
+    if key not in dataset.list_runs():
+        dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
+    kept = [_document(run) for run in sorted(runs.values(), key=lambda run: run.started)]
     dataset.save_run_results(key, dataset.init_run_results(key, runs=kept), cache=False)
+    collection.delete_many({"_id": {"$in": [*runs, *(document["_id"] for document in documents)]}})
+
+
+def _kept(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
+    """What FiftyOne has."""
+    key = _key(label_field)
+    if key not in dataset.list_runs():
+        return []
+    try:
+        results = dataset.load_run_results(key, cache=False)
+    except NoFile:  # killed while saving
+        return []
+    return [] if results is None else [_from_dict(run) for run in results.runs]
+
+
+def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
+    """The runs of the parts of a dataset, as one run."""
+    if len(parts) == 1 and parts[0].shard is None:
+        return parts[0]
+    first, shard = parts[0], parts[0].shard
+    seconds: dict[str, float] = {}
+    for part in parts:
+        for stage, value in part.seconds.items():
+            seconds[stage] = seconds.get(stage, 0) + value
+    starts = [datetime.fromisoformat(part.started) for part in parts]
+    ends = [start + timedelta(seconds=part.seconds.get("total", 0)) for start, part in zip(starts, parts)]
+    seconds["total"] = (max(ends) - min(starts)).total_seconds()
+    return replace(
+        first,
+        images=sum(part.images for part in parts),
+        objects=sum(part.objects for part in parts),
+        seconds=seconds,
+        failures=[failure for part in parts for failure in part.failures],
+        num_failures=sum(part.num_failures for part in parts),
+        cancelled=len({part.shard.index for part in parts if not part.cancelled}) < shard.count,
+        shard=None,
+        run_id=shard.group,
+    )
+
+
+def _document(run: SegmentationRun) -> dict:
+    return asdict(run) | {"failures": [asdict(failure) for failure in run.failures[:_MOST_FAILURES]]}
+
+
+def _run(document: Mapping) -> SegmentationRun:
+    return _from_dict(document["run"])
+
+
+def _from_dict(run: Mapping) -> SegmentationRun:
+    shard = run.get("shard")
+    failures = [Failure(**failure) for failure in run["failures"]]
+    return SegmentationRun(**{**run, "failures": failures, "shard": shard and Shard(**shard)})
+
+
+def _collection() -> Collection:
+    return foo.get_db_conn()[_COLLECTION]
+
+
+def _of_field(dataset: fo.Dataset, label_field: str) -> dict:
+    return {"dataset_id": dataset._doc.id, "label_field": label_field}
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
 
 
 def _key(label_field: str) -> str:

@@ -129,6 +129,24 @@ def look_at_each(
     Raises:
         ValueError: labels lack what their whole field is expected to have, or no image could be used.
     """
+    skipped, total = look_at_part(samples, field_names, look, progress)
+    tell_skipped(skipped, total)
+    return skipped
+
+
+def tell_skipped(skipped: Sequence[Mapping], total: int) -> None:
+    """Logs which images could not be used. Raises ValueError where these are all."""
+    if skipped:
+        told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
+        if len(skipped) == total:
+            raise ValueError(f"No image could be used; {told}.")
+        logger.warning("%s. All are in `skipped` of the result.", told)
+
+
+def look_at_part(
+    samples: Samples, field_names: Sequence[str], look: Callable[[StoredImage], None], progress: bool | Callable | None
+) -> tuple[list[dict], int]:
+    """:func:`look_at_each` of a part, of which perhaps no image can be used. Also returns how many images it has."""
     ensure_metadata(samples, progress)
     of_frames = any(samples._is_frame_field(name) for name in field_names)
     total = samples.count("frames") if of_frames else len(samples)
@@ -141,12 +159,7 @@ def look_at_each(
                 raise ValueError(f"{stored.name}: {error}.") from error
             except LabelError as error:
                 skipped.append({"id": str(stored.document["_id"]), "filepath": stored.name, "cause": str(error)})
-    if skipped:
-        told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
-        if len(skipped) == total:
-            raise ValueError(f"No image could be used; {told}.")
-        logger.warning("%s. All are in `skipped` of the result.", told)
-    return skipped
+    return skipped, total
 
 
 def label_fields(samples: Samples, kinds: tuple[type, ...]) -> list[str]:

@@ -23,6 +23,7 @@ import torch
 from bson import ObjectId
 
 from .images import read_image
+from .mask_files import MaskFiles
 from .modeling import checkpoints
 from .modeling.grid_prompts import POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
 from .modeling.masks import Segmentation
@@ -47,6 +48,7 @@ _DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # what the database
 LABEL_BYTES_PER_SAMPLE = 7 * 2**20
 DETECTION_BYTES = 600  # of a detection without its mask: names and values of its attributes
 
+CHECKPOINTS = ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,9 +92,8 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         self.max_masks = self.parse_int(d, "max_masks", default=None)
         self.masks_on_disk = self.parse_bool(d, "masks_on_disk", default=False)
         self.mask_dir = self.parse_string(d, "mask_dir", default=None)
-        self.encoder_checkpoint = self.parse_string(d, "encoder_checkpoint", default=None)
-        self.decoder_checkpoint = self.parse_string(d, "decoder_checkpoint", default=None)
-        self.detector_checkpoint = self.parse_string(d, "detector_checkpoint", default=None)
+        for name in CHECKPOINTS:
+            setattr(self, name, self.parse_string(d, name, default=None))
         if unknown := [key for key in d if key not in vars(self)]:
             known = [key for key in vars(self) if key not in ("model_name", "model_path")]
             raise ValueError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
@@ -108,6 +109,11 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{key} must be between 0 and 1, not {value}.")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files to use instead of the zoo's, by the name of their parameter."""
+        return {name: value for name in CHECKPOINTS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -183,12 +189,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
 
     def __init__(self, config: MobileSAMv2ModelConfig) -> None:
         self.config = config
-        files = {
-            key: value
-            for key in ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
-            if (value := getattr(config, key)) is not None
-        }
-        self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **files)
+        self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **config.files)
         self.failures: list[Failure] = []
         self.num_images = 0
         self.num_labels = 0
@@ -294,7 +295,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             documents.append(detection.to_mongo().to_dict() | ({} if mask is None else {"mask": mask}))
         return documents
 
-    def store_masks(self, documents: Sequence[dict]) -> None:
+    def store_masks(self, documents: Sequence[dict], files: MaskFiles) -> None:
         """Puts the masks of :meth:`to_documents` where they are kept: into the documents, or into files."""
         with_masks = [document for document in documents if "mask" in document]
         contents = [serialized(document["mask"]) if self.label_bytes else b"" for document in with_masks]
@@ -302,8 +303,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         for i, (document, content) in enumerate(zip(with_masks, contents)):
             mask = document.pop("mask")
             if i in beyond:
-                document["mask_path"] = self._mask_path()
-                fol.Detection(mask=mask).export_mask(document["mask_path"])
+                document["mask_path"] = files.add(mask)
             else:
                 document["mask"] = content
 
@@ -399,18 +399,19 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
                 "Stored %d of %d masks of an image in %s: they don't fit into its document",
                 len(beyond),
                 len(mask_bytes),
-                self._mask_folder,
+                mask_folder(self.config),
             )
         return beyond
-
-    @property
-    def _mask_folder(self) -> str:
-        return self.config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks")
 
     def _mask_path(self) -> str:
         name = str(ObjectId())  # and not the detection's, which may have a file that is needed until this one is stored
         # Ids end in a counter: 256 folders that fill evenly.
-        return os.path.join(self._mask_folder, name[-2:], f"{name}.png")
+        return os.path.join(mask_folder(self.config), name[-2:], f"{name}.png")
+
+
+def mask_folder(config: MobileSAMv2ModelConfig) -> str:
+    """Where masks on disk go."""
+    return os.path.abspath(config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks"))
 
 
 def _attributes(found: Segmentation, index: int) -> dict:

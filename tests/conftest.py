@@ -65,7 +65,10 @@ def mongod():
     dbpath.mkdir()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [binary, "--dbpath", dbpath, "--port", str(PORT), "--bind_ip", "127.0.0.1", "--nounixsocket"],
+            [
+                *(binary, "--dbpath", dbpath, "--port", str(PORT), "--bind_ip", "127.0.0.1", "--nounixsocket"),
+                *("--setParameter", "enableTestCommands=1"),  # so that tests can make it fail
+            ],
             stdout=output,
             stderr=subprocess.STDOUT,
         )

@@ -1,5 +1,7 @@
 """Reading, segmenting and storing at the same time: what the database holds then, whatever happens meanwhile."""
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,9 +12,9 @@ import fiftyone.core.utils as fou
 import numpy as np
 import pytest
 from PIL import Image
-from pymongo.errors import AutoReconnect
+from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 
-from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2 import database, zoo
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import _each_once, segment_anything, segment_everything
 from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
@@ -120,9 +122,9 @@ def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
         calls.append((len(read), in_database))
         return segment_all(items)
 
-    def slow_store_masks(documents):
+    def slow_store_masks(documents, files):
         time.sleep(0.5)
-        store_masks(documents)
+        store_masks(documents, files)
 
     read_image = zoo.read_image
     monkeypatch.setattr(zoo, "read_image", counted_read)
@@ -159,26 +161,82 @@ def test_interrupted_and_resumed(images, model, interrupt):
     assert stored(images, "own") == reference and images.first().own.detections[0].id == first
 
 
-def test_database_that_goes_away_ends_the_run(images, model, monkeypatch):
-    calls, store_masks = [], model.store_masks
+@pytest.fixture
+def failing(images):
+    """Makes the server fail commands on the dataset's samples, as it does when it restarts or is too slow."""
+    admin = fo.core.odm.get_db_conn().client.admin
 
-    def store_three(documents):
-        calls.append(documents)
-        if len(calls) > 3:
-            raise AutoReconnect("connection closed")
-        store_masks(documents)
+    def fail(mode, **how):
+        name = images._sample_collection.full_name
+        data = {"namespace": name, **how}
+        admin.command("configureFailPoint", "failCommand", mode=mode, data=data)
 
-    monkeypatch.setattr(model, "store_masks", store_three)
-    with pytest.raises(AutoReconnect, match="connection closed"):
+    try:
+        admin.command("configureFailPoint", "failCommand", mode="off")
+    except OperationFailure:
+        pytest.skip("needs a mongod with enableTestCommands=1")
+    yield fail
+    admin.command("configureFailPoint", "failCommand", mode="off")
+
+
+LOST = {
+    "the connection, before a write": {"failCommands": ["update"], "closeConnection": True},
+    "the answer to a write": {"failCommands": ["update"], "writeConcernError": {"code": 64, "errmsg": "too slow"}},
+    "time": {"failCommands": ["update"], "errorCode": 50},
+    "a server that shuts down": {"failCommands": ["update"], "errorCode": 11600},
+}
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("lost", LOST)
+def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on_disk):
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
+    segment_everything(images, model, "reference")
+    at_the_fourth_image(model, lambda: failing({"times": 3}, **LOST[lost]), monkeypatch)
+    run = segment_everything(images, model, "own", batch_size=2)
+    assert (run.images, run.failures, run.cancelled) == (COUNT, [], False)
+    assert run.objects == images.count("own.detections")
+    assert stored(images, "own") == stored(images, "reference")
+    assert mask_files_of(tmp_path) == referred_to(images, "own") | referred_to(images, "reference")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkeypatch, on_disk):
+    monkeypatch.setattr(database, "PATIENCE", 1)
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(WriteConcernError, match="too slow"):
+        at_the_fourth_image(model, lambda: failing("alwaysOn", **LOST["the answer to a write"]), patch)
         segment_everything(images, model, "own", batch_size=2)
-    monkeypatch.undo()
+    failing("off")
     own = stored(images, "own")
-    assert [bool(own[name]) for name in sorted(own)] == [True] * 3 + [False] * 3
+    assert [own[name] is not None for name in sorted(own)] == [True] * 5 + [False]
     (run,) = recorded_runs(images, "own")
-    assert run.cancelled and run.objects == images.count("own.detections") > 0
-    segment_everything(images, model, "own", batch_size=2)
+    assert run.cancelled and run.objects == sum(len(own[name]) for name in sorted(own)[:3])  # all that it knows of
+    assert segment_everything(images, model, "own", batch_size=2).images == COUNT - 5
     segment_everything(images, model, "reference")
     assert stored(images, "own") == stored(images, "reference")
+    assert mask_files_of(tmp_path) == referred_to(images, "own") | referred_to(images, "reference")
+
+
+def at_the_fourth_image(model, act, monkeypatch):
+    store_masks, calls = model.store_masks, []
+
+    def store_and_act(documents, files):
+        calls.append(documents)
+        if len(calls) == 4:
+            act()
+        store_masks(documents, files)
+
+    monkeypatch.setattr(model, "store_masks", store_and_act)
+
+
+def mask_files_of(folder):
+    """All files in a folder of masks, notes included."""
+    return {str(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def referred_to(dataset, field):
+    return {path for path in dataset.values(f"{field}.detections.mask_path", unwind=True) if path}
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -193,28 +251,32 @@ def test_what_the_database_refuses_costs_its_image_alone(images, files, tmp_path
     own = stored(images, "own")
     assert [path for path in files if own[Path(path).name] is None] == [files[2]]
     assert run.objects == images.count("own.detections")
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == (run.objects if on_disk else 0)  # no orphans
+    assert len(mask_files_of(tmp_path)) == (run.objects if on_disk else 0)  # no orphans
 
 
-def test_disk_that_is_full_costs_its_image_alone(images, files, tmp_path, monkeypatch):
+def test_disk_that_is_full_ends_the_run(images, files, tmp_path, monkeypatch):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
-    export_mask, room = fo.Detection.export_mask, 25
+    flush, room = os.fsync, 25
 
-    def export_while_there_is_room(detection, path, **kwargs):
+    def flush_while_there_is_room(descriptor):
         nonlocal room
         room -= 1
-        if room == 0:
-            raise OSError(28, "No space left on device")
-        export_mask(detection, path, **kwargs)
+        if room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(descriptor)
 
-    monkeypatch.setattr(fo.Detection, "export_mask", export_while_there_is_room)
-    run = segment_everything(images, model, "own", batch_size=4)
-    (failure,) = run.failures
-    assert "No space left on device" in failure.error
-    own = stored(images, "own")
-    assert [path for path in files if own[Path(path).name] is None] == [failure.filepath]
-    assert run.objects == sum(len(labels or []) for labels in own.values())
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == run.objects  # no orphans
+    monkeypatch.setattr(os, "fsync", flush_while_there_is_room)
+    with pytest.raises(OSError, match=r"No space left on device: masks can't be stored in .* Make room there"):
+        segment_everything(images, model, "own", batch_size=4)
+    monkeypatch.undo()
+    done = len(referred_to(images, "own"))
+    assert 0 < done < 25
+    assert mask_files_of(tmp_path) == referred_to(images, "own")
+    (run,) = recorded_runs(images, "own")
+    assert run.cancelled and run.failures == [] and run.objects == done
+    segment_everything(images, model, "own", batch_size=4)
+    segment_everything(images, model, "reference")
+    assert stored(images, "own") == stored(images, "reference")
 
 
 def test_image_that_can_not_be_read_costs_itself_alone(images, model, tmp_path):
@@ -256,7 +318,7 @@ def test_changed_by_someone_else_meanwhile(images, files, tmp_path, monkeypatch)
     own = stored(images, "own")
     assert [label["label"] for label in own.pop("0.png")] == ["mine"]
     assert len(own) == COUNT - 2 and all(own.values())
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == run.objects == sum(map(len, own.values()))
+    assert len(mask_files_of(tmp_path)) == run.objects == sum(map(len, own.values()))
 
 
 def test_field_that_is_deleted_meanwhile(images, model, monkeypatch):
@@ -294,18 +356,31 @@ def test_masks_of_many_prompts_are_stored_at_once_or_not_at_all(images, model):
     assert sum(bool(label.get("mask")) for label in labels) > 100
 
 
-def test_cursor_that_the_database_drops(dataset):
-    """As it does with those that wait for ten minutes."""
-    dataset.add_samples([fo.Sample(f"{i}.png") for i in range(300)])
+def drop_cursor(dataset):
+    """As the database does with those that wait for ten minutes."""
+    database = dataset._sample_collection.database
+    idle = {"type": "idleCursor", "ns": dataset._sample_collection.full_name}
+    (cursor,) = database.client.admin.aggregate([{"$currentOp": {"idleCursors": True}}, {"$match": idle}])
+    killed = database.command("killCursors", dataset._sample_collection_name, cursors=[cursor["cursor"]["cursorId"]])
+    assert killed["cursorsKilled"]
+
+
+@pytest.mark.parametrize("lost", ["cursor", "connection"])
+def test_reading_goes_on_where_it_was_interrupted(images, failing, lost):
+    images.add_samples([fo.Sample(f"{i}.png") for i in range(300)])
     found = []
-    for image in _each_once(dataset, []):
+    for image in _each_once(images, [], threading.Event()):
         found.append(image.sample_id)
         if len(found) == 50:
-            admin = dataset._sample_collection.database.client.admin
-            idle = {"type": "idleCursor", "ns": dataset._sample_collection.full_name}
-            (cursor,) = admin.aggregate([{"$currentOp": {"idleCursors": True}}, {"$match": idle}])
-            killed = dataset._sample_collection.database.command(
-                "killCursors", dataset._sample_collection_name, cursors=[cursor["cursor"]["cursorId"]]
-            )
-            assert killed["cursorsKilled"]
-    assert found == dataset.values("_id")
+            if lost == "cursor":
+                drop_cursor(images)
+            else:
+                failing({"times": 3}, failCommands=["getMore", "aggregate"], closeConnection=True)
+    assert found == images.values("_id")
+
+
+def test_reading_that_never_succeeds_ends(images, failing, monkeypatch):
+    monkeypatch.setattr(database, "PATIENCE", 1)
+    failing("alwaysOn", failCommands=["aggregate"], errorCode=50)
+    with pytest.raises(ExecutionTimeout):
+        list(_each_once(images, [], threading.Event()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,15 +18,19 @@ import numpy as np
 from bson import ObjectId
 from pymongo import UpdateOne
 
+from ..cluster import on_cluster
+from ..shards import Shard
 from ..stored_labels import (
     StoredImage,
     boxes_of,
     check_shapes_field,
+    ensure_metadata,
     is_crowd,
-    look_at_each,
+    look_at_part,
     masks_of,
     meet,
     number_of,
+    tell_skipped,
 )
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, ranking
 from .proposal_results import ProposalResults
@@ -60,6 +65,8 @@ def evaluate_proposals(
     rank_by: str = "confidence",
     area_field: str | None = None,
     progress: bool | Callable | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
 ) -> ProposalResults:
     """Measures class-agnostic proposals against ground truth: AR@K, by COCO's rules.
 
@@ -85,6 +92,9 @@ def evaluate_proposals(
             "sam", the mean of these two, by which SAM ranks.
         area_field: the objects' attribute that holds their area in pixels; default: their mask's, or their box's.
         progress: as everywhere in FiftyOne.
+        cluster: measures on a Ray cluster: "auto" for the one that this machine belongs to, its address, or "local" for
+            processes on this machine. The results are the same, to the last digit.
+        workers: how many of the cluster; None: one for each GPU, or, without any, for each machine.
 
     Returns:
         the results; `results.metrics()` are the figures.
@@ -96,6 +106,7 @@ def evaluate_proposals(
     method = ProposalEvaluationConfig(
         pred_field, gt_field, ks=ks, use_masks=use_masks, rank_by=rank_by, area_field=area_field
     ).build()
+    method.cluster, method.workers = cluster, workers
     method.register_run(samples, eval_key, progress=progress)
     method.register_samples(samples, eval_key)
     if eval_key is not None:
@@ -199,6 +210,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     def __init__(self, config: ProposalEvaluationConfig) -> None:
         super().__init__(config)
+        self.cluster: str | None = None
+        self.workers: int | None = None
         self.results: ProposalResults | None = None
         self._recall = AverageRecall(config.ks)
         self._images: list[_Image] = []
@@ -276,14 +289,37 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     def _measure(self, samples: Samples, progress: bool | Callable | None) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
-        config = self.config
-        self._skipped = look_at_each(
-            samples,
-            [config.pred_field, config.gt_field],
-            lambda stored: self._images.append(self._measured(stored)),
-            progress,
-        )
+        if self.cluster is None:
+            total = self._measure_part(samples, progress)
+        else:
+            total = self._measure_on_cluster(samples, progress)
+        tell_skipped(self._skipped, total)
         self._by_id = {str(image.id): image for image in self._images}
+
+    def _measure_part(self, samples: Samples, progress: bool | Callable | None) -> int:
+        fields = [self.config.pred_field, self.config.gt_field]
+        skipped, total = look_at_part(samples, fields, lambda each: self._images.append(self._measured(each)), progress)
+        self._skipped += skipped
+        return total
+
+    def _measure_on_cluster(self, samples: Samples, progress: bool | Callable | None) -> int:
+        if samples._is_generated:
+            raise ValueError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
+        ensure_metadata(samples, progress)
+        parts = on_cluster(samples, _measurer, (self.config,), uuid.uuid4().hex, self.cluster, self.workers)
+        total = 0
+        with fou.ProgressBar(total=len(samples), progress=progress) as bar:
+            for recall, images, skipped, count, num_samples in parts:
+                self._recall += recall
+                self._images += images
+                self._skipped += skipped
+                total += count
+                bar.update(num_samples)
+        # As if they had been measured one after the other.
+        places = {sample_id: place for place, sample_id in enumerate(samples.values("_id"))}
+        self._images.sort(key=lambda image: (places[image.sample_id], image.frame_number or 0))
+        self._skipped.sort(key=lambda each: places.get(ObjectId(each["id"]), -1))
+        return total
 
     def _results(
         self, samples: Samples, eval_key: str | None, classes: list[str] | None = None, missing: str | None = None
@@ -498,6 +534,17 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             dataset.delete_sample_fields(of_samples)
         if of_frames:
             dataset.delete_frame_fields(of_frames)
+
+
+def _measurer(config: ProposalEvaluationConfig) -> Callable[[Samples, Shard], tuple]:
+    """What a worker of a cluster does with each part."""
+
+    def measure(samples: Samples, shard: Shard) -> tuple:
+        part, method = shard.of(samples), config.build()
+        total = method._measure_part(part, progress=False)
+        return method._recall, method._images, method._skipped, total, len(part)
+
+    return measure
 
 
 def _updates(

@@ -26,8 +26,9 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -405,6 +406,33 @@ def verified_sha256(weights: Weights) -> str:
     verify(path, weights, reread=True)
     # Of files that lie where nothing can be written there is no record.
     return _read_record(_record_path(path)).get("sha256") or file_hashes(path)[0]
+
+
+def weights_sha256(name: str, files: Mapping[str, str | PathLike]) -> dict[str, str]:
+    """The sha256 of every file that the model `name` runs with, as far as they are here.
+
+    Args:
+        files: as for :meth:`MobileSAMv2.from_pretrained`: argument -> path of a file to use instead.
+
+    Returns:
+        argument -> hash.
+    """
+    paths = {key: local_path(weights) for key, weights in pretrained_model(name).weights.items()}
+    paths |= {key: Path(path) for key, path in files.items()}
+    found = {}
+    for key, path in paths.items():
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            found[key] = _sha256(path, stat.st_mtime_ns, stat.st_size)
+    return found
+
+
+@lru_cache(maxsize=100)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    record = _read_record(_record_path(path))
+    if {"size": size, "mtime_ns": mtime_ns}.items() <= record.items() and "sha256" in record:
+        return record["sha256"]
+    return file_hashes(path)[0]
 
 
 def _problem(path: Path, weights: Weights, record_path: Path, reread: bool = False) -> str | None:

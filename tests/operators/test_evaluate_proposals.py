@@ -7,7 +7,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.operators.evaluate_proposals import whole_numbers
-from fiftyone_mobilesamv2.segmentation_runs import SegmentationRun, record
+from fiftyone_mobilesamv2.segmentation_runs import SegmentationRun, on_record
 
 NAME = "evaluate_proposals"
 
@@ -56,7 +56,8 @@ def test_proposals_that_were_made_here_come_first(plugin, proposed):
     proposed.clone_sample_field("segmentations", "another")
     assert plugin.form(NAME, proposed).default("pred_field") == "segmentations"
     proposed.clone_sample_field("segmentations", "masks")
-    record(proposed, SegmentationRun("masks", {"prompting": "object_aware"}, "2026-01-01T00:00:00+00:00"))
+    with on_record(proposed, SegmentationRun("masks", {"prompting": "object_aware"}, images=1)):
+        pass
     assert plugin.form(NAME, proposed).default("pred_field") == "masks"
 
 

@@ -1,0 +1,68 @@
+"""Disjoint parts of a collection, for several processes to work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+# Knuth's multiplicative hashing (The Art of Computer Programming, 6.4): 2^32 over the golden ratio. Ids end in a
+# counter of 24 bits, of which labels take numbers, too: samples with three labels each are four apart.
+_FACTOR, _RANGE = 2654435761, 2**32
+_DIGITS = 6  # of an id, hexadecimal: its counter
+_MOST = 10_000
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of the parts.
+
+    To which one a sample belongs is decided by its id: nothing has to be listed, and samples that come and go change
+    nothing for the others.
+
+    Attributes:
+        index: from 0 to `count` - 1.
+        count: how many parts there are.
+        group: the same for all parts of one piece of work.
+    """
+
+    index: int
+    count: int
+    group: str
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.count <= _MOST and 0 <= self.index < self.count):
+            raise ValueError(
+                f"Part {self.index} of {self.count}: at most {_MOST:,} parts, counted from 0, were expected."
+            )
+
+    def __str__(self) -> str:
+        return f"part {self.index + 1} of {self.count}"
+
+    def of(self, samples: Samples) -> fo.DatasetView:
+        """The samples of this part."""
+        # What `has` does, in the database.
+        digits = {"$substrBytes": [{"$toString": "$_id"}, 24 - _DIGITS, _DIGITS]}
+        number = {
+            "$sum": [
+                {
+                    "$multiply": [
+                        {"$indexOfBytes": ["0123456789abcdef", {"$substrBytes": [digits, place, 1]}]},
+                        16 ** (_DIGITS - 1 - place),
+                    ]
+                }
+                for place in range(_DIGITS)
+            ]
+        }
+        hashed = {"$mod": [{"$multiply": [number, _FACTOR]}, _RANGE]}
+        index = {"$floor": {"$divide": [{"$multiply": [hashed, self.count]}, _RANGE]}}
+        return samples.match({"$expr": {"$eq": [index, self.index]}})
+
+    def has(self, sample_id: str) -> bool:
+        """Whether a sample, there or deleted since, belongs to this part."""
+        hashed = int(sample_id[-_DIGITS:], 16) * _FACTOR % _RANGE
+        return hashed * self.count // _RANGE == self.index
