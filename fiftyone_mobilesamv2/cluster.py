@@ -155,14 +155,18 @@ class _Worker:
 
     def __init__(self, environment: dict[str, str], work: bytes, threads: int) -> None:
         os.environ.update(environment)
-        import ray
         import torch
 
         torch.set_num_threads(threads)
-        make, arguments = ray.cloudpickle.loads(work)
-        self._work = make(*arguments)
+        self._to_load = work
+        self._work: Work | None = None
 
     def run(self, collection: _Collection, part: Shard) -> object:
+        if self._work is None:  # not before: an error would be told as the death of this process
+            import ray
+
+            make, arguments = ray.cloudpickle.loads(self._to_load)
+            self._work = make(*arguments)
         return self._work(collection.load(), part)
 
 

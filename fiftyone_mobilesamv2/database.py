@@ -6,9 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from pymongo import WriteConcern
 from pymongo.errors import ConnectionFailure, ExecutionTimeout, WriteConcernError
+
+if TYPE_CHECKING:
+    from pymongo.collection import Collection
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,14 @@ def patiently(call: Callable[[], T], given_up: threading.Event | None = None) ->
             if pause > 1:
                 logger.warning("The database answers again")
             return found
+
+
+def safely(collection: Collection) -> Collection:
+    """The collection, with writes that are acknowledged only when they are in the journal: MongoDB forgets what was
+    written in the last tenth of a second before it is killed.
+    """
+    concern = collection.write_concern.document | {"j": True}
+    return collection.with_options(write_concern=WriteConcern(**concern))
 
 
 def first_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
 from . import database
 from .cluster import on_cluster
-from .database import AWAY, first_line, patiently
+from .database import AWAY, first_line, patiently, safely
 from .mask_files import MaskFiles, settle
 from .modeling import checkpoints
 from .modeling.object_discovery import CONFIDENCE
@@ -169,7 +169,8 @@ def _segment_on_cluster(
         with suppress(Cancelled):
             for _ in parts:
                 pass
-            show()
+            bar.update(total - bar.iteration)  # of a worker that died the last images are not on record
+    samples._root_dataset.reload()  # for the copy of the record
     return so_far()
 
 
@@ -444,7 +445,7 @@ def _store(
             values["last_modified_at"] = datetime.now(timezone.utc)
             change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
             # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
-            result = patiently(partial(dataset._sample_collection.update_one, *change), given_up)
+            result = patiently(partial(safely(dataset._sample_collection).update_one, *change), given_up)
             # A first try whose answer got lost leaves nothing to do for the second.
             is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, item.sample_id, documents)
         except Exception as error:

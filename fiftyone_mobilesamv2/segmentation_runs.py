@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import TYPE_CHECKING
 
 import fiftyone.core.odm as foo
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 _METHOD = "mobilesamv2"
 _MOST_FAILURES = 1000  # of a run: more tell nothing new
 
-# In the database beside FiftyOne's own: runs that go on, on any machine, and those that FiftyOne hasn't recorded yet.
+# In the database beside FiftyOne's own: all runs, on any machine. What FiftyOne is given is a copy, for users and for
+# clones of the dataset: it can't take records from several processes at once, and while it saves one it has none.
 _COLLECTION = "mobilesamv2.runs"
 _BEAT = 5  # seconds after which a run gives the next sign of life
 _SILENCE = timedelta(seconds=60)  # after which it is taken for dead
@@ -98,10 +100,10 @@ def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
     dataset = samples._root_dataset
     if not dataset.has_field(label_field):
         return []
-    runs = {run.run_id: run for run in _kept(dataset, label_field)}
-    runs |= {run.run_id: run for run in map(_run, _collection().find(_of_field(dataset, label_field)))}
+    runs = [_run(document) for document in _collection().find(_of_field(dataset, label_field))]
+    runs = runs or _copied(dataset, label_field)
     groups: dict[str, list[SegmentationRun]] = {}
-    for run in sorted(runs.values(), key=lambda run: run.started):
+    for run in sorted(runs, key=lambda run: run.started):
         groups.setdefault(run.run_id if run.shard is None else run.shard.group, []).append(run)
     return [_merged(parts) for parts in groups.values()]
 
@@ -130,9 +132,15 @@ def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
         FieldBusyError: another one is at the same samples.
     """
     dataset = samples._root_dataset
+    collection, here = _collection(), _of_field(dataset, run.label_field)
+    if collection.find_one(here) is None:  # the dataset is a clone: what its original's record has stays
+        for earlier in _copied(dataset, run.label_field):
+            patiently(partial(_write, dataset, earlier, {"ended": True}))
     _claim(dataset, run)
     start, ended = time.perf_counter(), threading.Event()
-    signs = threading.Thread(target=_give_signs_of_life, args=(run, ended), name=f"record-{run.run_id}", daemon=True)
+    signs = threading.Thread(
+        target=_give_signs_of_life, args=(dataset, run, ended), name=f"record-{run.run_id}", daemon=True
+    )
     signs.start()
     try:
         yield
@@ -140,10 +148,11 @@ def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
         ended.set()
         signs.join()
         run.seconds["total"] = time.perf_counter() - start
-        patiently(
-            lambda: _collection().update_one({"_id": run.run_id}, {"$set": {"run": _document(run), "ended": True}})
-        )
-        patiently(lambda: _keep_ended(dataset, run.label_field))
+        if run.images:
+            patiently(lambda: _write(dataset, run, {"ended": True}))
+        else:  # one that did nothing is none
+            patiently(lambda: collection.delete_one(_id(dataset, run)))
+        patiently(lambda: _copy(dataset, run.label_field))
 
 
 def declare_dead(shard: Shard) -> None:
@@ -157,12 +166,13 @@ def declare_dead(shard: Shard) -> None:
 
 def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
     """Announces the run. Of two that do so at the same time, the later one makes way, by the server's clock."""
-    collection, mine = _collection(), {"_id": run.run_id}
-    document = {**_of_field(dataset, run.label_field), "run": _document(run), "owner": _this_process(), "ended": False}
+    collection, mine = _collection(), _id(dataset, run)
+    here = _of_field(dataset, run.label_field)
+    fields = {**here, "run": _document(run), "owner": _this_process(), "ended": False}
     now = {"$currentDate": {"claimed": True, "seen": True}}
-    patiently(lambda: collection.update_one(mine, {"$set": document, **now}, upsert=True))
+    patiently(lambda: collection.update_one(mine, {"$set": fields, **now}, upsert=True))
     own = collection.find_one(mine)
-    for other in collection.find({**_of_field(dataset, run.label_field), "ended": False, "_id": {"$ne": run.run_id}}):
+    for other in collection.find({**here, "ended": False, "_id": {"$ne": own["_id"]}}):
         is_earlier = (other["claimed"], other["_id"]) < (own["claimed"], own["_id"])
         if is_earlier and _is_alive(other, own["seen"]) and not _are_parts(_run(other), run):
             collection.delete_one(mine)
@@ -174,11 +184,11 @@ def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
             )
 
 
-def _give_signs_of_life(run: SegmentationRun, ended: threading.Event) -> None:
+def _give_signs_of_life(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event) -> None:
     while not ended.wait(_BEAT):
         sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
         try:
-            _collection().update_one({"_id": run.run_id}, sign)
+            _collection().update_one(_id(dataset, run), sign)
         except AWAY as error:  # whoever stores masks waits for the database
             logger.debug("No sign of life: %s", error)
 
@@ -209,40 +219,30 @@ def _this_process() -> dict:
 # Runs that have ended ---------------------------------------------------------------------------------------------
 
 
-def _keep_ended(dataset: fo.Dataset, label_field: str) -> None:
-    """Hands the runs that have ended, or died, to FiftyOne, once none goes on: it can't take them from several at once.
-
-    Saving deletes what was saved before first: so all of it is in our collection meanwhile.
-    """
-    collection, here = _collection(), _of_field(dataset, label_field)
-    documents = list(collection.find(here))
+def _copy(dataset: fo.Dataset, label_field: str) -> None:
+    """Gives FiftyOne a copy of the records, once no run into the field goes on."""
+    collection = _collection()
+    documents = list(collection.find(_of_field(dataset, label_field)))
     now = foo.get_db_conn().command("hello")["localTime"]
     if not documents or any(_is_alive(document, now) for document in documents) or dataset.deleted:
         return
-    runs = {run.run_id: run for run in _kept(dataset, label_field)}
-    for run in runs.values():
-        collection.update_one(
-            {"_id": run.run_id}, {"$set": {**here, "run": _document(run), "ended": True}}, upsert=True
-        )
-    # One that did nothing is none, unless it died: then it may have.
-    runs |= {d["_id"]: _run(d) for d in documents if d["run"]["images"] or not d["ended"]}
-    dataset.reload()  # others may have recorded runs
-    key = _key(label_field)
+    key, runs = _key(label_field), sorted(map(_run, documents), key=lambda run: run.started)
+    dataset._doc.reload("runs")  # others may have added some
     if key not in dataset.list_runs():
         dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
-    kept = [_document(run) for run in sorted(runs.values(), key=lambda run: run.started)]
-    dataset.save_run_results(key, dataset.init_run_results(key, runs=kept), cache=False)
-    collection.delete_many({"_id": {"$in": [*runs, *(document["_id"] for document in documents)]}})
+    dataset.save_run_results(key, dataset.init_run_results(key, runs=[_document(run) for run in runs]), cache=False)
+    there = foo.get_db_conn().datasets.distinct("_id")
+    collection.delete_many({"dataset_id": {"$nin": there}})
 
 
-def _kept(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
+def _copied(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
     """What FiftyOne has."""
     key = _key(label_field)
     if key not in dataset.list_runs():
         return []
     try:
         results = dataset.load_run_results(key, cache=False)
-    except NoFile:  # killed while saving
+    except (NoFile, AttributeError):  # FiftyOne's answer where a process was killed while it saved them
         return []
     return [] if results is None else [_from_dict(run) for run in results.runs]
 
@@ -288,6 +288,15 @@ def _from_dict(run: Mapping) -> SegmentationRun:
 
 def _collection() -> Collection:
     return foo.get_db_conn()[_COLLECTION]
+
+
+def _write(dataset: fo.Dataset, run: SegmentationRun, values: dict) -> None:
+    fields = {**_of_field(dataset, run.label_field), "run": _document(run), **values}
+    _collection().update_one(_id(dataset, run), {"$set": fields}, upsert=True)
+
+
+def _id(dataset: fo.Dataset, run: SegmentationRun) -> dict:
+    return {"_id": f"{dataset._doc.id}/{run.run_id}"}  # a clone has the same runs
 
 
 def _of_field(dataset: fo.Dataset, label_field: str) -> dict:

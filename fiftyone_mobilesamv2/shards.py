@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # counter of 24 bits, of which labels take numbers, too: samples with three labels each are four apart.
 _FACTOR, _RANGE = 2654435761, 2**32
 _DIGITS = 6  # of an id, hexadecimal: its counter
-_MOST = 10_000
+MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Shard:
     group: str
 
     def __post_init__(self) -> None:
-        if not (1 <= self.count <= _MOST and 0 <= self.index < self.count):
+        if not isinstance(self.group, str):  # it becomes part of queries
+            raise ValueError(f"The group of a part is a text, not {self.group!r}.")
+        if not (1 <= self.count <= MOST and 0 <= self.index < self.count):
             raise ValueError(
-                f"Part {self.index} of {self.count}: at most {_MOST:,} parts, counted from 0, were expected."
+                f"Part {self.index} of {self.count}: at most {MOST:,} parts, counted from 0, were expected."
             )
 
     def __str__(self) -> str:

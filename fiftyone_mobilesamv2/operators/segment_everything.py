@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import uuid
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import fiftyone as fo
 from fiftyone.operators import types
+from fiftyone.operators.delegated import DelegatedOperationService
+from fiftyone.operators.executor import ExecutionContext
 
+from ..shards import MOST as MOST_PARTS
+from ..shards import Shard
 from ..stored_labels import label_fields
 from .models import fetch_with_progress, model_choice, runtime_choices
 from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, cached, count
 
 if TYPE_CHECKING:
-    from fiftyone.operators.executor import ExecutionContext
-
     from ..segmentation_runs import SegmentationRun
     from ..stored_labels import Samples
     from ..zoo import MobileSAMv2ModelConfig
@@ -26,6 +30,8 @@ EXISTING = {
     "keep": "Skip samples that have masks there already",
     "replace": "Replace what is there",
 }
+FAILED = "Show failed samples"
+SHOW_SAMPLES = "@voxel51/operators/show_samples"
 STORAGES = {
     "database": "In the database, as far as they fit into a sample's document",
     "disk": "On disk, as PNG files",
@@ -79,6 +85,16 @@ class SegmentEverything(Operator):
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
         form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
         runtime_choices(form)
+        form.number(
+            "num_shards",
+            1,
+            "Parts",
+            "More than one: scheduled as so many operations, which 'fiftyone delegated launch' workers share",
+            least=1,
+            most=MOST_PARTS,
+            whole=True,
+        )
+        _part(form)
         if not form.problems and form.values.get("existing") == "keep":
             self._check_parameters(form)
         if form.size > MANY_IMAGES:
@@ -93,6 +109,7 @@ class SegmentEverything(Operator):
 
     def _label_field(self, form: Form) -> None:
         from ..segmentation import check_label_field, labels_there
+        from ..segmentation_runs import failed_samples
 
         samples = form.samples
         prefix = samples._FRAMES_PREFIX if samples.media_type == "video" else ""
@@ -109,11 +126,21 @@ class SegmentEverything(Operator):
         except ValueError as error:
             form.problem(str(error))
             return
+        if failed := failed_samples(samples, name).values("id"):
+            form.note(
+                f"The last run into '{name}' failed at {count(len(failed), 'sample')}. To try these alone, show them "
+                f"and open this form again, for the current view."
+            )
+            form.inputs.btn(
+                "show_failed", FAILED, on_click=SHOW_SAMPLES, params={"samples": failed}, variant="outlined"
+            )
         done, objects = cached(labels_there, samples, name)
         if not done:
             return
         existing = form.choice("existing", EXISTING, "keep", f"'{name}' exists", radio=True)
         left = form.size - done
+        if "shard" in form.ctx.params:  # what is left is told by the operation that has scheduled this part
+            return
         if existing == "replace":
             form.warn(f"{count(objects, 'label')} of {count(done, 'sample')} in '{name}' will be deleted and replaced.")
         elif left:
@@ -133,7 +160,9 @@ class SegmentEverything(Operator):
         from .. import zoo
         from ..segmentation import segment_everything
 
-        values = form.values
+        values, part = form.values, _part(form)
+        if values["num_shards"] > 1 and part is None:
+            return self._schedule_parts(form)
         fetch_with_progress(values["model"], progress)
         progress.tell(None, f"Loading {values['model']}")
         model = zoo.MobileSAMv2Model(_model_config(form))
@@ -149,8 +178,41 @@ class SegmentEverything(Operator):
             replace=values.get("existing") == "replace",
             batch_size=values["batch_size"],
             progress=report,
+            shard=part,
         )
         return segmentation_outcome(run, values.get("existing") == "replace")
+
+    def _schedule_parts(self, form: Form) -> Outcome:
+        from ..segmentation import prepare
+
+        values, group = form.values, uuid.uuid4().hex
+        prepare(form.samples, values["label_field"], _model_config(form), values.get("existing") == "replace")
+        service, ids = DelegatedOperationService(), []
+        for index in range(values["num_shards"]):
+            shard = Shard(index, values["num_shards"], group)
+            request = {**form.ctx.request_params, "delegated": True}
+            request["params"] = {**form.ctx.params, "shard": asdict(shard)}
+            context = ExecutionContext(request, operator_uri=self.uri)
+            operation = service.queue_operation(self.uri, f"{self.title}, {shard}", context=context.serialize())
+            ids.append(str(operation.id))
+        text = (
+            f"**Scheduled as {count(len(ids), 'operation')}**, for any number of `fiftyone delegated launch -t local` "
+            f"workers on this database. `fiftyone delegated list` shows them; `fiftyone delegated rerun <id>` repeats "
+            f"one whose worker died: it does what is missing."
+        )
+        return Outcome(text, {"label_field": values["label_field"], "operations": ids})
+
+
+def _part(form: Form) -> Shard | None:
+    """Of an operation that does one of several parts: which one. Scheduling gives it; the form doesn't ask for it."""
+    given = form.ctx.params.get("shard")
+    if given is None:
+        return None
+    try:
+        return Shard(**given)
+    except (TypeError, ValueError) as error:
+        form.problem(f"shard: index, count and group of a part were expected, not {given!r} ({error}).")
+        return None
 
 
 def detections_fields(samples: Samples, prefix: str = "") -> list[str]:
@@ -171,7 +233,7 @@ def _model_config(form: Form) -> MobileSAMv2ModelConfig:
 def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     """The summary of a run of segment_everything or segment_anything."""
     lines = [
-        f"**{count(run.objects, 'object')} in {count(run.images - len(run.failures), 'image')}**",
+        f"**{count(run.objects, 'object')} in {count(run.images - run.num_failures, 'image')}**",
         f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
     ]
     if run.cancelled:
@@ -184,11 +246,11 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     if run.failures:
         first = run.failures[0]
         lines.append(
-            f"**{count(len(run.failures), 'image')} failed** and kept what labels they had. The first: "
+            f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: "
             f"`{first.filepath}`: {first.error}"
         )
         ids = [failure.sample_id for failure in run.failures]
-        buttons.append(("Show failed samples", "@voxel51/operators/show_samples", {"samples": ids}))
+        buttons.append((FAILED, SHOW_SAMPLES, {"samples": ids}))
     result = {
         "label_field": run.label_field,
         "images": run.images,

@@ -6,10 +6,12 @@ import pytest
 import torch
 from bson import ObjectId
 from fiftyone import ViewField as F
+from fiftyone.operators.delegated import DelegatedOperationService
 from PIL import Image
 
 from fiftyone_mobilesamv2 import MobileSAMv2, segmentation, segmentation_runs, zoo
 from fiftyone_mobilesamv2.images import read_image
+from fiftyone_mobilesamv2.shards import Shard
 
 SIZE = {"$bsonSize": "$$ROOT"}
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
@@ -354,6 +356,53 @@ def test_two_works_wait_for_each_other(plugin, scenes, expected):
     *_, (_, last) = slow
     assert "in 4 images" in str(last) and "in 4 images" in labels[-1]
     assert_as_expected(scenes, "other", expected)
+
+
+def test_failed_samples_can_be_tried_again_alone(plugin, scenes, expected, scene_files, tmp_path):
+    late = tmp_path / sorted(scene_files[0].iterdir())[0].name
+    scenes.add_sample(fo.Sample(str(late)))
+    plugin.call("segment_everything", scenes, **DEMO)
+    form = plugin.form("segment_everything", scenes, DEMO)
+    assert any("failed at 1 sample. To try these alone" in message for message in form.messages)
+    view = form.inputs["show_failed"].view
+    assert view.operator == "@voxel51/operators/show_samples" and view.params == {"samples": [scenes.last().id]}
+    failed = segmentation_runs.failed_samples(scenes, "segmentations")
+    assert failed.values("filepath") == [str(late)]
+    shutil.copy(sorted(scene_files[0].iterdir())[0], late)  # it is there now
+    assert plugin.call("segment_everything", failed, **DEMO)["images"] == 1
+    assert_as_expected(scenes, "segmentations", expected)
+    assert "show_failed" not in plugin.form("segment_everything", scenes, DEMO).inputs
+    assert len(segmentation_runs.failed_samples(scenes, "segmentations")) == 0
+
+
+def test_parts_are_scheduled(plugin, scenes, expected):
+    result = plugin.call("segment_everything", scenes, num_shards=3, **DEMO)
+    service = DelegatedOperationService()
+    operations = [service.get(ObjectId(id)) for id in result["operations"]]
+    assert [operation.label for operation in operations] == [f"Segment everything, part {i} of 3" for i in (1, 2, 3)]
+    assert scenes.has_field("segmentations.detections.predicted_iou") and scenes.count("segmentations") == 0
+    samples = {sample.id for sample in scenes}
+    for number, operation in enumerate(operations):
+        service.execute_operation(operation)
+        done = {id for id, labels in zip(*scenes.values(["id", "segmentations"])) if labels is not None}
+        shard = Shard(**operation.context.request_params["params"]["shard"])
+        samples -= {id for id in samples if shard.has(id)}
+        assert done == {sample.id for sample in scenes} - samples
+        (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
+        assert run.images == len(done) and run.cancelled == (number < 2)
+    assert [service.get(operation.id).run_state for operation in operations] == ["completed"] * 3
+    assert_as_expected(scenes, "segmentations", expected)
+    again = service.rerun_operation(operations[0].id)  # as after the death of a worker
+    service.execute_operation(again)
+    assert service.get(again.id).run_state == "completed"
+    (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
+    assert run.images == 4 and not run.cancelled
+
+
+@pytest.mark.parametrize("shard", [5, {"index": 3, "count": 3, "group": "x"}, {"index": 0}, {"index": "0", "count": 2}])
+def test_part_that_is_none(plugin, scenes, shard):
+    (error,) = plugin.form("segment_everything", scenes, {**DEMO, "shard": shard}).errors
+    assert "index, count and group of a part were expected" in error
 
 
 def test_a_run_that_was_killed_is_on_record(plugin, scenes):
