@@ -134,13 +134,13 @@ def run_segment(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
     print(
-        f"{run.objects:,} objects in {run.images - run.num_failures:,} images, stored in '{run.label_field}'; "
-        f"{run.images_per_second:.2g} images/s"
+        f"{run.objects:,} objects in {run.images - run.num_failures:,} of {run.images:,} images, in "
+        f"'{run.label_field}'; {run.images_per_second:.2g} images/s"
     )
     for failure in run.failures:
         print(f"failed: {failure.filepath}: {failure.error}", file=sys.stderr)
     if run.num_failures:
-        print(f"{run.num_failures:,} images failed. The same command tries them again.", file=sys.stderr)
+        print(f"Failed: {run.num_failures:,} of {run.images:,}. The same command tries them again.", file=sys.stderr)
     return 1 if run.num_failures else 0
 
 

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import cli
+from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "fiftyone_mobilesamv2.cli"]
@@ -24,7 +26,8 @@ DATASET = "mobilesamv2-quickstart"
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([command, "--help"] for command in ("quickstart", "reproduce", "evaluate", "install"))]
+    "arguments",
+    [["--help"], *([command, "--help"] for command in ("quickstart", "segment", "reproduce", "evaluate", "install"))],
 )
 def test_help_needs_neither_torch_nor_fiftyone(arguments):
     code = f"""
@@ -101,6 +104,33 @@ def test_install_and_uninstall(tmp_path, monkeypatch, capsys):
     assert "is in the way" in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_segment(dataset, tmp_path, capsys):
+    for index in range(3):
+        Image.fromarray(make_scene(TEST_SEED, index).image).save(tmp_path / f"{index}.png")
+        dataset.add_sample(fo.Sample(str(tmp_path / f"{index}.png")))
+    bad = tmp_path / "bad.png"
+    dataset.add_sample(fo.Sample(str(bad)))
+    command = ["segment", dataset.name, "--model", "mobilesamv2-demo-torch", "--device", "cpu", "--confidence", "0.3"]
+    command += ["--masks-on-disk", "--mask-dir", str(tmp_path / "masks"), "--dtype", "bfloat16"]
+    assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    count = dataset.count("segmentations.detections")
+    assert f"{count:,} objects in 3 of 4 images, in 'segmentations'" in captured.out
+    assert f"failed: {bad}: FileNotFoundError" in captured.err
+    assert "Failed: 1 of 4. The same command tries them again." in captured.err
+    paths = dataset.values("segmentations.detections.mask_path", unwind=True)
+    assert len(paths) > 10 and all(Path(path).is_relative_to(tmp_path / "masks") for path in paths if path)
+    (run,) = recorded_runs(dataset, "segmentations")
+    assert (run.parameters["dtype"], run.parameters["confidence_thresh"]) == ("bfloat16", 0.3)
+    Image.fromarray(make_scene(TEST_SEED, 3).image).save(bad)
+    assert cli.main([*command, "--confidence", "0.4"]) == 1
+    assert "confidence_thresh 0.3 then, 0.4 now" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert "in 1 of 1 images" in capsys.readouterr().out
+    assert cli.main([*command, "--replace", "--max-prompts", "1", "--label-field", "other"]) == 0
+    assert [len(found) for found in dataset.values("other.detections")] == [1] * 4
 
 
 @pytest.fixture

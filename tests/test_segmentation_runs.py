@@ -1,0 +1,263 @@
+"""The record of runs, and how it keeps them out of each other's way."""
+
+import hashlib
+import socket
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import fiftyone as fo
+import fiftyone.core.odm as foo
+import psutil
+import pytest
+from gridfs import GridFS
+from PIL import Image
+
+from fiftyone_mobilesamv2 import segmentation_runs, zoo
+from fiftyone_mobilesamv2.modeling.checkpoints import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.segmentation import segment_everything
+from fiftyone_mobilesamv2.segmentation_runs import (
+    FieldBusyError,
+    SegmentationRun,
+    failed_samples,
+    on_record,
+    recorded_runs,
+)
+from fiftyone_mobilesamv2.shards import Shard
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+
+PARAMETERS = {"name": "x", "prompting": "object_aware"}
+
+
+@pytest.fixture
+def labeled(dataset):
+    dataset.add_sample(fo.Sample("image.png", own=fo.Detections()))
+    return dataset
+
+
+@pytest.fixture
+def images(dataset, tmp_path):
+    for index in range(3):
+        Image.fromarray(make_scene(TEST_SEED, index).image).save(tmp_path / f"{index}.png")
+        dataset.add_sample(fo.Sample(str(tmp_path / f"{index}.png")))
+    return dataset
+
+
+@pytest.fixture
+def model():
+    return zoo.load_model("mobilesamv2-demo-torch", device="cpu")
+
+
+def run(**values):
+    return SegmentationRun("own", PARAMETERS, images=1, **values)
+
+
+def part(index, count=3, group="g"):
+    return run(shard=Shard(index, count, group))
+
+
+def owned_by(dataset, other, **owner):
+    """As if `other` went on in another process, of this machine if nothing else is said."""
+    segmentation_runs._claim(dataset, other)
+    change = {f"owner.{name}": value for name, value in owner.items()}
+    segmentation_runs._collection().update_one({"run.run_id": other.run_id}, {"$set": change})
+
+
+@pytest.fixture
+def living():
+    """A process that does nothing, for as long as this test takes."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield {"pid": process.pid, "process_started": psutil.Process(process.pid).create_time()}
+        process.kill()
+
+
+def start(dataset, started):
+    with on_record(dataset, started):
+        return recorded_runs(dataset, "own")
+
+
+def test_field_is_kept_from_a_second_run(labeled, living):
+    first = run()
+    owned_by(labeled, first, **living)
+    with pytest.raises(FieldBusyError, match=f"storing masks in 'own'.* by process {living['pid']} on") as caught:
+        start(labeled, run())
+    assert first.started in str(caught.value)
+    assert [each.run_id for each in recorded_runs(labeled, "own")] == [first.run_id]
+    other_field = SegmentationRun("other", PARAMETERS)
+    with on_record(labeled, other_field):
+        pass
+
+
+def test_run_of_a_process_that_is_gone_is_no_hindrance(labeled, living):
+    first, second = run(), run()
+    # Another process may have got its number since.
+    owned_by(labeled, first, **living | {"process_started": living["process_started"] - 1})
+    assert [each.run_id for each in start(labeled, second)] == [first.run_id, second.run_id]
+    assert [each.cancelled for each in recorded_runs(labeled, "own")] == [True, True]
+
+
+def test_run_of_another_machine_is_dead_when_it_is_silent(labeled):
+    owned_by(labeled, run(), host="elsewhere")
+    with pytest.raises(FieldBusyError, match="on elsewhere"):
+        start(labeled, run())
+    (document,) = segmentation_runs._collection().find({"owner.host": "elsewhere"})
+    seen = document["seen"] - timedelta(seconds=61)
+    segmentation_runs._collection().update_one({"_id": document["_id"]}, {"$set": {"seen": seen}})
+    assert len(start(labeled, run())) == 2
+
+
+def test_parts_of_one_run_go_on_together(labeled, living):
+    owned_by(labeled, part(0), **living)
+    start(labeled, part(1))
+    with pytest.raises(FieldBusyError):
+        start(labeled, part(0))
+    with pytest.raises(FieldBusyError):
+        start(labeled, part(1, group="another"))
+    with pytest.raises(FieldBusyError):
+        start(labeled, run())
+
+
+def test_of_many_that_start_at_once_one_goes_on(labeled):
+    barrier, ready, outcomes = threading.Barrier(8), threading.Event(), []
+
+    def begin():
+        barrier.wait()
+        try:
+            with on_record(labeled, run()):
+                outcomes.append("in")
+                ready.wait(60)
+        except FieldBusyError:
+            outcomes.append("out")
+        if len(outcomes) == 8:
+            ready.set()
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["in"] + ["out"] * 7
+
+
+def test_parts_are_told_as_one_run(labeled):
+    failures = [segmentation_runs.Failure("a", "a.png", "why")]
+    parts = [part(0), part(1), part(1), part(2)]
+    parts[1].failures, parts[1].num_failures = failures, 1
+    for each, started in zip(parts, ("10:00:00", "10:00:05", "10:00:20", "10:00:30")):
+        each.started = f"2026-01-01T{started}+00:00"
+        each.seconds = {"encode": 2.0}
+        each.objects = 5
+        with on_record(labeled, each):
+            each.cancelled = False
+        each.cancelled = each is parts[1]  # this one was stopped
+        each.seconds["total"] = 7.0
+        segmentation_runs._write(labeled, each, {})
+        (merged,) = recorded_runs(labeled, "own")
+        assert merged.cancelled == (each is not parts[3])
+    assert (merged.images, merged.objects, merged.failures, merged.num_failures) == (4, 20, failures, 1)
+    assert merged.seconds == {"encode": 8.0, "total": 37.0}
+    assert merged.started == parts[0].started and merged.run_id == "g" and merged.shard is None
+
+
+def test_record_says_what_made_the_field(images, model):
+    segment_everything(images, model, "own")
+    (found,) = recorded_runs(images, "own")
+    sha256 = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(PACKAGED_WEIGHTS).iterdir()}
+    assert found.parameters["weights"] == {
+        "encoder_checkpoint": sha256["demo_sam.safetensors"],
+        "decoder_checkpoint": sha256["demo_sam.safetensors"],
+        "detector_checkpoint": sha256["demo_detector.safetensors"],
+    }
+    assert found.parameters["name"] == "mobilesamv2-demo-torch" and found.parameters["max_prompts"] == 320
+    assert (found.images, found.objects) == (3, images.count("own.detections")) and not found.cancelled
+    # FiftyOne's own way to it.
+    (copy,) = images.load_run_results("mobilesamv2_own").runs
+    assert copy["run_id"] == found.run_id and copy["parameters"] == found.parameters
+
+
+def test_other_weights_are_other_parameters(images, model, tmp_path):
+    segment_everything(images.limit(1), model, "own")
+    from safetensors.torch import load_file, save_file
+
+    path = Path(PACKAGED_WEIGHTS) / "demo_sam.safetensors"
+    same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    same.write_bytes(path.read_bytes())
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name] += 1
+    save_file(tensors, other)
+    with pytest.raises(ValueError, match=r"other parameters \(weights "):
+        segment_everything(
+            images, zoo.load_model(model.config.name, device="cpu", encoder_checkpoint=str(other)), "own"
+        )
+    moved = zoo.load_model(model.config.name, device="cpu", encoder_checkpoint=str(same))
+    assert segment_everything(images, moved, "own").images == 2
+
+
+def test_failed_samples(images, model, tmp_path):
+    for name in ("first.png", "second.png"):
+        images.add_sample(fo.Sample(str(tmp_path / name)))
+    assert len(failed_samples(images, "own")) == 0
+    found = segment_everything(images, model, "own")
+    assert found.num_failures == len(found.failures) == 2
+    failed = failed_samples(images, "own")
+    first, second = (str(tmp_path / name) for name in ("first.png", "second.png"))
+    assert failed.values("filepath") == [first, second]
+    Image.fromarray(make_scene(TEST_SEED, 0).image).save(first)
+    again = segment_everything(failed, model, "own")
+    assert (again.images, again.num_failures) == (2, 1)
+    assert failed_samples(images, "own").values("filepath") == [second]
+    assert images[first].own.detections
+
+
+def test_more_failures_than_a_record_takes(labeled, monkeypatch):
+    monkeypatch.setattr(segmentation_runs, "_MOST_FAILURES", 3)
+    many = [segmentation_runs.Failure(f"{i}", f"{i}.png", "why") for i in range(5)]
+    (found,) = start(labeled, run(failures=many, num_failures=5))
+    assert found.failures == many[:3] and found.num_failures == 5
+
+
+def test_clone_keeps_the_record_and_adds_to_it(labeled):
+    first, second, third = run(), run(), run()
+    start(labeled, first)
+    clone = labeled.clone()
+    try:
+        assert [each.run_id for each in recorded_runs(clone, "own")] == [first.run_id]
+        start(clone, second)
+        start(labeled, third)
+        assert [each.run_id for each in recorded_runs(clone, "own")] == [first.run_id, second.run_id]
+        assert [each.run_id for each in recorded_runs(labeled, "own")] == [first.run_id, third.run_id]
+        (copy,) = [clone.load_run_results(key, cache=False).runs for key in clone.list_runs()]
+        assert [each["run_id"] for each in copy] == [first.run_id, second.run_id]
+    finally:
+        clone.delete()
+
+
+def test_killed_while_fiftyone_saves_its_copy(labeled):
+    start(labeled, run())
+    document = foo.get_db_conn().runs.find_one({"_id": labeled._doc.runs["mobilesamv2_own"].id})
+    GridFS(foo.get_db_conn()).delete(document["results"])
+    labeled.reload()
+    assert len(recorded_runs(labeled, "own")) == 1
+    assert segmentation_runs._copied(labeled, "own") == []  # all that there would be of a clone
+    start(labeled, run())
+    assert len(labeled.load_run_results("mobilesamv2_own", cache=False).runs) == 2
+
+
+def test_records_end_with_their_dataset(labeled):
+    other = fo.Dataset()
+    other.add_sample(fo.Sample("image.png", own=fo.Detections()))
+    start(other, run())
+    other_id = other._doc.id
+    other.delete()
+    start(labeled, run())
+    assert segmentation_runs._collection().count_documents({"dataset_id": other_id}) == 0
+
+
+def test_this_process_is_alive(labeled):
+    with on_record(labeled, run()):
+        (document,) = segmentation_runs._collection().find({"dataset_id": labeled._doc.id})
+        assert document["owner"]["host"] == socket.gethostname()
+        assert segmentation_runs._is_alive(document, document["seen"])
