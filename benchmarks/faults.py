@@ -213,7 +213,7 @@ def kill_at_random(faults: Faults, kills: int, on_disk: bool) -> Fault:
         field, wrong = faults.field(), 0
         while True:
             process = faults.start(field, on_disk)
-            process.join(faults.random.uniform(0.1, faults.seconds / 2) if injected < kills else None)
+            process.join(faults.random.uniform(0.1, min(6, faults.seconds / 2)) if injected < kills else None)
             if process.exitcode is not None:
                 break
             process.kill()
@@ -310,17 +310,16 @@ def run_twice_at_once(faults: Faults) -> Fault:
 
 
 def delete_field(faults: Faults) -> Fault:
-    field = faults.field()
-    process = faults.start(field, True)
+    field, folder = faults.field(), faults.folder / "masks-of-a-deleted-field"
+    process = faults.start(field, True, folder)
     faults.wait_until_stored(field, 0.3, process)
     faults.dataset.reload()
     faults.dataset.delete_sample_field(field)
     process.join()
     left = faults.dataset._sample_collection.count_documents({field: {"$exists": True}})
-    for path in faults.folder.glob("masks/*/??/*"):  # of labels that are deleted; nobody can know of copies
-        shutil.rmtree(path)
-    faults.finish(field, True)
-    result = faults.compare("the field deleted by someone else", 1, field)
+    shutil.rmtree(folder / str(faults.dataset._doc.id))  # of labels that are deleted; nobody can know of copies
+    faults.finish(field, True, folder)
+    result = faults.compare("the field deleted by someone else", 1, field, folder=folder.name)
     result.differing += left
     return result
 

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "MobileSAMv2": "fiftyone_mobilesamv2.modeling.mobilesamv2",
     "evaluate_proposals": "fiftyone_mobilesamv2.evaluation.proposals",
+    "segment_everything": "fiftyone_mobilesamv2.segmentation",
     "load_coco": "fiftyone_mobilesamv2.evaluation.coco",
     "load_lvis": "fiftyone_mobilesamv2.evaluation.lvis",
     "Segmentation": "fiftyone_mobilesamv2.modeling.masks",
@@ -28,6 +29,7 @@ __all__ = [
     "load_model",
     "parse_parameters",
     "resolve_input",
+    "segment_everything",
 ]
 
 

@@ -104,7 +104,11 @@ def main(argv: list[str] | None = None) -> int:
             links = registration.install() if args.command == "install" else registration.uninstall()
             verb = "Linked" if args.command == "install" else "Removed"
             print("\n".join(f"{verb} {link}" for link in links) or "Nothing was installed.")
-    except tuple(expected) as error:
+    except Exception as error:
+        from pymongo.errors import PyMongoError  # here: help needs no database
+
+        if not isinstance(error, (*expected, PyMongoError)):
+            raise
         print(f"fiftyone-mobilesamv2: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

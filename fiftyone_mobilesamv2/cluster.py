@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"
 PARTS_PER_WORKER = 8  # so that none waits long for the last one
 _TRIES = 3
-_WEIGHTS_DIR_VARIABLE = "FIFTYONE_MOBILESAMV2_WEIGHTS_DIR"  # as in modeling/checkpoints.py, which needs torch
+_START = 300  # seconds that workers may take
+# What workers take over where it is set. As in modeling/checkpoints.py, which needs torch.
+_VARIABLES = ("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", "FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS")
 
 # A function of a part's samples, and of the part, that a worker makes once.
 Work = Callable[["Samples", Shard], object]
@@ -57,6 +61,8 @@ def on_cluster(
         whatever the work raises: the others are stopped then.
     """
     ray = _ray()
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}.")
     starts_here = not ray.is_initialized()
     if starts_here:
         try:
@@ -69,30 +75,55 @@ def on_cluster(
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
         num_parts = count * PARTS_PER_WORKER
         pending = deque((Shard(index, num_parts, group), 1) for index in range(num_parts))
-        running: dict = {}
         collection = _Collection(samples)
-        actors += [create() for _ in range(min(count, len(pending)))]
-        idle = list(actors)
+        running: dict = {}  # what it will return -> actor, part, tries
+        failed_starts = 0
+        starting: dict = {}  # what it returns once it is there -> actor
+        idle: list = []
+
+        def start() -> None:
+            actors.append(create())
+            starting[actors[-1].is_there.remote()] = actors[-1]
+
+        for _ in range(count):
+            start()
+        since = time.monotonic()
         while pending or running:
             while pending and idle:
                 actor, (part, tries) = idle.pop(), pending.popleft()
                 running[actor.run.remote(collection, part)] = actor, part, tries
-            for ref in ray.wait(list(running), timeout=1)[0]:
-                actor, part, tries = running.pop(ref)
+            if running:
+                since = time.monotonic()
+            elif time.monotonic() - since > _START:
+                raise ClusterError(
+                    f"No worker could be started within {_START} s: each needs {resources} of the cluster, which has "
+                    f"{ray.available_resources()} left. Ask for fewer, or stop other work."
+                )
+            for ref in ray.wait([*running, *starting], timeout=1)[0]:
+                if ref in starting:
+                    actor, part, tries = starting.pop(ref), None, 1
+                else:
+                    actor, part, tries = running.pop(ref)
                 try:
-                    yield ray.get(ref)
-                except ray.exceptions.RayActorError as error:
-                    if tries == _TRIES:
-                        raise ClusterError(f"Workers died {tries} times at {part}, the last one so: {error}") from error
-                    logger.warning("A worker died at %s, which another one takes over: %s", part, error)
-                    died(part)
-                    pending.appendleft((part, tries + 1))
-                    actors.remove(actor)
-                    actor = create()
-                    actors.append(actor)
+                    found = ray.get(ref)
                 except ray.exceptions.RayTaskError as error:
                     raise error.as_instanceof_cause() from None
-                idle.append(actor)
+                except ray.exceptions.RayError as error:  # the worker, or what it has returned, is lost
+                    ray.kill(actor)  # it may only be out of reach
+                    actors.remove(actor)
+                    failed_starts += part is None
+                    if _TRIES in (tries, failed_starts):
+                        where = "at their start" if part is None else f"at {part}"
+                        raise ClusterError(f"Workers died {_TRIES} times {where}, the last one so: {error}") from error
+                    if part is not None:
+                        logger.warning("A worker died at %s, which another one takes over: %s", part, error)
+                        died(part)
+                        pending.appendleft((part, tries + 1))
+                    start()
+                else:
+                    idle.append(actor)
+                    if part is not None:
+                        yield found
             waiting()
     finally:
         for actor in actors:
@@ -111,22 +142,27 @@ def _ray() -> object:
 
 def _workers(ray: object, workers: int | None) -> tuple[int, dict]:
     """How many workers, and what each takes of the cluster."""
-    there = ray.cluster_resources()
-    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 1))
-    count = workers or gpus or sum(node["Alive"] for node in ray.nodes())
-    return count, {"num_cpus": max(1, cpus // count), "num_gpus": min(1, gpus / count)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    count = workers or gpus or len(nodes)
+    if gpus:
+        return count, {"num_cpus": 1, "num_gpus": 1 / math.ceil(count / gpus)}
+    cpus = min(int(node.get("CPU", 0)) for node in nodes) or 1
+    return count, {"num_cpus": max(1, cpus // math.ceil(count / len(nodes)))}
 
 
 def _environment(samples: Samples, ray: object) -> dict[str, str]:
     """Variables of the workers, the address of the database among them."""
     import fiftyone as fo
     import fiftyone.core.odm as foo
+    from pymongo.uri_parser import parse_uri
 
     uri = fo.config.database_uri
     if uri is None:  # FiftyOne has started one, for this machine alone
         host, port = foo.get_db_conn().client.address
         uri = f"mongodb://{host}:{port}/"
-    if "://localhost" in uri or "://127." in uri:
+    hosts = [host for host, _ in parse_uri(uri, warn=False)["nodelist"]] if "://" in uri else []
+    if any(host == "localhost" or host.startswith("127.") for host in hosts):
         if len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) > 1:
             raise ClusterError(
                 "The database is on this machine alone, and the cluster has others. Set FIFTYONE_DATABASE_URI to one "
@@ -135,12 +171,12 @@ def _environment(samples: Samples, ray: object) -> dict[str, str]:
     found = {
         "FIFTYONE_DATABASE_URI": uri,
         "FIFTYONE_DATABASE_NAME": fo.config.database_name,
+        "FIFTYONE_DATABASE_VALIDATION": str(fo.config.database_validation),
+        "FIFTYONE_DATABASE_ADMIN": str(fo.config.database_admin),
         "FIFTYONE_DEFAULT_DATASET_DIR": fo.config.default_dataset_dir,
         "FIFTYONE_DO_NOT_TRACK": str(fo.config.do_not_track),
     }
-    if folder := os.environ.get(_WEIGHTS_DIR_VARIABLE):
-        found[_WEIGHTS_DIR_VARIABLE] = folder
-    return found
+    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _actor_class(ray: object, resources: dict, environment: dict, make_work: Callable, arguments: tuple) -> Callable:
@@ -161,6 +197,9 @@ class _Worker:
         self._to_load = work
         self._work: Work | None = None
 
+    def is_there(self) -> bool:
+        return True
+
     def run(self, collection: _Collection, part: Shard) -> object:
         if self._work is None:  # not before: an error would be told as the death of this process
             import ray
@@ -177,7 +216,8 @@ class _Collection:
         self._dataset = samples._root_dataset.name
         self._stages = samples.view()._serialize()
 
-    def load(self) -> fo.DatasetView:
+    def load(self) -> Samples:
         import fiftyone as fo
 
-        return fo.DatasetView._build(fo.load_dataset(self._dataset), self._stages)
+        dataset = fo.load_dataset(self._dataset)
+        return fo.DatasetView._build(dataset, self._stages) if self._stages else dataset

@@ -1,26 +1,29 @@
 """Masks in files: written before the database hears of them, and none left behind that it never heard of.
 
-    <folder>/<two digits>/<attempt>/<number>.png    the masks of an image
-    <folder>/unconfirmed/<attempt>                  whose they are, until the database has them
+    <folder>/<two digits>/<attempt>/<number>.png            the masks of an image
+    <folder>/unconfirmed/<attempt>-<sample>-<field>         a note, until the database has them
 
 A run that is killed leaves such notes; the next one into the same field settles them. Files that the database once knew
-are never deleted here: copies of their labels may refer to them.
+are not deleted here: copies of their labels may refer to them.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import cv2
 import numpy as np
 from bson import ObjectId
 
 _UNCONFIRMED = "unconfirmed"
+_NOTE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24})-(.+)")
+_GONE = ".gone"
 
 
 class MaskFiles:
@@ -35,23 +38,24 @@ class MaskFiles:
     def __init__(self, folder: str, sample_id: str, label_field: str) -> None:
         attempt = str(ObjectId())
         self._masks = _masks_folder(Path(folder), attempt)
-        self._note = Path(folder) / _UNCONFIRMED / attempt
-        self._content = {"sample_id": sample_id, "label_field": label_field}
+        self._note = Path(folder) / _UNCONFIRMED / f"{attempt}-{sample_id}-{quote(label_field, safe='')}"
         self._count = 0
 
     def add(self, mask: np.ndarray) -> str:
         """Writes a mask, bool [h, w], as FiftyOne does: 0 and 1. Returns its path once it is safely on the disk."""
         if not self._count:
             self._note.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._note.with_suffix(".draft")
-            _write(draft, json.dumps(self._content).encode())
-            draft.rename(self._note)  # at once and wholly: others may be reading
+            _write(self._note, b"")
             self._masks.mkdir(parents=True)
         _, content = cv2.imencode(".png", mask.astype(np.uint8))
         path = self._masks / f"{self._count}.png"
         self._count += 1
         _write(path, content.tobytes())
         return str(path)
+
+    def are_there(self) -> bool:
+        """Whether they still are: a run that was taken for dead, but only slept, has lost them to another one."""
+        return not self._count or self._note.exists()
 
     def confirm(self) -> None:
         """The database has them."""
@@ -68,7 +72,7 @@ def settle(folder: str, is_mine: Callable[[str, str], bool], is_stored: Callable
     Args:
         folder: of the dataset.
         is_mine: (id of the sample, field): whether no other run may be writing these just now.
-        is_stored: (id of the sample, name of a folder): whether its labels refer to files in such a folder.
+        is_stored: (id of the sample, name of a folder): whether any labels refer to files in such a folder.
 
     Returns:
         of how many images.
@@ -76,19 +80,18 @@ def settle(folder: str, is_mine: Callable[[str, str], bool], is_stored: Callable
     notes = Path(folder) / _UNCONFIRMED
     deleted = 0
     for note in sorted(notes.iterdir()) if notes.is_dir() else ():
-        if not ObjectId.is_valid(note.name):
+        match = _NOTE.fullmatch(note.name.removesuffix(_GONE))
+        if match is None or not is_mine(match[2], unquote(match[3])):
             continue
-        try:
-            left = json.loads(note.read_bytes())
-        except FileNotFoundError:  # settled by another run
-            continue
-        if not is_mine(left["sample_id"], left["label_field"]):
-            continue
-        if is_stored(left["sample_id"], note.name):
-            note.unlink(missing_ok=True)
-        else:
-            _remove(_masks_folder(Path(folder), note.name), note)
-            deleted += 1
+        with suppress(FileNotFoundError):  # settled by another run
+            if not note.name.endswith(_GONE):
+                # First this: whoever has only slept is not to store them any more.
+                note = note.rename(note.with_name(note.name + _GONE))
+            if is_stored(match[2], match[1]):
+                note.unlink()
+            else:
+                _remove(_masks_folder(Path(folder), match[1]), note)
+                deleted += 1
     return deleted
 
 

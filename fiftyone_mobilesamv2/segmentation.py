@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
+import tempfile
 import threading
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
@@ -24,7 +24,8 @@ import fiftyone.core.odm as foo
 import fiftyone.core.sample as fos
 import fiftyone.core.utils as fou
 import fiftyone.core.validation as fov
-from bson import ObjectId
+from bson import CodecOptions, ObjectId
+from bson.raw_bson import RawBSONDocument
 from fiftyone import ViewField as F
 from mongoengine.errors import ValidationError
 from pymongo.errors import CursorNotFound, PyMongoError, WriteError
@@ -58,7 +59,6 @@ _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
 _TRIES = 5
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DELETED = "'{}' was deleted while masks were being stored in it."
 
 # The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
@@ -104,15 +104,17 @@ def segment_everything(
         ClusterError: the cluster can't do it.
     """
     config = model if isinstance(model, MobileSAMv2ModelConfig) else model.config
-    samples = prepare(samples, label_field, config, replace)
+    if shard is not None and cluster is not None:
+        raise ValueError("A part can't be spread over a cluster: give either shard or cluster.")
+    _check_batch_size(batch_size)
+    prepare(samples, label_field, config, replace)
     if cluster is not None:
         return _segment_on_cluster(samples, config, label_field, replace, batch_size, progress, cluster, workers)
     if model is config:
         model = MobileSAMv2Model(config)
-    if shard is not None:
-        samples = shard.of(samples)
-    todo = samples if replace else unsegmented(samples, label_field)
-    with _recorded(samples, model, label_field, parameters_of(model.config), shard) as run:
+    parameters = parameters_of(config)
+    todo = _todo(samples, label_field, parameters, replace, shard)
+    with _recorded(samples, model, label_field, parameters, shard, replace) as run:
         if samples.media_type != "video":
             read_image = ImageGetItem()
 
@@ -142,8 +144,9 @@ def _segment_on_cluster(
     cluster: str,
     workers: int | None,
 ) -> SegmentationRun:
-    run = SegmentationRun(label_field, parameters_of(config), run_id=uuid.uuid4().hex)
-    total = len(samples if replace else unsegmented(samples, label_field))
+    run = SegmentationRun(label_field, parameters_of(config), replace=replace)
+    dataset, group = samples._root_dataset, run.run_id
+    total = len(_todo(samples, label_field, run.parameters, replace, None))
     if not total:
         return dataclasses.replace(run, cancelled=False)
     parameters = {name: value for name, value in vars(config).items() if name not in ("model_name", "model_path")}
@@ -151,27 +154,34 @@ def _segment_on_cluster(
     with fou.ProgressBar(total=total, progress=progress) as bar:
 
         def so_far() -> SegmentationRun:
-            return next((r for r in recorded_runs(samples, label_field) if r.run_id == run.run_id), run)
+            return next((found for found in recorded_runs(samples, label_field) if found.run_id == group), run)
 
         def show() -> None:
-            bar.update(so_far().images - bar.iteration)
+            with suppress(*AWAY):  # workers wait for the database; so does this
+                bar.update(max(0, min(so_far().images, total) - bar.iteration))
 
         parts = on_cluster(
             samples,
             _segmenter,
             (parameters, label_field, replace, batch_size),
-            run.run_id,
+            group,
             cluster,
             workers,
-            died=declare_dead,
+            died=lambda part: declare_dead(group, part.index),
             waiting=show,
         )
-        with suppress(Cancelled):
-            for _ in parts:
-                pass
-            bar.update(total - bar.iteration)  # of a worker that died the last images are not on record
-    samples._root_dataset.reload()  # for the copy of the record
-    return so_far()
+        try:
+            with suppress(Cancelled), closing(parts):
+                for _ in parts:
+                    pass
+                bar.update(total - bar.iteration)  # of a worker that died the last images are not on record
+        finally:
+            declare_dead(group)
+            # Once more, for nothing: it settles what killed workers have left, and gives FiftyOne the record.
+            with on_record(samples, dataclasses.replace(run, run_id=uuid.uuid4().hex)):
+                _settle(dataset, config, run)
+            dataset.reload()
+    return patiently(so_far)
 
 
 def _segmenter(parameters: dict, label_field: str, replace: bool, batch_size: int) -> Callable[[Samples, Shard], None]:
@@ -184,20 +194,45 @@ def _segmenter(parameters: dict, label_field: str, replace: bool, batch_size: in
     return segment
 
 
-def prepare(samples: Samples, label_field: str, config: MobileSAMv2ModelConfig, replace: bool) -> Samples:
-    """Makes the field ready for a run of :func:`segment_everything`, and returns its samples with all that they have.
+def _todo(samples: Samples, label_field: str, parameters: dict, replace: bool, shard: Shard | None) -> Samples:
+    """The samples of a run, or of a part of it, with all that they have: those that it has not done yet."""
+    if shard is not None:
+        samples = shard.of(samples)
+    if samples.view()._stages[shard is not None :]:
+        samples = unfiltered(samples)  # of a dataset all is seen, and nobody lists the ids of millions
+    if not replace:
+        return _without_labels(samples, label_field)
+    since = _replacing_since(samples, label_field, parameters)
+    if since is None or samples.media_type == "video":
+        return samples
+    # Labels that an earlier attempt has put there are younger than it is.
+    older = {"$lt": ObjectId.from_datetime(since)}
+    left = [{label_field: None}, {f"{label_field}.detections": []}, {f"{label_field}.detections.0._id": older}]
+    return samples.match({"$or": left})
+
+
+def _replacing_since(samples: Samples, label_field: str, parameters: dict) -> datetime | None:
+    """When the run began that replaced labels with these parameters and was stopped; None if the last one wasn't."""
+    since = None
+    for run in reversed(recorded_runs(samples, label_field)):
+        if not (run.replace and run.cancelled and not _changed(run.parameters, parameters)):
+            break
+        since = datetime.fromisoformat(run.started)
+    return since
+
+
+def prepare(samples: Samples, label_field: str, config: MobileSAMv2ModelConfig, replace: bool) -> None:
+    """Makes the field ready for a run of :func:`segment_everything`.
 
     FiftyOne loses fields that several processes add at once: before parts of one run are given to workers, this is to
     be called.
     """
     check_label_field(samples, label_field)
-    samples = unfiltered(samples)
     if not replace:
         check_same_parameters(samples, label_field, parameters_of(config))
     _declare(samples._root_dataset, label_field)
     if samples.media_type != "video":
         _declare_attributes(samples._root_dataset, label_field)
-    return samples
 
 
 def segment_anything(
@@ -221,6 +256,7 @@ def segment_anything(
 
     The rest is as with :func:`segment_everything`.
     """
+    _check_batch_size(batch_size)
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
     dataset = samples._root_dataset
     if label_field is not None:
@@ -256,8 +292,8 @@ def segment_anything(
 def unfiltered(samples: Samples) -> Samples:
     """The same samples with all that they have: what a view hides is not to be taken for absent."""
     dataset = samples._root_dataset
-    if samples is dataset:
-        return samples
+    if samples is dataset or not samples._stages:
+        return dataset
     if dataset.media_type == "group":
         dataset = dataset.select_group_slices(_allow_mixed=True)
     return dataset.select(samples.values("id"))
@@ -265,7 +301,10 @@ def unfiltered(samples: Samples) -> Samples:
 
 def unsegmented(samples: Samples, label_field: str) -> Samples:
     """The samples without labels in this field. An image in which nothing was found has labels: none."""
-    samples = unfiltered(samples)
+    return _without_labels(unfiltered(samples), label_field)
+
+
+def _without_labels(samples: Samples, label_field: str) -> Samples:
     if not samples.has_field(label_field):
         return samples
     name, of_frames = samples._handle_frame_field(label_field)
@@ -286,6 +325,11 @@ def labels_with_masks(samples: Samples, field_name: str) -> tuple[int, int]:
     """How many detections of a field, as far as the view shows them, have masks, and how many there are."""
     root, _ = samples._get_label_field_root(field_name)
     return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
 
 
 def check_label_field(samples: Samples, label_field: str) -> None:
@@ -435,12 +479,14 @@ def _store(
     for item, masks in zip(items, found):
         if masks is None:
             continue
-        files = MaskFiles(_dataset_mask_folder(dataset, model), item.sample_id, run.label_field)
+        files = MaskFiles(_dataset_mask_folder(dataset, model.config), item.sample_id, run.label_field)
         documents: list[dict] = []
         is_stored = False
         try:
             documents = model.to_documents(masks)
             model.store_masks(documents, files)
+            if not files.are_there():
+                raise ValueError("another run has taken this one for dead, and has deleted them")
             condition, values = update(documents)
             values["last_modified_at"] = datetime.now(timezone.utc)
             change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
@@ -451,13 +497,9 @@ def _store(
         except Exception as error:
             if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
                 raise  # perhaps they are stored: the next run will know what to do with the files
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError):  # the next ones would fare the same
                 _discard(files)
-                raise OSError(
-                    error.errno,
-                    f"{os.strerror(error.errno)}: masks can't be stored in {mask_folder(model.config)}. Make room "
-                    f"there, or choose another folder by `mask_dir`; then run the same again, and it goes on",
-                ) from error
+                raise _no_room(model.config, error) from error
             cause = error.details["errmsg"] if isinstance(error, WriteError) else str(error)
             model.fail(item, f"its masks can't be stored: {cause[:200]}")
         if is_stored:
@@ -469,6 +511,14 @@ def _store(
     # First this: samples with values in no field can't be reloaded.
     patiently(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
     patiently(lambda: fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored), given_up)
+
+
+def _no_room(config: MobileSAMv2ModelConfig, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{os.strerror(error.errno or 0)}: masks can't be stored in {mask_folder(config)}. Make room there, or choose "
+        f"another folder by `mask_dir`; then run the same again, and it goes on",
+    )
 
 
 def _discard(files: MaskFiles) -> None:
@@ -484,8 +534,8 @@ def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents
     return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
 
 
-def _dataset_mask_folder(dataset: fo.Dataset, model: MobileSAMv2Model) -> str:
-    return os.path.join(mask_folder(model.config), str(dataset._doc.id))
+def _dataset_mask_folder(dataset: fo.Dataset, config: MobileSAMv2ModelConfig) -> str:
+    return os.path.join(mask_folder(config), str(dataset._doc.id))
 
 
 def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
@@ -595,18 +645,26 @@ def check_same_parameters(samples: Samples, label_field: str, parameters: dict) 
     runs = recorded_runs(dataset, label_field)
     if not runs:
         return
-    earlier = runs[-1].parameters
-    changed = [
-        f"{name} {earlier.get(name)} then, {value} now"
-        for name, value in parameters.items()
-        if not _are_same(earlier.get(name), value)
-    ]
+    changed = []
+    for run in reversed(runs):
+        changed = changed or _changed(run.parameters, parameters)
+        if run.replace and not run.cancelled:
+            break
     if not changed or len(unsegmented(dataset, label_field)) == len(dataset):
         return
     raise ValueError(
         f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
         f"the same ones; else replace what is there, or choose another field."
     )
+
+
+def _changed(earlier: dict, parameters: dict) -> list[str]:
+    """What of the parameters is another than that of an earlier run, in words."""
+    return [
+        f"{name} {earlier.get(name)} then, {value} now"
+        for name, value in parameters.items()
+        if not _are_same(earlier.get(name), value)
+    ]
 
 
 def _are_same(then: object, now: object) -> bool:
@@ -617,33 +675,60 @@ def _are_same(then: object, now: object) -> bool:
 
 @contextmanager
 def _recorded(
-    samples: Samples, model: MobileSAMv2Model, label_field: str, parameters: dict, shard: Shard | None = None
+    samples: Samples,
+    model: MobileSAMv2Model,
+    label_field: str,
+    parameters: dict,
+    shard: Shard | None = None,
+    replace: bool = False,
 ) -> Iterator[SegmentationRun]:
     """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
-    run = SegmentationRun(label_field, parameters, shard=shard)
+    run = SegmentationRun(label_field, parameters, shard=shard, replace=replace)
+    dataset = samples._root_dataset
     with on_record(samples, run):
+        _check_mask_folder(model.config)
+        _settle(dataset, model.config, run)
         try:
-            _settle(samples._root_dataset, model, run)
             yield run
-            run.cancelled = False
         except Cancelled:
-            pass
-        _settle(samples._root_dataset, model, run)
+            _settle(dataset, model.config, run)
+            raise
+        _settle(dataset, model.config, run)
 
 
-def _settle(dataset: fo.Dataset, model: MobileSAMv2Model, run: SegmentationRun) -> None:
+def _check_mask_folder(config: MobileSAMv2ModelConfig) -> None:
+    """Raises OSError where masks are to go to disk and can't: at once, and not after a night."""
+    if config.masks_on_disk:
+        try:
+            os.makedirs(mask_folder(config), exist_ok=True)
+            with tempfile.TemporaryFile(dir=mask_folder(config)):
+                pass
+        except OSError as error:
+            raise _no_room(config, error) from error
+
+
+def _settle(dataset: fo.Dataset, config: MobileSAMv2ModelConfig, run: SegmentationRun) -> None:
     """Deletes the masks on disk that runs which were killed have left, and that the database doesn't know of."""
-    root, _ = dataset._get_label_field_root(run.label_field)
 
     def is_mine(sample_id: str, label_field: str) -> bool:
         return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
 
-    def is_stored(sample_id: str, folder: str) -> bool:
-        query = {"_id": ObjectId(sample_id), f"{root}.mask_path": {"$regex": f"/{folder}/"}}
-        return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
-
-    if images := settle(_dataset_mask_folder(dataset, model), is_mine, is_stored):
+    if images := settle(_dataset_mask_folder(dataset, config), is_mine, _is_known):
         logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
+
+
+def _is_known(sample_id: str, folder: str) -> bool:
+    """Whether this sample, of any dataset, has anything about such a folder.
+
+    Any: a clone has the same samples. Anything: labels may have gone to another field.
+    """
+    database = foo.get_db_conn().with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
+    query = {"_id": ObjectId(sample_id)}
+    for collection in patiently(lambda: foo.get_db_conn().datasets.distinct("sample_collection_name")):
+        found = patiently(partial(database[collection].find_one, query))
+        if found is not None and folder.encode() in found.raw:
+            return True
+    return False
 
 
 @contextmanager

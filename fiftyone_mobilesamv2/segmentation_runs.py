@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fiftyone.core.odm as foo
 import psutil
 from gridfs.errors import NoFile
 
-from .database import AWAY, patiently
+from .database import PATIENCE, patiently
+from .progress import Cancelled
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ _MOST_FAILURES = 1000  # of a run: more tell nothing new
 # clones of the dataset: it can't take records from several processes at once, and while it saves one it has none.
 _COLLECTION = "mobilesamv2.runs"
 _BEAT = 5  # seconds after which a run gives the next sign of life
-_SILENCE = timedelta(seconds=60)  # after which it is taken for dead
+# After which one of another machine is taken for dead: longer than it would wait for the database.
+_SILENCE = timedelta(seconds=PATIENCE + 60)
+_CLOCK = 2  # seconds by which the start of a process may seem to change when the clock is set
 
 
 class FieldBusyError(ValueError):
@@ -72,6 +76,7 @@ class SegmentationRun:
         num_failures: how many there were.
         cancelled: whether it was stopped before its end, or is still going on. What it has stored stays.
         shard: the part of the dataset that it is about; None: all of it.
+        replace: whether it replaced labels that were there.
     """
 
     label_field: str
@@ -84,6 +89,7 @@ class SegmentationRun:
     num_failures: int = 0
     cancelled: bool = True
     shard: Shard | None = None
+    replace: bool = False
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -128,6 +134,8 @@ def failed_samples(samples: Samples, label_field: str) -> fo.DatasetView:
 def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
     """Keeps the run on record while it goes on and after, whatever ends it, and other runs out of its field.
 
+    Takes `Cancelled` for an end.
+
     Raises:
         FieldBusyError: another one is at the same samples.
     """
@@ -136,32 +144,41 @@ def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
     if collection.find_one(here) is None:  # the dataset is a clone: what its original's record has stays
         for earlier in _copied(dataset, run.label_field):
             patiently(partial(_write, dataset, earlier, {"ended": True}))
-    _claim(dataset, run)
     start, ended = time.perf_counter(), threading.Event()
     signs = threading.Thread(
         target=_give_signs_of_life, args=(dataset, run, ended), name=f"record-{run.run_id}", daemon=True
     )
-    signs.start()
+    _going_on.add(run.run_id)
     try:
+        _claim(dataset, run)
+        signs.start()
         yield
+        run.cancelled = False
+    except Cancelled:
+        pass
     finally:
+        _going_on.discard(run.run_id)  # first: whatever interrupts the rest, the field is free again
         ended.set()
-        signs.join()
-        run.seconds["total"] = time.perf_counter() - start
-        if run.images:
-            patiently(lambda: _write(dataset, run, {"ended": True}))
-        else:  # one that did nothing is none
-            patiently(lambda: collection.delete_one(_id(dataset, run)))
-        patiently(lambda: _copy(dataset, run.label_field))
+        if signs.is_alive():
+            signs.join()
+            run.seconds["total"] = time.perf_counter() - start
+            if run.images or run.shard is not None:
+                patiently(lambda: _write(dataset, run, {"ended": True}))
+            else:  # one that did nothing is none; but a part may be empty
+                patiently(lambda: collection.delete_one(_id(dataset, run)))
+            _copy(dataset, run.label_field)
 
 
-def declare_dead(shard: Shard) -> None:
-    """Says that whoever was at this part isn't any more, so that another may take it over at once."""
-    mine = {"run.shard.group": shard.group, "run.shard.index": shard.index}
-    patiently(lambda: _collection().update_many(mine, {"$set": {"ended": True}}))
+def declare_dead(group: str, index: int | None = None) -> None:
+    """Says that whoever was at this part, or any, of a run isn't any more: others may take it over at once."""
+    query: dict = {"run.shard.group": group} | ({} if index is None else {"run.shard.index": index})
+    patiently(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
 
 
 # Runs that go on --------------------------------------------------------------------------------------------------
+
+
+_going_on: set[str] = set()  # in this process
 
 
 def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
@@ -186,21 +203,23 @@ def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
 
 def _give_signs_of_life(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event) -> None:
     while not ended.wait(_BEAT):
-        sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
         try:
+            sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
             _collection().update_one(_id(dataset, run), sign)
-        except AWAY as error:  # whoever stores masks waits for the database
+        except Exception as error:  # the next one may get through, and whoever stores masks tells what is wrong
             logger.debug("No sign of life: %s", error)
 
 
 def _is_alive(document: Mapping, now: datetime) -> bool:
-    if document["ended"] or now - document["seen"] > _SILENCE:
+    if document["ended"]:
         return False
     owner, here = document["owner"], _this_process()
-    if owner["host"] != here["host"]:
-        return True
-    try:
-        return psutil.Process(owner["pid"]).create_time() == owner["process_started"]
+    if owner["machine"] != here["machine"]:
+        return now - document["seen"] <= _SILENCE
+    if owner["pid"] == here["pid"]:
+        return document["run"]["run_id"] in _going_on
+    try:  # it may be silent for long: waiting for the database, or stopped, or on a laptop that sleeps
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _CLOCK
     except psutil.NoSuchProcess:
         return False
 
@@ -213,26 +232,51 @@ def _are_parts(run: SegmentationRun, other: SegmentationRun) -> bool:
 
 
 def _this_process() -> dict:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
+    host = socket.gethostname()
+    return {
+        "host": host,
+        "machine": f"{host} {_read('/proc/sys/kernel/random/boot_id')} {_namespace()}",
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+    }
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:  # no Linux
+        return ""
+
+
+def _namespace() -> str:
+    try:  # containers of one machine may have one name, and numbers of processes of their own
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 # Runs that have ended ---------------------------------------------------------------------------------------------
 
 
 def _copy(dataset: fo.Dataset, label_field: str) -> None:
-    """Gives FiftyOne a copy of the records, once no run into the field goes on."""
-    collection = _collection()
-    documents = list(collection.find(_of_field(dataset, label_field)))
-    now = foo.get_db_conn().command("hello")["localTime"]
-    if not documents or any(_is_alive(document, now) for document in documents) or dataset.deleted:
-        return
-    key, runs = _key(label_field), sorted(map(_run, documents), key=lambda run: run.started)
-    dataset._doc.reload("runs")  # others may have added some
-    if key not in dataset.list_runs():
-        dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
-    dataset.save_run_results(key, dataset.init_run_results(key, runs=[_document(run) for run in runs]), cache=False)
-    there = foo.get_db_conn().datasets.distinct("_id")
-    collection.delete_many({"dataset_id": {"$nin": there}})
+    """Gives FiftyOne a copy of the records, once no run into the field goes on. Failing ends no run: it has ended."""
+    collection, key = _collection(), _key(label_field)
+    try:
+        documents = list(collection.find(_of_field(dataset, label_field)))
+        now = foo.get_db_conn().command("hello")["localTime"]
+        if not documents or any(_is_alive(document, now) for document in documents) or dataset.deleted:
+            return
+        runs = sorted(map(_run, documents), key=lambda run: run.started)
+        dataset._doc.reload("runs")  # others may have added some
+        if key not in dataset.list_runs():
+            dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
+        results = dataset.init_run_results(key, runs=[_document(run) for run in runs])
+        dataset.save_run_results(key, results, cache=False)
+        known = collection.distinct("dataset_id")
+        gone = set(known) - set(foo.get_db_conn().datasets.distinct("_id"))
+        collection.delete_many({"dataset_id": {"$in": list(gone)}})
+    except Exception as error:
+        logger.warning("FiftyOne has no copy of the record of runs into '%s': %s", label_field, error)
 
 
 def _copied(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
@@ -259,13 +303,16 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
     starts = [datetime.fromisoformat(part.started) for part in parts]
     ends = [start + timedelta(seconds=part.seconds.get("total", 0)) for start, part in zip(starts, parts)]
     seconds["total"] = (max(ends) - min(starts)).total_seconds()
+    # A part that was tried again: what failed the first time was, too.
+    last = {part.shard.index: part for part in parts}
+    retried = [part for part in parts if part is not last[part.shard.index]]
     return replace(
         first,
-        images=sum(part.images for part in parts),
+        images=sum(part.images for part in parts) - sum(part.num_failures for part in retried),
         objects=sum(part.objects for part in parts),
         seconds=seconds,
-        failures=[failure for part in parts for failure in part.failures],
-        num_failures=sum(part.num_failures for part in parts),
+        failures=[failure for part in last.values() for failure in part.failures],
+        num_failures=sum(part.num_failures for part in last.values()),
         cancelled=len({part.shard.index for part in parts if not part.cancelled}) < shard.count,
         shard=None,
         run_id=shard.group,
@@ -273,7 +320,8 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
 
 
 def _document(run: SegmentationRun) -> dict:
-    return asdict(run) | {"failures": [asdict(failure) for failure in run.failures[:_MOST_FAILURES]]}
+    failures = [asdict(failure) for failure in run.failures[:_MOST_FAILURES]]
+    return asdict(replace(run, failures=[])) | {"failures": failures}
 
 
 def _run(document: Mapping) -> SegmentationRun:

@@ -106,7 +106,7 @@ def test_worker_that_is_killed_midway(scenes, tmp_path):
 def test_view_and_second_run(scenes):
     view = scenes.match(fo.ViewField("filepath").ends_with("0.png"))
     run = segment_everything(view, config(), "own", cluster="auto", workers=2, progress=False)
-    assert run.images == len(view) == 4
+    assert run.images == len(view) == 4 and not run.cancelled
     assert [found is not None for found in scenes.values("own")] == [i % 10 == 0 for i in range(COUNT)]
     ids = view.values("own.detections.id", unwind=True)
     run = segment_everything(scenes, config(), "own", cluster="auto", workers=2, progress=False)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 
-from fiftyone_mobilesamv2 import database, zoo
+from fiftyone_mobilesamv2 import database, mask_files, segmentation, zoo
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import _each_once, segment_anything, segment_everything
 from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
@@ -218,14 +218,16 @@ def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkey
     assert mask_files_of(tmp_path) == referred_to(images, "own") | referred_to(images, "reference")
 
 
-def at_the_fourth_image(model, act, monkeypatch):
+def at_the_fourth_image(model, act, monkeypatch, after=False):
     store_masks, calls = model.store_masks, []
 
     def store_and_act(documents, files):
         calls.append(documents)
-        if len(calls) == 4:
+        if len(calls) == 4 and not after:
             act()
         store_masks(documents, files)
+        if len(calls) == 4 and after:
+            act()
 
     monkeypatch.setattr(model, "store_masks", store_and_act)
 
@@ -277,6 +279,64 @@ def test_disk_that_is_full_ends_the_run(images, files, tmp_path, monkeypatch):
     segment_everything(images, model, "own", batch_size=4)
     segment_everything(images, model, "reference")
     assert stored(images, "own") == stored(images, "reference")
+
+
+def test_folder_that_can_not_take_masks_is_told_at_once(images, tmp_path):
+    (tmp_path / "masks").write_text("a file")
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "masks"))
+    with pytest.raises(OSError, match=r"masks can't be stored in .*/masks\. Make room there, or choose"):
+        segment_everything(images, model, "own")
+    assert recorded_runs(images, "own") == []
+
+
+@pytest.fixture
+def killed(images, tmp_path, monkeypatch):
+    """A run over two images that was killed between the database's answer and its being noted."""
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(mask_files.MaskFiles, "confirm", lambda files: None)
+        patch.setattr(segmentation, "settle", lambda *args: 0)
+        segment_everything(images.limit(2), model, "own")
+    assert len(list(tmp_path.glob("*/unconfirmed/*"))) == 2
+    return model
+
+
+@pytest.mark.parametrize("way", ["rename", "copy", "clone"])
+def test_files_that_anything_refers_to_stay(images, killed, way):
+    other = images
+    if way == "rename":
+        images.rename_sample_field("own", "kept")
+    elif way == "copy":
+        images.clone_sample_field("own", "kept")
+        images.delete_sample_field("own")
+    else:
+        other = images.clone()
+        other.rename_sample_field("own", "kept")
+        images.clear_sample_field("own")
+    segment_everything(images, killed, "own", replace=True)
+    paths = [path for path in other.values("kept.detections.mask_path", unwind=True) if path]
+    assert len(paths) > 20 and all(Path(path).is_file() for path in paths)
+    if other is not images:
+        other.delete()
+
+
+def test_run_that_was_taken_for_dead_stores_nothing_without_its_files(images, tmp_path, monkeypatch):
+    """It only slept: between the files and the database, another one has settled what it left."""
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
+    segment_everything(images, model, "reference")
+    folder = str(tmp_path / str(images._doc.id))
+
+    def settle_meanwhile():
+        assert mask_files.settle(folder, lambda *note: True, lambda *note: False) == 1
+
+    at_the_fourth_image(model, settle_meanwhile, monkeypatch, after=True)
+    run = segment_everything(images, model, "own", batch_size=2)
+    (failure,) = run.failures
+    assert "another run has taken this one for dead" in failure.error
+    monkeypatch.undo()
+    segment_everything(images, model, "own")
+    assert stored(images, "own") == stored(images, "reference")
+    assert mask_files_of(tmp_path) == referred_to(images, "own") | referred_to(images, "reference")
 
 
 def test_image_that_can_not_be_read_costs_itself_alone(images, model, tmp_path):

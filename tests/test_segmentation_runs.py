@@ -5,7 +5,8 @@ import socket
 import subprocess
 import sys
 import threading
-from datetime import timedelta
+import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import fiftyone as fo
@@ -17,6 +18,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import segmentation_runs, zoo
 from fiftyone_mobilesamv2.modeling.checkpoints import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import segment_everything
 from fiftyone_mobilesamv2.segmentation_runs import (
     FieldBusyError,
@@ -93,17 +95,50 @@ def test_field_is_kept_from_a_second_run(labeled, living):
 def test_run_of_a_process_that_is_gone_is_no_hindrance(labeled, living):
     first, second = run(), run()
     # Another process may have got its number since.
-    owned_by(labeled, first, **living | {"process_started": living["process_started"] - 1})
+    owned_by(labeled, first, **living | {"process_started": living["process_started"] - 100})
     assert [each.run_id for each in start(labeled, second)] == [first.run_id, second.run_id]
-    assert [each.cancelled for each in recorded_runs(labeled, "own")] == [True, True]
+    assert [each.cancelled for each in recorded_runs(labeled, "own")] == [True, False]
+
+
+def test_run_of_this_machine_may_be_silent(labeled, living):
+    """It waits for the database, or its laptop sleeps."""
+    owned_by(labeled, run(), **living)
+    long_ago = datetime.now(timezone.utc) - timedelta(days=1)
+    here = {"dataset_id": labeled._doc.id}
+    segmentation_runs._collection().update_one(here, {"$set": {"seen": long_ago}})
+    with pytest.raises(FieldBusyError):
+        start(labeled, run())
+
+
+@pytest.mark.parametrize("place", ["_claim", "_give_signs_of_life", "_write"])
+def test_interrupted_at_an_awkward_place(labeled, monkeypatch, place):
+    """In a notebook the process goes on after Ctrl-C: the field is not to be blocked by it."""
+    before = threading.active_count()
+    original = getattr(segmentation_runs, place)
+
+    def interrupt(*args):
+        if place != "_give_signs_of_life":
+            original(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segmentation_runs, place, interrupt)
+        patch.setattr(threading, "excepthook", lambda args: None)
+        if place == "_give_signs_of_life":
+            start(labeled, run())
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                start(labeled, run())
+    start(labeled, run())
+    assert threading.active_count() == before
 
 
 def test_run_of_another_machine_is_dead_when_it_is_silent(labeled):
-    owned_by(labeled, run(), host="elsewhere")
+    owned_by(labeled, run(), host="elsewhere", machine="elsewhere")
     with pytest.raises(FieldBusyError, match="on elsewhere"):
         start(labeled, run())
     (document,) = segmentation_runs._collection().find({"owner.host": "elsewhere"})
-    seen = document["seen"] - timedelta(seconds=61)
+    seen = document["seen"] - timedelta(seconds=361)
     segmentation_runs._collection().update_one({"_id": document["_id"]}, {"$set": {"seen": seen}})
     assert len(start(labeled, run())) == 2
 
@@ -145,6 +180,7 @@ def test_parts_are_told_as_one_run(labeled):
     failures = [segmentation_runs.Failure("a", "a.png", "why")]
     parts = [part(0), part(1), part(1), part(2)]
     parts[1].failures, parts[1].num_failures = failures, 1
+    parts[3].images = 0  # no sample belongs to it
     for each, started in zip(parts, ("10:00:00", "10:00:05", "10:00:20", "10:00:30")):
         each.started = f"2026-01-01T{started}+00:00"
         each.seconds = {"encode": 2.0}
@@ -155,8 +191,9 @@ def test_parts_are_told_as_one_run(labeled):
         each.seconds["total"] = 7.0
         segmentation_runs._write(labeled, each, {})
         (merged,) = recorded_runs(labeled, "own")
+        assert merged.failures == (failures if each is parts[1] else [])  # the next one had the image again
         assert merged.cancelled == (each is not parts[3])
-    assert (merged.images, merged.objects, merged.failures, merged.num_failures) == (4, 20, failures, 1)
+    assert (merged.images, merged.objects, merged.failures, merged.num_failures) == (2, 20, [], 0)
     assert merged.seconds == {"encode": 8.0, "total": 37.0}
     assert merged.started == parts[0].started and merged.run_id == "g" and merged.shard is None
 
@@ -244,6 +281,32 @@ def test_killed_while_fiftyone_saves_its_copy(labeled):
     assert segmentation_runs._copied(labeled, "own") == []  # all that there would be of a clone
     start(labeled, run())
     assert len(labeled.load_run_results("mobilesamv2_own", cache=False).runs) == 2
+
+
+def test_replacing_goes_on_where_it_was_stopped(images, model):
+    images.add_samples([fo.Sample(path) for path in images.values("filepath")], progress=False)
+    segment_everything(images, model, "own")
+    old = images.values("own.detections.id")
+    time.sleep(1.1)  # ids tell seconds
+    other = zoo.load_model("mobilesamv2-demo-torch", device="cpu", max_masks=3)
+
+    def stop(bar):
+        if bar.iteration >= 2:
+            raise Cancelled
+
+    stopped = segment_everything(images, other, "own", replace=True, batch_size=1, progress=stop)
+    assert (stopped.cancelled, stopped.images) == (True, 2)
+    half = images.values("own.detections.id")
+    assert half[2:] == old[2:] and all(len(ids) == 3 for ids in half[:2])
+    # Neither may go on as if the field were of one kind.
+    for each in (model, other):
+        with pytest.raises(ValueError, match="made with other parameters"):
+            segment_everything(images, each, "own")
+    again = segment_everything(images, other, "own", replace=True, batch_size=1)
+    assert (again.cancelled, again.images) == (False, 4)
+    whole = images.values("own.detections.id")
+    assert whole[:2] == half[:2] and all(len(ids) == 3 for ids in whole)
+    assert segment_everything(images, other, "own", replace=True).images == 6  # the last one came to its end
 
 
 def test_records_end_with_their_dataset(labeled):

@@ -16,6 +16,7 @@ from pycocotools import mask as mask_utils
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 KS = (10, 100, 1000)
+MAX_K = 100_000
 
 # pixels; ends belong to both neighbours, as in COCOeval
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -72,10 +73,10 @@ class AverageRecall:
     """
 
     def __init__(self, ks: Iterable[int] = KS) -> None:
-        """Raises ValueError if `ks` are not whole numbers of at least 1."""
+        """Raises ValueError if `ks` are not whole numbers from 1 to 100,000: there is a count for each rank."""
         ks = tuple(ks)
-        if not ks or any(isinstance(k, bool) or not isinstance(k, Integral) or k < 1 for k in ks):
-            raise ValueError(f"ks must be whole numbers of at least 1, such as {KS}; got {ks}.")
+        if not ks or any(isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= MAX_K for k in ks):
+            raise ValueError(f"ks must be whole numbers from 1 to {MAX_K:,}, such as {KS}; got {ks}.")
         self.ks = tuple(sorted({int(k) for k in ks}))
         self.images = 0
         self.totals = dict.fromkeys(AREA_RANGES, 0)

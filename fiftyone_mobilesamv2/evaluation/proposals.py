@@ -6,6 +6,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -308,7 +309,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         ensure_metadata(samples, progress)
         parts = on_cluster(samples, _measurer, (self.config,), uuid.uuid4().hex, self.cluster, self.workers)
         total = 0
-        with fou.ProgressBar(total=len(samples), progress=progress) as bar:
+        with fou.ProgressBar(total=len(samples), progress=progress) as bar, closing(parts):
             for recall, images, skipped, count, num_samples in parts:
                 self._recall += recall
                 self._images += images

@@ -15,7 +15,7 @@ from ..shards import MOST as MOST_PARTS
 from ..shards import Shard
 from ..stored_labels import label_fields
 from .models import fetch_with_progress, model_choice, runtime_choices
-from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, cached, count
+from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, cached, code, count
 
 if TYPE_CHECKING:
     from ..segmentation_runs import SegmentationRun
@@ -247,7 +247,7 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
         first = run.failures[0]
         lines.append(
             f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: "
-            f"`{first.filepath}`: {first.error}"
+            f"{code(first.filepath)}: {code(first.error)}"
         )
         ids = [failure.sample_id for failure in run.failures]
         buttons.append((FAILED, SHOW_SAMPLES, {"samples": ids}))
