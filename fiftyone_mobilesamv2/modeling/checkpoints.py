@@ -9,9 +9,8 @@ Layouts that load (by content, not by name):
 - a pickled ultralytics detector, or the tensors of one
 - all of that as ``.safetensors``
 
-Nothing in a file is ever executed: tensors load with ``weights_only=True``, and where a pickle names classes (the
-detector's does), it gets inert stand-ins for those of torch and ultralytics, and is refused if it names any other.
-What other code of the process has told torch to trust does not count.
+Nothing in a file is ever executed: :mod:`.saved_tensors` takes the tensors out of a pickle, whatever classes of torch
+and ultralytics it names (the detector's does), and refuses it if it names anything else.
 """
 
 from __future__ import annotations
@@ -24,39 +23,37 @@ import re
 import sys
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.serialization import (
-    add_safe_globals,
-    clear_safe_globals,
-    get_safe_globals,
-    get_unsafe_globals_in_checkpoint,
-)
 from tqdm import tqdm
 
 from .image_encoders import encoder_config
 from .object_discovery import INPUT_SIZE
 from .prompt_guided_decoder import PromptGuidedDecoder
+from .saved_tensors import SavedModule, named_tensors, read_saved
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_DIR_VARIABLE = "FIFTYONE_MOBILESAMV2_WEIGHTS_DIR"
+DOWNLOAD_HOSTS_VARIABLE = "FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS"
 PACKAGED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 _RELEASE = "34bbbfdface3c18e5221aa7de6032d7220c6c6a1"
 _RELEASE_URL = f"https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/{_RELEASE}"
 _META_URL = "https://dl.fbaipublicfiles.com/segment_anything"
+# Those of the sources below; the hub redirects to hosts of its own.
+_HOSTS = re.compile(r"raw\.githubusercontent\.com|dl\.fbaipublicfiles\.com|([\w.-]+\.)?(huggingface\.co|hf\.co)")
+_SECRETS = re.compile(r"(?<=//)[^\s'\"]*@|\?[^\s'\"]+")  # in a URL: user and password, and the query
 
 
 class CheckpointError(RuntimeError):
@@ -286,15 +283,16 @@ def _download(weights: Weights, path: Path, progress: DownloadProgress | None) -
     reasons = {}
     for source in weights.sources:
         try:
-            _transfer(_url(source), partial, progress)
+            _transfer(_url(source), partial, weights.size or 2_000_000 * weights.megabytes, progress)
         except Exception as error:  # from OSError to the types of the hub's HTTP client, which share no other base
-            reasons[str(source)] = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            reasons[_without_secrets(str(source))] = _without_secrets(" ".join(reason.split()))
             continue  # what has come stays, to be resumed
         if problem := _problem(partial, weights, _record_path(path)):
             partial.unlink()
             if left_over:  # by an earlier attempt, perhaps of another file: once more from the start
                 return _download(weights, path, progress)
-            reasons[str(source)] = f"the file there {problem}"
+            reasons[_without_secrets(str(source))] = f"the file there {problem}"
             continue
         partial.replace(path)
         return
@@ -312,15 +310,43 @@ def _url(source: HubFile | str) -> str:
 
     # The hub's library answers where a file is (mirrors, offline mode, tokens). Its own downloader would try a dead
     # network for 23 seconds a file, and keep a folder beside the weights.
-    return get_hf_file_metadata(hf_hub_url(source.repo, source.path)).location
+    url = hf_hub_url(source.repo, source.path)
+    _check_host(url)  # a mirror's, perhaps: the user's token goes there
+    return get_hf_file_metadata(url).location
 
 
-def _transfer(url: str, partial: Path, progress: DownloadProgress | None) -> None:
-    """Downloads `url` to `partial`, going on where an earlier attempt stopped."""
+def _check_host(url: str) -> None:
+    """Raises CheckpointError unless weights may be downloaded from there: over https from the hosts of the sources, or
+    from what $FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS names, such as "https://mirror.example http://10.0.0.5:8000"."""
+    parts = urllib.parse.urlsplit(url)
+    origin = f"{parts.scheme}://{parts.netloc}".lower()
+    if parts.scheme == "https" and _HOSTS.fullmatch(parts.netloc.lower()):
+        return
+    if "@" not in origin and origin in os.environ.get(DOWNLOAD_HOSTS_VARIABLE, "").lower().split():
+        return
+    raise CheckpointError(
+        f"{_without_secrets(origin)} is none of the hosts that weights are downloaded from; if you trust it, add it to "
+        f"{DOWNLOAD_HOSTS_VARIABLE}"
+    )
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: object) -> urllib.request.Request | None:
+        _check_host(args[-1])
+        return super().redirect_request(*args)
+
+
+def _without_secrets(text: str) -> str:
+    return _SECRETS.sub("", text)
+
+
+def _transfer(url: str, partial: Path, limit: int, progress: DownloadProgress | None) -> None:
+    """Downloads `url` to `partial`, going on where an earlier attempt stopped. Takes no more than `limit` bytes."""
+    _check_host(url)
     start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.build_opener(_CheckedRedirects).open(request, timeout=30)
     except urllib.error.HTTPError as error:
         if start and error.code == 416:  # all of it is here already
             return
@@ -330,6 +356,9 @@ def _transfer(url: str, partial: Path, progress: DownloadProgress | None) -> Non
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
+        too_large = CheckpointError(f"the file there is not {partial.stem}: it has more than {limit:,} bytes")
+        if total is not None and total > limit:
+            raise too_large
         bar = tqdm(
             initial=start,
             total=total,
@@ -341,6 +370,9 @@ def _transfer(url: str, partial: Path, progress: DownloadProgress | None) -> Non
         )
         with partial.open("ab" if start else "wb") as file, bar:
             while chunk := response.read(1 << 20):
+                if file.tell() + len(chunk) > limit:
+                    file.truncate(0)
+                    raise too_large
                 file.write(chunk)
                 bar.update(len(chunk))
                 if progress is not None:
@@ -421,7 +453,7 @@ def weights_sha256(name: str, files: Mapping[str, str | PathLike]) -> dict[str, 
     paths |= {key: Path(path) for key, path in files.items()}
     found = {}
     for key, path in paths.items():
-        with suppress(FileNotFoundError):
+        if path.is_file():
             stat = path.stat()
             found[key] = _sha256(path, stat.st_mtime_ns, stat.st_size)
     return found
@@ -500,6 +532,8 @@ def _read_record(record_path: Path) -> dict:
 
 # What is in them ----------------------------------------------------------------------------------------------------
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def load_encoder(path: str | PathLike, name: str) -> nn.Module:
     """The image encoder `name` with the weights of a file in any layout.
@@ -566,7 +600,9 @@ def load_detector(path: str | PathLike) -> nn.Module:
     config = yaml_model_load(name) | {"nc": 1, "reg_max": bins.shape[1]}
     model = DetectionModel(config, verbose=False)
     _load_strictly(model, tensors, f"{path} does not fit {name}")
-    return model.eval().fuse(verbose=False)
+    model = model.eval().fuse(verbose=False)
+    _check_numbers(model.state_dict(), f"{path} is no detector that can be used")
+    return model
 
 
 def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
@@ -576,137 +612,84 @@ def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
         CheckpointError: the file is missing, is no checkpoint, or holds something other than tensors and plain data.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()  # nor a folder, nor a pipe, which would be waited for
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.") from error
+    if not is_file:
         raise CheckpointError(f"There is no file {path}.")
-    if path.suffix == ".safetensors":
-        try:
-            content: object = load_file(path)
-        except Exception as error:  # safetensors raises its own type, which derives from Exception alone
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    else:
-        content = _unpickle(path)
-    for _ in range(
-        3
-    ):  # {"model": {"state_dict": ...}}, ultralytics prefers "ema"; not for ever, a file can hold itself
-        if isinstance(content, Mapping):
-            inside = (content.get(key) for key in ("ema", "model", "state_dict"))
-            content = next((value for value in inside if isinstance(value, Mapping | _InertModule)), content)
-    if not isinstance(content, Mapping | _InertModule):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
+    kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint that can be read"
     try:
-        return dict(_named_tensors(content))
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply.") from error
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else read_saved(path)
+        for _ in range(3):  # {"model": {"state_dict": ...}}, ultralytics prefers "ema"; it can hold itself
+            if isinstance(content, dict):
+                inside = (content.get(key) for key in ("ema", "model", "state_dict"))
+                content = next((value for value in inside if isinstance(value, dict | SavedModule)), content)
+        if isinstance(content, dict | SavedModule):
+            return dict(named_tensors(content))
+    except Exception as error:  # of a file that is damaged anything comes, from RuntimeError to KeyError
+        raise CheckpointError(f"{path} is not a {kind}: {_first_line(error)}.") from error
+    raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name.")
 
 
-def _named_tensors(
-    content: Mapping | _InertModule, prefix: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors within `content`, as (name, tensor), each container once: a file can hold itself."""
-    seen = set() if seen is None else seen
-    items = content.children if isinstance(content, _InertModule) else content
-    if id(content) in seen:
-        return
-    seen.add(id(content))
-    for key, value in items.items():
-        if isinstance(value, Mapping | _InertModule):
-            yield from _named_tensors(value, f"{prefix}{key}.", seen)
-        # Neither sparse, quantized or on "meta", nor a subclass, nor with attributes of its own (hence `detach`).
-        elif type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu":
-            if not value.is_quantized:
-                yield f"{prefix}{key}", Tensor.detach(value)
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    tensors = load_file(path)
 
+    def check_unique(pairs: list[tuple[str, object]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("its header has a name twice")
 
-class _InertModule:
-    """Stands for every module class that a pickle names: it holds tensors and other modules and can do nothing."""
-
-    children: Mapping[object, object] = MappingProxyType({})
-
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: Mapping) -> None:
-        left_out = state.get("_non_persistent_buffers_set", ())
-        buffers = {key: value for key, value in state.get("_buffers", {}).items() if key not in left_out}
-        self.children = {**state.get("_parameters", {}), **buffers, **state.get("_modules", {})}
-
-
-class _Inert:
-    """Stands for other harmless names in a pickle: takes whatever it is given and keeps nothing."""
-
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-# In the pickles of ultralytics: `Detect.forward`, kept as an attribute; the type of its settings; fitness, a scalar.
-_INERT_NAMES = re.compile(
-    r"builtins\.getattr|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)|"
-    r"pathlib\.(Posix|Windows)?Path|ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace"
-)
-_MODULE_NAMES = re.compile(r"(torch\.nn\.modules|ultralytics\.(yolo\.)?nn)\.[\w.]+")
-
-
-_ALLOWLIST = threading.Lock()
-
-
-@contextmanager
-def _allowed(stand_ins: Sequence[tuple[type, str]]) -> Iterator[None]:
-    """torch's own allowlist and these, less what other code has allowed: ultralytics allows its real classes for good,
-    and those evaluate strings of the file. The list is one for the process, hence the lock."""
-    with _ALLOWLIST:
-        others = get_safe_globals()
-        clear_safe_globals()
-        add_safe_globals(list(stand_ins))
-        try:
-            yield
-        finally:
-            others += [name for name in get_safe_globals() if name not in stand_ins]  # allowed meanwhile
-            clear_safe_globals()
-            add_safe_globals(others)
-
-
-def _unpickle(path: Path) -> object:
-    try:
-        with _allowed([]):
-            names = get_unsafe_globals_in_checkpoint(path)
-    except Exception as error:  # torch raises anything from RuntimeError to KeyError on a file that is no checkpoint
-        raise CheckpointError(f"{path} is not a checkpoint that PyTorch can read: {_first_line(error)}") from error
-    refused = [name for name in names if not _MODULE_NAMES.fullmatch(name) and not _INERT_NAMES.fullmatch(name)]
-    if refused:
-        raise CheckpointError(
-            f"{path} was not opened: its pickle names {', '.join(sorted(refused))}, and only classes of torch.nn and "
-            "ultralytics are allowed. It may try to run code; get the file from a source that you trust."
-        )
-    stand_ins = [(_InertModule if _MODULE_NAMES.fullmatch(name) else _Inert, name) for name in names]
-    try:
-        # Whole models are unpickled under the lock; files of tensors name nothing, and can be read side by side.
-        with _allowed(stand_ins) if stand_ins else nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # likewise
-        raise CheckpointError(f"{path} is not a checkpoint that can be opened: {_first_line(error)}") from error
+    with path.open("rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=check_unique)
+    return tensors
 
 
 def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], complaint: str) -> None:
     expected = module.state_dict()
     missing = [key for key in expected if key not in tensors]
     surplus = [key for key in tensors if key not in expected]
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    problems = [("missing", missing), ("surplus", surplus), ("of the wrong shape", shapes)]
-    if any(found for _, found in problems):
-        raise CheckpointError(
-            f"{complaint}: " + "; ".join(f"{len(found)} {what}: {_some(found)}" for what, found in problems if found)
-        )
-    module.load_state_dict({key: tensors[key].to(value.dtype) for key, value in expected.items()})
+    shapes, types = [], []
+    for key, value in expected.items():
+        if key in tensors and tensors[key].shape != value.shape:
+            shapes.append(f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}")
+        # The integers are counters of batch norms, which inference doesn't use: whatever they were saved as.
+        elif key in tensors and value.is_floating_point() and tensors[key].dtype not in _FLOATS:
+            types.append(f"{key} {tensors[key].dtype} instead of {value.dtype}")
+    problems = {"missing": missing, "surplus": surplus, "of the wrong shape": shapes, "of the wrong type": types}
+    _complain(complaint, problems)
+    weights = {key: tensors[key].to(value.dtype) for key, value in expected.items()}
+    _check_numbers(weights, complaint)
+    module.load_state_dict(weights)
+
+
+def _check_numbers(weights: Mapping[str, Tensor], complaint: str) -> None:
+    not_finite, negative = [], []
+    for key, weight in weights.items():
+        if weight.is_floating_point():
+            low, high = weight.aminmax()  # NaN if any is; takes a quarter of the time of isfinite().all()
+            if not (low.isfinite() and high.isfinite()):
+                not_finite.append(key)
+            elif key.endswith("running_var") and low < 0:
+                negative.append(key)
+    _complain(complaint, {"with NaN or infinite values": not_finite, "with negative variances": negative})
+
+
+def _complain(complaint: str, problems: Mapping[str, Collection[str]]) -> None:
+    """Raises CheckpointError if there are any."""
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
+        raise CheckpointError(f"{complaint}: {found}")
 
 
 def _some(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:3])
+    shown = ", ".join(_printable(name[:100]) for name in list(names)[:3])
     return f"{shown}, ..." if len(names) > 3 else shown or "none"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _printable((str(error).splitlines() or [type(error).__name__])[0][:300].rstrip("."))
+
+
+def _printable(text: str) -> str:
+    """Of what a file says, without what would end the line or command a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)

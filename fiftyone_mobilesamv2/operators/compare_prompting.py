@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..stored_labels import label_fields
 from .labels import GROUND_TRUTH, use_masks_switch
 from .models import fetch_with_progress, model_choice, runtime_choices
-from .operator import Form, FormError, Operator, Outcome, Progress, count
+from .operator import Form, FormError, Operator, Outcome, Progress, code, count
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
@@ -113,7 +113,7 @@ def _outcome(comparison: Comparison, values: dict) -> Outcome:
         first = next(iter(failures.values()))
         lines.append(
             f"**{count(len(failures), 'image')} failed**, as if nothing was found there. The first: "
-            f"`{first.filepath}`: {first.error}"
+            f"{code(first.filepath)}: {code(first.error)}"
         )
         buttons.append(("Show failed samples", list(failures)))
     return Outcome(

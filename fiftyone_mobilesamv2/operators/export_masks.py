@@ -7,7 +7,7 @@ from pathlib import Path
 import fiftyone as fo
 
 from .labels import SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, count
+from .operator import Form, FormError, Operator, Outcome, Progress, code, count
 
 
 class ExportMasks(Operator):
@@ -51,9 +51,9 @@ class ExportMasks(Operator):
         export = export_masks(form.samples, progress=progress, **form.values)
         lines = [
             f"**{count(export.annotations, 'mask')} of {count(export.images, 'image')}**",
-            f"Written to `{export.path}` ({export.bytes / 1e6:,.1f} MB), read back with pycocotools, and equal to what "
-            f"is stored.",
-            f"Images are named relative to `{export.root}`.",
+            f"Written to {code(export.path)} ({export.bytes / 1e6:,.1f} MB), read back with pycocotools, and equal to "
+            "what is stored.",
+            f"Images are named relative to {code(export.root)}.",
         ]
         result = vars(export) | {"path": str(export.path), "root": str(export.root)}
         return Outcome(

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import fiftyone as fo
 import fiftyone.core.stages as fosg
+from bson import ObjectId
 
 from ..stored_labels import SHAPE_TYPES, have_masks, label_fields
-from .operator import FormError, count
+from .operator import FormError, code, count
 
 if TYPE_CHECKING:
     from .operator import Form
@@ -63,7 +64,10 @@ def use_masks_switch(form: Form, *field_names: str) -> bool:
 
 
 def field_of_selected(labels: Sequence[Mapping]) -> str:
-    """The field that the labels selected in the App are of. Raises FormError where they are of several."""
+    """The field that the labels selected in the App are of. Raises FormError where they are of several, or of none."""
+    ids = [label.get(name) for label in labels for name in ("sample_id", "label_id")]
+    if not all(map(ObjectId.is_valid, ids)) or not all(isinstance(label.get("field"), str) for label in labels):
+        raise FormError("The selected labels are gone. Select others.")
     fields = sorted({label["field"] for label in labels})
     if len(fields) > 1:
         raise FormError(
@@ -78,7 +82,7 @@ def skipped_text(skipped: Sequence[dict]) -> list[str]:
     if not skipped:
         return []
     first = skipped[0]
-    return [f"**{count(len(skipped), 'image')} skipped.** The first: `{first['filepath']}`: {first['cause']}"]
+    return [f"**{count(len(skipped), 'image')} skipped.** The first: {code(first['filepath'])}: {code(first['cause'])}"]
 
 
 def skipped_button(skipped: Sequence[dict]) -> list[tuple[str, str, dict]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import hashlib
 import logging
-import math
+import re
+import sys
 import threading
 import time
 import uuid
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import fiftyone as fo
 import fiftyone.operators as foo
+from bson import ObjectId
 from fiftyone.operators import types
+from fiftyone.operators.constants import ViewTarget
 from pymongo.errors import OperationFailure, PyMongoError
 from tqdm import tqdm
 
@@ -43,6 +46,8 @@ _ICONS = "/icons" if (_PACKAGE / "fiftyone.yml").exists() else f"/{_PACKAGE.name
 
 _UNAUTHORIZED = 13  # MongoDB's code for it
 _MOST_TOLD = 2000  # characters of a message: MongoDB quotes whole documents
+_LONGEST_TEXT = 4096  # as the longest path on Linux
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _REFRESH = 0.4  # seconds between two states of the bar in the App
 
 
@@ -76,6 +81,11 @@ class Form:
         """Which samples: the dataset, the view or the selected ones. `action` is what is done to them, as a verb."""
         if self.ctx.dataset is None:
             raise FormError("Open a dataset first.")
+        if not all(map(ObjectId.is_valid, self.ctx.selected)):
+            raise FormError("The selected samples are gone. Select others.")
+        target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there
+        if target and target not in ViewTarget.values():  # which FiftyOne would take for the whole dataset
+            raise FormError(f"Target: {_shortened(target)} is none. Choose one of {', '.join(ViewTarget.values())}.")
         if self.ctx.view._is_generated:  # patches, clips or frames, which the App shows in place of the samples
             self.note("The whole dataset is worked on, not what this view has made of it.")
             self.samples = self.dataset
@@ -104,7 +114,7 @@ class Form:
         value = self._value(name, default)
         if value is None:
             return None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.maxsize
         expected = "a whole number" if whole else "a number"
         if least is not None and most is not None:
             expected += f" from {least:g} to {most:g}"
@@ -116,7 +126,7 @@ class Form:
             or (least is not None and value < least)
             or (most is not None and value > most)
         ):
-            self._invalid(found, f"{label}: {expected} was expected, not {value}.")
+            self._invalid(found, f"{label}: {expected} was expected, not {_shortened(value)}.")
         elif whole:
             value = self.values[name] = int(value)
         return value
@@ -129,7 +139,7 @@ class Form:
     def text(self, name: str, default: str | None, label: str, description: str | None = None) -> str | None:
         """A line of text."""
         found = self.inputs.str(name, label=label, description=description, default=default)
-        return self._text(found, name, default, label)
+        return self.text_of(found, name, default, label)
 
     def choice(
         self,
@@ -145,7 +155,7 @@ class Form:
         for value, text in choices.items():
             view.add_choice(value, label=text)
         found = self.inputs.enum(name, list(choices), label=label, description=description, default=default, view=view)
-        value = self._text(found, name, default, label)
+        value = self.text_of(found, name, default, label)
         if value not in choices and not found.invalid:
             self._invalid(found, f"{label}: {value!r} isn't there (any more). Choose one of {', '.join(choices)}.")
         return value
@@ -180,7 +190,7 @@ class Form:
         for each in dict.fromkeys([default, *known]):
             view.add_choice(each, label=each)
         found = self.inputs.str(name, label=label, description=description, default=default, view=view)
-        return self._text(found, name, default, label)
+        return self.text_of(found, name, default, label)
 
     def note(self, text: str) -> None:
         """Something good to know."""
@@ -198,12 +208,21 @@ class Form:
         number = sum(name.startswith(f"{kind}_") for name in self.inputs.properties)
         return self.inputs.view(f"{kind}_{number + 1}", view)  # the App shows the name where it can't execute
 
-    def _text(self, found: types.Property, name: str, default: str | None, label: str) -> str | None:
+    def text_of(self, found: types.Property, name: str, default: str | None, label: str) -> str | None:
+        """The text that was given for the input `found`."""
         value = self._value(name, default)
-        if value is None or isinstance(value, str):
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self._invalid(found, f"{label}: text was expected, not {_shortened(value)}.")
+        elif len(value) > _LONGEST_TEXT:
+            self._invalid(found, f"{label}: at most {_LONGEST_TEXT:,} characters were expected, not {len(value):,}.")
+        elif _CONTROLS.search(value):
+            self._invalid(found, f"{label}: text on one line was expected, not {_shortened(ascii(value))}.")
+        else:
             return value
-        self._invalid(found, f"{label}: text was expected, not {value!r}.")
-        return str(value)
+        self.values[name] = default  # for the rest of the form
+        return default
 
     def _value(self, name: str, default: object) -> object:
         value = self.ctx.params.get(name)
@@ -238,6 +257,16 @@ def cached(compute: Callable[..., T], samples: Samples, *args: Hashable) -> T:
 
 
 _cached: dict[tuple, object] = {}
+
+
+def code(text: object) -> str:
+    """Markdown that shows a text as it is, whatever is in it."""
+    return "`" + "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'") + "`"
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def count(number: int, noun: str) -> str:
@@ -405,7 +434,7 @@ class CancelWork(foo.Operator):
         return foo.OperatorConfig(name=self.identifier, label="MobileSAMv2: cancel", unlisted=True, risk_level="low")
 
     def execute(self, ctx: ExecutionContext) -> dict:
-        work = _running.get(ctx.params.get("work"))
+        work = _running.get(str(ctx.params.get("work")))
         if work is not None:
             work.progress.cancelled.set()
         return {"cancelled": work is not None}

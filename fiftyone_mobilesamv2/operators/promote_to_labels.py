@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fiftyone as fo
+from bson import ObjectId
 from fiftyone.operators import types
 
 from ..stored_labels import label_fields
 from .labels import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, count
+from .operator import Form, FormError, Operator, Outcome, Progress, code, count
 
 PROMOTE, DISMISS = "promote", "dismiss"
 VERDICTS = {
@@ -48,9 +49,11 @@ class PromoteToLabels(Operator):
         for name in self._classes(form.dataset, gt_field):
             view.add_choice(name, label=name)
         # Nothing is suggested: what is confirmed unread ends up in the ground truth.
-        form.inputs.str("label", label="Class", description="One there is, or a new one", required=True, view=view)
-        form.values["label"] = label = form.ctx.params.get("label")
-        if label is not None and not str(label).strip():
+        found = form.inputs.str(
+            "label", label="Class", description="One there is, or a new one", required=True, view=view
+        )
+        label = form.text_of(found, "label", None, "Class")
+        if label is not None and not label.strip():
             form.problem("Class: a name was expected.")
 
     def _selection(self, form: Form) -> None:
@@ -62,10 +65,10 @@ class PromoteToLabels(Operator):
             sample_ids = {label["sample_id"] for label in ctx.selected_labels}
             form.samples = ctx.view if is_patches else ctx.dataset.select(sample_ids)
             form.values["ids"] = [label["label_id"] for label in ctx.selected_labels]
-        elif is_patches and ctx.selected:
-            form.samples = ctx.view.select(ctx.selected)
+        elif is_patches and (selected := [id for id in ctx.selected if ObjectId.is_valid(id)]):
+            form.samples = ctx.view.select(selected)
             field = form.label_field("pred_field", (fo.Detection,), "Proposals")
-            form.values["ids"] = form.samples.values(f"{field}.id")
+            form.values["ids"] = [] if form.problems else form.samples.values(f"{field}.id")
         else:
             raise FormError(
                 "Select the proposals first: patches, in a view of them, by their checkboxes; or objects, in an open "
@@ -98,9 +101,9 @@ class PromoteToLabels(Operator):
             label=values["label"],
             progress=progress,
         )
-        lines = [f"**{count(promotion.promoted, 'object')} labeled `{values['label']}`**"]
+        lines = [f"**{count(promotion.promoted, 'object')} labeled {code(values['label'])}**"]
         if promotion.promoted:
-            lines.append(f"Stored in `{values['gt_field']}` of {count(promotion.samples, 'image')}.")
+            lines.append(f"Stored in {code(values['gt_field'])} of {count(promotion.samples, 'image')}.")
         if promotion.already:
             lines.append(f"Labels there before, and left as they were: {promotion.already:,}.")
         if promotion.missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fiftyone as fo
-from bson.errors import InvalidId
 
 from ..stored_labels import label_fields
 from .labels import field_of_selected
@@ -73,10 +72,7 @@ class SegmentAnything(Operator):
         gone = FormError("The selected labels are gone. Select others.")
         if field not in label_fields(form.dataset, PROMPT_KINDS):
             raise gone
-        try:
-            form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)
-        except InvalidId as error:
-            raise gone from error
+        form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)
         if not form.samples.count(form.dataset._get_label_field_root(field)[0]):
             raise gone
         form.values["prompt_field"] = field

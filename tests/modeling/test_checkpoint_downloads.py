@@ -1,14 +1,19 @@
-"""Downloads of weights, against a server on the loopback: resumed, verified, recorded, and never twice."""
+"""Downloads of weights, against servers on the loopback: from pinned hosts, resumed, verified, recorded, once only."""
 
+import contextlib
+import dataclasses
 import hashlib
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import huggingface_hub.constants
 import pytest
@@ -27,6 +32,8 @@ class Server(ThreadingHTTPServer):
     """Serves `files`, path -> bytes.
 
     Attributes:
+        redirects: path -> where it leads.
+        lengths: path -> what is said to be the length; None says nothing, and goes on for ever.
         break_after: the next connection is cut after so many bytes.
         ranges: whether it honours Range.
         slow: seconds it waits before each answer.
@@ -37,7 +44,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.requests = {}, []
+        self.files, self.redirects, self.lengths, self.requests = {}, {}, {}, []
         self.break_after, self.ranges, self.slow = None, True, 0.0
 
     @property
@@ -49,8 +56,18 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.answer()
 
+    def do_CONNECT(self) -> None:
+        """As a proxy that lets nobody through."""
+        self.server.requests.append((self.command, self.path, None))
+        self.send_error(403)
+
     def do_GET(self) -> None:
         content = self.answer()
+        while content is not None and self.server.lengths.get(self.path, ()) is None:
+            try:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
+            except OSError:
+                return
         if content is not None and self.server.break_after is not None:
             self.server.break_after, content = None, content[: self.server.break_after]
             self.close_connection = True
@@ -61,6 +78,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, self.path, wanted))
         time.sleep(self.server.slow)
         content = self.server.files.get(self.path)
+        if self.path in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[self.path])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
         if content is None:
             self.send_error(404)
             return None
@@ -71,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if wanted and self.server.ranges else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        length = self.server.lengths.get(self.path, len(content) - start)
+        self.send_header(*(("Transfer-Encoding", "chunked") if length is None else ("Content-Length", str(length))))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", REVISION)
         self.end_headers()
@@ -80,13 +104,29 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
-@pytest.fixture
-def server():
+@contextlib.contextmanager
+def serving():
     server = Server()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that weights may come from, as may from one that nobody runs."""
+    with serving() as server:
+        monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, f"{server.url} http://127.0.0.1:9")
+        yield server
+
+
+@pytest.fixture
+def stranger():
+    """A server that nobody has named."""
+    with serving() as server:
+        server.files["/w.pt"] = CONTENT
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -213,12 +253,13 @@ def test_every_source_and_its_reason(server, folder, hub):
         fetch(weights(*sources, sha256=SHA256))
     assert list(refusal.value.reasons) == [str(source) for source in sources]
     for reason, words in zip(
-        refusal.value.reasons.values(), ("404", "is not w.pt", "refused", "InvalidURL", "404", "HFValidationError")
+        refusal.value.reasons.values(),
+        ("404", "is not w.pt", "refused", "none of the hosts", "404", "HFValidationError"),
     ):
         assert words in reason and reason in str(refusal.value)
 
 
-def test_server_that_speaks_no_http(folder):
+def test_server_that_speaks_no_http(folder, monkeypatch):
     def serve() -> None:
         connection, _ = listening.accept()
         with connection:
@@ -227,8 +268,10 @@ def test_server_that_speaks_no_http(folder):
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, url)
         with pytest.raises(DownloadError, match="BadStatusLine"):  # which is no OSError
-            fetch(weights(f"http://127.0.0.1:{listening.getsockname()[1]}/", sha256=SHA256))
+            fetch(weights(f"{url}/", sha256=SHA256))
 
 
 # The hub ------------------------------------------------------------------------------------------------------------
@@ -259,7 +302,10 @@ except DownloadError as error:
 @pytest.mark.parametrize(
     "environment, words",
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError"),
+        (
+            {"HF_ENDPOINT": "http://127.0.0.1:9", checkpoints.DOWNLOAD_HOSTS_VARIABLE: "http://127.0.0.1:9"},
+            "ConnectError",
+        ),
         ({"HF_HUB_OFFLINE": "1"}, "OfflineModeIsEnabled"),
     ],
     ids=["no network", "offline mode"],
@@ -271,6 +317,214 @@ def test_hub_out_of_reach_fails_soon(folder, environment, words):
     seconds, _, message = ran.stdout.partition(" ")
     assert words in message, ran.stderr
     assert float(seconds) < 15
+
+
+# Where from ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(server, monkeypatch):
+    """The server as the proxy of all connections: it sees who is called, and lets nobody through."""
+    for scheme in ("http", "https", "ftp"):
+        monkeypatch.setenv(f"{scheme}_proxy", server.url)
+    return server
+
+
+SOURCES = {str(source) for name in checkpoints.MODELS for w in checkpoints.model_files(name) for source in w.sources}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *sorted(SOURCES),
+        "https://cdn-lfs.huggingface.co/x",  # where the hub leads to
+        "https://cdn-lfs-us-1.hf.co/x",
+        "https://cas-bridge.xethub.hf.co/x",
+        "https://HuggingFace.co/x",
+    ],
+)
+def test_hosts_of_weights(folder, proxy, url):
+    with pytest.raises(DownloadError, match="403"):
+        fetch(weights(url))
+    assert [request[:2] for request in proxy.requests] == [("CONNECT", f"{urlsplit(url).netloc}:443")]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://raw.githubusercontent.com/w.pt",
+        "http://huggingface.co/w.pt",
+        "https://evil.example/w.pt",
+        "https://github.com/w.pt",
+        "https://raw.githubusercontent.com.evil.example/w.pt",
+        "https://evil.raw.githubusercontent.com/w.pt",
+        "https://evilhuggingface.co/w.pt",
+        "https://huggingface.co.evil.example/w.pt",
+        "https://huggingface.co:8443/w.pt",
+        "https://huggingface.co./w.pt",
+        "https://huggingface.co@evil.example/w.pt",
+        "https://evil.example\\.huggingface.co/w.pt",
+        "https://evil.example#.huggingface.co/w.pt",
+        "https://evil.example?.huggingface.co/w.pt",
+        "https://evil.example/.huggingface.co/w.pt",
+        "https:/huggingface.co/w.pt",
+        "https:huggingface.co",
+        "//huggingface.co/w.pt",
+        "https://127.0.0.1/w.pt",
+        "https://[::1]/w.pt",
+        "http://169.254.169.254/latest/meta-data",
+        "file:///etc/passwd",
+        "file://huggingface.co/etc/passwd",
+        "ftp://huggingface.co/w.pt",
+        "data:application/octet-stream,weights",
+        "/etc/passwd",
+        "",
+    ],
+)
+def test_other_hosts_are_not_even_asked(folder, proxy, url):
+    with pytest.raises(DownloadError, match="is none of the hosts that weights are downloaded from") as refusal:
+        fetch(weights(url))
+    assert checkpoints.DOWNLOAD_HOSTS_VARIABLE in str(refusal.value)
+    assert proxy.requests == [] and files_in(folder) == {"w.pt.lock"}
+
+
+@pytest.mark.parametrize(
+    "named, may",
+    [
+        ("{url}", True),
+        ("https://mirror.example   {url} ", True),
+        ("", False),
+        ("127.0.0.1", False),
+        ("{url}0", False),
+        ("https{url[4:]}", False),
+        ("{url}/w.pt", False),
+        ("http://user@127.0.0.1:{port}", False),
+    ],
+)
+def test_hosts_that_the_user_names(folder, stranger, monkeypatch, named, may):
+    named = named.replace("{url[4:]}", stranger.url[4:]).format(url=stranger.url, port=stranger.server_port)
+    monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, named)
+    if may:
+        assert fetch(weights(f"{stranger.url}/w.pt")).read_bytes() == CONTENT
+    else:
+        with pytest.raises(DownloadError, match="none of the hosts"):
+            fetch(weights(f"{stranger.url}/w.pt"))
+        assert stranger.requests == []
+
+
+@pytest.mark.parametrize(
+    "to", ["{stranger}/w.pt", "http://huggingface.co/w.pt", "file:///etc/passwd", "ftp://huggingface.co/"]
+)
+def test_redirects_to_others_are_not_followed(server, stranger, folder, to):
+    server.redirects |= {"/a": "/b", "/b": to.format(stranger=stranger.url)}
+    with pytest.raises(DownloadError, match=r"is none of the hosts|Redirection to url \S+ is not allowed"):
+        fetch(weights(f"{server.url}/a"))
+    assert [path for _, path, _ in server.requests] == ["/a", "/b"] and stranger.requests == []
+    assert files_in(folder) == {"w.pt.lock"}
+
+
+def test_redirects_among_the_hosts_are_followed(server, stranger, folder, monkeypatch):
+    monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, f"{server.url} {stranger.url}")
+    server.redirects |= {"/a": "/b", "/b": f"{stranger.url}/w.pt"}
+    assert fetch(weights(f"{server.url}/a", sha256=SHA256)).read_bytes() == CONTENT
+
+
+def test_hub_that_leads_elsewhere(hub, stranger, folder):
+    hub.redirects["/owner/repo/resolve/main/c.pt"] = f"{stranger.url}/w.pt"
+    with pytest.raises(DownloadError, match=f"{stranger.url} is none of the hosts"):
+        fetch(weights(HubFile("owner/repo", "c.pt")))
+    assert stranger.requests == []
+
+
+def test_hub_that_is_not_one(stranger, folder, monkeypatch):
+    """HF_ENDPOINT alone doesn't make it one: it would be sent the user's token."""
+    template = stranger.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stranger.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pytest.raises(DownloadError, match=f"{stranger.url} is none of the hosts"):
+        fetch(weights(HubFile("owner/repo", "c.pt")))
+    assert stranger.requests == []
+
+
+# How much -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [{"size": 3_000_000}, {}], ids=["of a known size", "of 4 MB at most"])
+def test_body_without_end(server, folder, known):
+    server.files |= {"/endless": CONTENT, "/right": CONTENT + CONTENT[:902848]}
+    server.lengths["/endless"] = None
+    wanted = weights(f"{server.url}/endless", f"{server.url}/right", **known)
+    assert fetch(wanted).stat().st_size == 3_000_000  # nothing is left of the first
+    with pytest.raises(DownloadError, match=r"not v\.pt: it has more than [34],000,000 bytes"):
+        fetch(dataclasses.replace(wanted, filename="v.pt", sources=wanted.sources[:1]))
+    assert (folder / "v.pt.partial").stat().st_size == 0
+
+
+@pytest.mark.parametrize("start", [0, 1000])
+def test_length_beyond_what_is_expected(server, folder, start):
+    """Nothing of it is read."""
+    server.files["/w.pt"], server.lengths["/w.pt"] = CONTENT, 10**12
+    folder.mkdir()
+    if start:
+        (folder / "w.pt.partial").write_bytes(CONTENT[:start])
+    with pytest.raises(DownloadError, match=r"it has more than 2,097,152 bytes"):
+        fetch(weights(f"{server.url}/w.pt", size=len(CONTENT)))
+    assert sum(path.stat().st_size for path in folder.iterdir()) == start
+
+
+def test_body_beyond_its_length(server, folder):
+    server.files["/w.pt"], server.lengths["/w.pt"] = CONTENT + b"more", len(CONTENT)
+    assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
+
+
+# What is not told ---------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_told(server, stranger, hub, folder, caplog, capfd, monkeypatch):
+    """Neither user nor password nor the query of a URL, which may hold a token: in messages, logs, and files."""
+    caplog.set_level(logging.DEBUG)
+    host = server.url.removeprefix("http://")
+    signed = "?token=S3CRET&X-Amz-Signature=S3CRET"
+    server.redirects |= {
+        f"/elsewhere{signed}": f"{stranger.url}/w.pt{signed}",
+        f"/file{signed}": f"file:///etc{signed}",
+        "/owner/repo/resolve/main/c.pt": f"{server.url}/missing{signed}",
+        "/owner/repo/resolve/main/d.pt": f"http://S3CRET:S3CRET@{host}/w.pt",
+    }
+    server.files |= {f"/w.pt{signed}": CONTENT, f"/wrong{signed}": b"wrong", f"/broken{signed}": CONTENT}
+    server.lengths |= {f"/broken{signed}": 3_000_000}
+    sources = [
+        f"http://S3CRET:S3CRET@{host}/w.pt",
+        f"http://S3CRET:S3/CR@ET@{host}/w.pt",
+        f"https://S3CRET:S3CRET@huggingface.co/w.pt{signed}",
+        f"https://hf.example/w.pt{signed}",
+        f"{server.url}/missing{signed}",
+        f"{server.url}/with space{signed}",
+        f"{server.url}/elsewhere{signed}",
+        f"{server.url}/file{signed}",
+        f"http://127.0.0.1:9/{signed}",
+        f"{server.url}/wrong{signed}",
+        HubFile("owner/repo", "c.pt"),
+        HubFile("owner/repo", "d.pt"),
+        f"{server.url}/broken{signed}",
+    ]
+    with pytest.raises(DownloadError) as refusal:
+        fetch(weights(*sources, sha256=SHA256))
+    told = [str(refusal.value), "".join(traceback.format_exception(refusal.value)), repr(refusal.value.reasons)]
+    assert len(refusal.value.reasons) > 9 and f"{server.url}/missing: " in told[0]
+    fetch(weights(f"{server.url}/w.pt{signed}"))  # one that works
+    told += [path.read_text(errors="replace") for path in folder.iterdir()] + [path.name for path in folder.iterdir()]
+    told += [record.getMessage() for record in caplog.records if record.name.startswith("fiftyone_mobilesamv2")]
+    told += capfd.readouterr()
+    assert not any("S3CRET" in text or "CR@ET" in text for text in told)
+
+
+def test_password_of_a_proxy_is_not_told(folder, monkeypatch):
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://user:S3CRET@127.0.0.1:9")
+    with pytest.raises(DownloadError, match="refused") as refusal:
+        fetch(weights("https://huggingface.co/w.pt"))
+    assert "S3CRET" not in "".join(traceback.format_exception(refusal.value))
 
 
 # What is recorded ---------------------------------------------------------------------------------------------------

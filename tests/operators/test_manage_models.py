@@ -48,6 +48,7 @@ def served(tmp_path):
 def models(served, monkeypatch):
     """Two models of that server, "one" and "two", that share a file."""
     _, url = served
+    monkeypatch.setenv("FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS", url)
     rest = Weights("rest.pt", (f"{url}/rest.pt",), megabytes=1, git_blob=BLOB)
     for name in ("one", "two"):
         encoder = Weights(f"{name}.pt", (f"{url}/encoder.pt",), megabytes=2, sha256=SHA256)

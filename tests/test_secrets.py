@@ -1,0 +1,44 @@
+"""The password of the database is in no message and no log. Of downloads: modeling/test_checkpoint_downloads.py."""
+
+import os
+import subprocess
+import sys
+
+URI = "mongodb://user:S3CRET@127.0.0.1:9/?serverSelectionTimeoutMS=300&appName=S3CRET"
+PROGRAM = """
+import logging, threading, traceback
+import fiftyone as fo
+import fiftyone.core.odm as foo
+from fiftyone_mobilesamv2 import cli
+from fiftyone_mobilesamv2.database import patiently
+
+logging.basicConfig()
+logging.getLogger("fiftyone_mobilesamv2").setLevel(logging.DEBUG)
+assert "S3CRET" in fo.config.database_uri
+given_up = threading.Event()
+
+def wait():
+    threading.Timer(5, given_up.set).start()
+    patiently(lambda: foo.get_db_conn().command("ping"), given_up)
+
+for attempt in (
+    lambda: cli.main(["evaluate", "dataset", "segmentations"]),
+    lambda: cli.main(["segment", "dataset", "--model", "mobilesamv2-demo-torch"]),
+    lambda: cli.main(["segment", "dataset", "--model", "mobilesamv2-demo-torch", "--cluster", "local"]),
+    wait,
+):
+    try:
+        print("status", attempt())
+    except Exception:
+        traceback.print_exc()
+"""
+
+
+def test_database_out_of_reach():
+    """Every way to it, and the log while it is waited for."""
+    environment = os.environ | {"FIFTYONE_DATABASE_URI": URI, "FIFTYONE_DO_NOT_TRACK": "true"}
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=180)
+    told = ran.stdout + ran.stderr
+    assert "fiftyone-mobilesamv2: Could not connect" in told and "status 1" in told, told
+    assert "The database doesn't answer; waiting" in told and told.count("127.0.0.1:9") > 2, told
+    assert "S3CRET" not in told
