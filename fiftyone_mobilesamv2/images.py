@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+from collections.abc import Callable, Iterator
 from os import PathLike
 
 import numpy as np
 from PIL import Image, ImageOps
+
+MAX_SIDE = 65_535  # JPEG's limit. Masks are enlarged by a matrix with a row for every pixel of a side.
+
+_STRIP_PIXELS = 2**22  # converted at a time: whole images would be in memory three to five times
 
 
 def read_image(path: str | PathLike) -> np.ndarray:
@@ -19,25 +26,42 @@ def read_image(path: str | PathLike) -> np.ndarray:
         uint8 RGB [H, W, 3]
 
     Raises:
-        OSError: the file can't be read, or is no image.
-        ValueError: the image is too large to be decoded safely (see `PIL.Image.MAX_IMAGE_PIXELS`).
+        OSError: there is no such file, it can't be read, or it is no image.
+        ValueError: the image is too large to be decoded safely (see :data:`MAX_SIDE` and `PIL.Image.MAX_IMAGE_PIXELS`);
+            or no file can have this path.
     """
+    name = repr(os.fspath(path))
+    _check_is_file(path, name)
     try:
         with _open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip to white
-                pixels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-                return _grey((pixels >> 8).astype(np.uint8))
-            if image.mode == "F":
-                return _grey(_stretch(np.asarray(image)))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return np.array(image.convert("RGB"))
+            if image.format == "EPS":  # PIL would have Ghostscript run it: it is a program
+                raise OSError("PostScript isn't read")
+            if max(image.size) > MAX_SIDE:
+                raise Image.DecompressionBombError(
+                    f"a side of {max(image.size)} pixels exceeds the limit of {MAX_SIDE} pixels"
+                )
+            ImageOps.exif_transpose(image, in_place=True)
+            to_rgb = _conversion(image)
+            pixels = np.empty((image.height, image.width, 3), np.uint8)
+            for rows, strip in _strips(image):
+                pixels[rows] = to_rgb(strip)
+            return pixels
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        # What PIL's decoders raise on files that are damaged in ways they did not foresee.
-        raise OSError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name} is too large: {error}") from error
+    except Exception as error:  # PIL's decoders raise all kinds on files that are damaged in ways they did not foresee
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{name} is damaged, or no image: {cause}") from error
+
+
+def _check_is_file(path: str | PathLike, name: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # characters that no path can have
+        raise ValueError(f"{name} can't be the path of a file: {error}") from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{name} is a folder")
+    if not stat.S_ISREG(mode):  # opening a pipe waits for whoever writes to it; a device may never end
+        raise OSError(f"{name} is no regular file")
 
 
 def _open(path: str | PathLike) -> Image.Image:
@@ -47,15 +71,37 @@ def _open(path: str | PathLike) -> Image.Image:
     return getattr(patches, "_image_open", Image.open)(path)
 
 
-def _grey(pixels: np.ndarray) -> np.ndarray:
-    return np.repeat(pixels[:, :, None], 3, axis=2)
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """The image in parts: their rows, and these."""
+    step = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
-def _stretch(pixels: np.ndarray) -> np.ndarray:
-    """float [H, W] -> uint8 [H, W]"""
-    finite = np.isfinite(pixels)
-    if not finite.any():
-        return np.zeros(pixels.shape, np.uint8)
-    low, high = float(pixels[finite].min()), float(pixels[finite].max())
-    scaled = (np.where(finite, pixels, low) - low) / max(high - low, np.finfo(np.float32).tiny)
-    return np.round(255 * scaled).astype(np.uint8)
+def _conversion(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+    """What makes uint8 RGB of strips of this image: [h, W, 3], or [h, W, 1] where it is grey."""
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip to white
+        return lambda strip: (np.clip(np.asarray(strip), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
+    if image.mode == "F":
+        low, high = _finite_range(image)
+        return lambda strip: _stretch(np.asarray(strip), low, high)[:, :, None]
+    if image.mode == "P" and "transparency" in image.info:
+        return lambda strip: np.asarray(strip.convert("RGBA").convert("RGB"))
+    return lambda strip: np.asarray(strip.convert("RGB"))
+
+
+def _finite_range(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest finite value; zeros if there is none."""
+    low, high = np.inf, -np.inf
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        values = values[np.isfinite(values)]
+        low, high = float(values.min(initial=low)), float(values.max(initial=high))
+    return (low, high) if low <= high else (0.0, 0.0)
+
+
+def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """float32 [h, w] -> uint8 [h, w]"""
+    values = np.where(np.isfinite(values), values, low).astype(np.float64)
+    return np.round(255 * (values - low) / ((high - low) or 1)).astype(np.uint8)

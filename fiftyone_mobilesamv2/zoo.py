@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -27,8 +29,8 @@ from .mask_files import MaskFiles
 from .modeling import checkpoints
 from .modeling.grid_prompts import POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
 from .modeling.masks import Segmentation
-from .modeling.mobilesamv2 import PROMPTINGS, MobileSAMv2
-from .modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
+from .modeling.mobilesamv2 import MAX_POINTS_PER_SIDE, PROMPTINGS, MobileSAMv2, checked_number
+from .modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 from .segmentation_runs import Failure
 from .stored_labels import serialized
 
@@ -47,6 +49,11 @@ _DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # what the database
 # field like it and for the attributes that an evaluation adds.
 LABEL_BYTES_PER_SAMPLE = 7 * 2**20
 DETECTION_BYTES = 600  # of a detection without its mask: names and values of its attributes
+
+_IN_NO_PATH = re.compile("[\0\ud800-\udfff]")  # the latter are bytes that are no UTF-8: no database takes them
+_MOST_STORED = 2**63 - 1  # as a whole number
+
+_LARGEST_BOX = 2  # sides of the image that a box has: a mask of it takes as many pixels; the evaluation takes no more
 
 CHECKPOINTS = ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,39 +83,55 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
 
     def __init__(self, d: dict) -> None:
         d = self.init(d)
-        self.name = self.parse_string(d, "name")
-        self.device = self.parse_raw(d, "device", default=None)
-        self.dtype = self.parse_string(d, "dtype", default="float32")
-        self.prompting = self.parse_string(d, "prompting", default="object_aware")
-        self.confidence_thresh = self.parse_number(d, "confidence_thresh", default=None)
-        self.iou = self.parse_number(d, "iou", default=NMS_IOU)
-        self.max_prompts = self.parse_int(d, "max_prompts", default=MAX_PROMPTS)
-        self.points_per_side = self.parse_int(d, "points_per_side", default=POINTS_PER_SIDE)
-        self.pred_iou_thresh = self.parse_number(d, "pred_iou_thresh", default=SAM_GRID_FILTER.pred_iou_thresh)
-        self.stability_score_thresh = self.parse_number(
-            d, "stability_score_thresh", default=SAM_GRID_FILTER.stability_score_thresh
-        )
-        self.min_area = self.parse_int(d, "min_area", default=0)
-        self.max_masks = self.parse_int(d, "max_masks", default=None)
-        self.masks_on_disk = self.parse_bool(d, "masks_on_disk", default=False)
-        self.mask_dir = self.parse_string(d, "mask_dir", default=None)
+        read = partial(self.parse_raw, {key: value for key, value in d.items() if value is not None})
+        self.name = read("name", default=None)
+        self.device = read("device", default=None)
+        self.dtype = read("dtype", default="float32")
+        self.prompting = read("prompting", default="object_aware")
+        self.confidence_thresh = read("confidence_thresh", default=None)
+        self.iou = read("iou", default=NMS_IOU)
+        self.max_prompts = read("max_prompts", default=MAX_PROMPTS)
+        self.points_per_side = read("points_per_side", default=POINTS_PER_SIDE)
+        self.pred_iou_thresh = read("pred_iou_thresh", default=SAM_GRID_FILTER.pred_iou_thresh)
+        self.stability_score_thresh = read("stability_score_thresh", default=SAM_GRID_FILTER.stability_score_thresh)
+        self.min_area = read("min_area", default=0)
+        self.max_masks = read("max_masks", default=None)
+        self.masks_on_disk = read("masks_on_disk", default=False)
+        self.mask_dir = read("mask_dir", default=None)
         for name in CHECKPOINTS:
-            setattr(self, name, self.parse_string(d, name, default=None))
+            setattr(self, name, read(name, default=None))
+        self.check()
         if unknown := [key for key in d if key not in vars(self)]:
             known = [key for key in vars(self) if key not in ("model_name", "model_path")]
             raise ValueError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
+
+    def check(self) -> None:
+        """Raises ValueError for a parameter that is not what it should be."""
+        for key in ("name", "dtype", "prompting", "mask_dir", *CHECKPOINTS):
+            value = getattr(self, key)
+            is_text = isinstance(value, str) and value and not _IN_NO_PATH.search(value)
+            if not is_text and (value is not None or key == "name"):
+                raise ValueError(f"{key} must be text that can be a name or a path, not {value!r}.")
         for key, choices in (("prompting", PROMPTINGS), ("dtype", DTYPES)):
             value = getattr(self, key)
             if value not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        for key, least in (("max_prompts", 1), ("points_per_side", 1), ("min_area", 0), ("max_masks", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{key} must be at least {least}, not {value}.")
+        if not isinstance(self.device, str | torch.device | None):
+            raise ValueError(f"device must be text such as 'cuda', 'mps' or 'cpu', not {self.device!r}.")
+        if not isinstance(self.masks_on_disk, bool):
+            raise ValueError(f"masks_on_disk must be True or False, not {self.masks_on_disk!r}.")
+        whole = {
+            "max_prompts": (1, MAX_NMS_CANDIDATES),
+            "points_per_side": (1, MAX_POINTS_PER_SIDE),
+            "min_area": (0, _MOST_STORED),
+            "max_masks": (1, _MOST_STORED),
+        }
+        for key, (least, most) in whole.items():
+            if getattr(self, key) is not None:
+                setattr(self, key, checked_number(key, getattr(self, key), least, most, whole=True))
         for key in ("confidence_thresh", "iou", "pred_iou_thresh", "stability_score_thresh"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{key} must be between 0 and 1, not {value}.")
+            if getattr(self, key) is not None:
+                setattr(self, key, checked_number(key, getattr(self, key), 0, 1))
 
     @property
     def files(self) -> dict[str, str]:
@@ -198,6 +221,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
+        self.config.check()  # `apply_model` has a `confidence_thresh` of its own, which it puts there
         self.failures = []
         self.num_images = 0
         self.num_labels = 0
@@ -433,11 +457,20 @@ def mask_attributes(found: Segmentation, index: int) -> dict:
 
 
 def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> np.ndarray:
-    """bool: what a mask has inside a relative box [x, y, width, height], cropped to the box's pixels."""
+    """bool: what a mask has inside a relative box [x, y, width, height], in pixels of the box.
+
+    Some may be outside the image. A box without an area has one, at its corner.
+    """
     (height, width), (x, y, w, h) = found.size, box
-    left, top = max(0, round(x * width)), max(0, round(y * height))
-    right, bottom = round((x + w) * width), round((y + h) * height)
-    return found.full_mask(index)[top : max(bottom, top + 1), left : max(right, left + 1)]
+    left, top, right, bottom = round(x * width), round(y * height), round((x + w) * width), round((y + h) * height)
+    cut = np.zeros((max(bottom - top, 1), max(right - left, 1)), bool)
+    mask, (x0, y0, x1, y1) = found.masks[index], found.boxes[index]
+    x0_cut, y0_cut = max(x0, left), max(y0, top)
+    x1_cut, y1_cut = min(x1, left + cut.shape[1]), min(y1, top + cut.shape[0])
+    if x0_cut < x1_cut and y0_cut < y1_cut:
+        inside = mask[y0_cut - y0 : y1_cut - y0, x0_cut - x0 : x1_cut - x0]
+        cut[y0_cut - top : y1_cut - top, x0_cut - left : x1_cut - left] = inside
+    return cut
 
 
 def prompted_detection(
@@ -484,12 +517,23 @@ def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypo
 
 def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
     """Relative points [P, 2] and their labels [P]: 1 inside the object, 0 outside (the attribute "sam_labels", as with
-    FiftyOne's own SAM). Points that are not visible (NaN) are left out.
+    FiftyOne's own SAM; without it all are inside). Points that the image does not show (NaN, or not in 0..1) are left
+    out.
+
+    Raises:
+        ValueError: there is not one label a point, or one is neither 0 nor 1.
     """
-    points = np.array(keypoint.points, np.float32).reshape(-1, 2)
-    inside = np.array(keypoint["sam_labels"] if keypoint.has_field("sam_labels") else np.ones(len(points)), np.int64)
-    visible = np.isfinite(points).all(1)
-    return points[visible], inside[visible]
+    points = np.array(keypoint.points, np.float64).reshape(-1, 2)
+    labels = keypoint["sam_labels"] if keypoint.has_field("sam_labels") else None
+    if labels is None:
+        labels = [1] * len(points)
+    if not isinstance(labels, Sequence | np.ndarray) or [v in (0, 1) for v in labels] != [True] * len(points):
+        raise ValueError(
+            f"keypoint {keypoint.id} has sam_labels={labels}: 1, inside the object, or 0, outside, was expected for "
+            f"each of its {len(points)} points"
+        )
+    visible = ((points >= 0) & (points <= 1)).all(1)
+    return points[visible].astype(np.float32), np.array(labels, np.int64)[visible]
 
 
 def check_prompts(prompts: fol.Label | None) -> None:
@@ -498,13 +542,22 @@ def check_prompts(prompts: fol.Label | None) -> None:
         raise ValueError(f"prompts must be detections or keypoints, not {type(prompts).__name__}")
     for prompt in labels_of(prompts):
         if isinstance(prompt, fol.Detection):
-            box = np.array(prompt.bounding_box, np.float64)
-            if box.shape != (4,) or not np.isfinite(box).all():
-                raise ValueError(f"detection {prompt.id} has no usable bounding box: {prompt.bounding_box}")
-        else:
-            points, inside = keypoint_prompt(prompt)
-            if len(points) == 0 or len(points) != len(inside):
-                raise ValueError(f"keypoint {prompt.id} has no visible point, or not one sam_label a point")
+            if not _is_in_image(prompt.bounding_box):
+                raise ValueError(
+                    f"detection {prompt.id} has no usable bounding box: [x, y, width, height], relative to the image "
+                    f"and at least partly in it, was expected, not {prompt.bounding_box}"
+                )
+        elif not len(keypoint_prompt(prompt)[0]):
+            raise ValueError(f"keypoint {prompt.id} has no point that the image shows")
+
+
+def _is_in_image(box: Sequence[float] | None) -> bool:
+    """Whether a relative box, perhaps without an area, is at least partly in the image."""
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        return False
+    return 0 <= width <= _LARGEST_BOX and 0 <= height <= _LARGEST_BOX and -width <= x <= 1 and -height <= y <= 1
 
 
 # FiftyOne's interface to a source of zoo models ---------------------------------------------------------------------
@@ -545,11 +598,18 @@ def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
         label="Least confidence",
         description=f"Of the detector; {CONFIDENCE} where empty",
     )
-    inputs.int("max_prompts", min=1, default=MAX_PROMPTS, label="Most objects an image")
+    inputs.int("max_prompts", min=1, max=MAX_NMS_CANDIDATES, default=MAX_PROMPTS, label="Most objects an image")
     inputs.float(
         "iou", min=0, max=1, default=NMS_IOU, label="NMS IoU", description="Boxes that overlap more are one object"
     )
-    inputs.int("points_per_side", min=1, default=POINTS_PER_SIDE, label="Grid points per side", description="grid only")
+    inputs.int(
+        "points_per_side",
+        min=1,
+        max=MAX_POINTS_PER_SIDE,
+        default=POINTS_PER_SIDE,
+        label="Grid points per side",
+        description="grid only",
+    )
     for name, label in (("pred_iou_thresh", "Least predicted IoU"), ("stability_score_thresh", "Least stability")):
         inputs.float(
             name,

@@ -5,6 +5,7 @@ image -> encode (once) -> discover boxes -> decode all prompts of the image agai
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,9 @@ from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, Obje
 from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
 
 PROMPTINGS = ("object_aware", "grid")
+MAX_POINTS_PER_SIDE = 256  # low-res logits have no more cells along a side
+
+_FARTHEST = 1e9  # pixels that a prompt may be off: with more, its position would be no number
 
 # Logits of this many prompts exist at a time: 64 x 256 x 256 float32 are 16 MiB, and a grid's three masks each 48.
 _PROMPTS_PER_PASS = POINTS_PER_BATCH
@@ -63,6 +67,21 @@ def available_devices() -> list[str]:
 def default_device() -> torch.device:
     """The best that there is."""
     return torch.device(available_devices()[0])
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; the best there is for None. Raises ValueError where it can't be used."""
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"device must be one that is here ({', '.join(available_devices())}), not {device!r}: "
+            + str(error).partition("\n")[0]
+        ) from error
+    return found
 
 
 class MobileSAMv2(nn.Module):
@@ -97,7 +116,7 @@ class MobileSAMv2(nn.Module):
         self.image_encoder = image_encoder
         self.decoder = decoder
         self.discovery = discovery
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = usable_device(device)
         self.dtype = dtype
         self.seconds: Counter[str] = Counter()
         for module in (image_encoder, *([discovery.detector] if discovery is not None else [])):
@@ -125,6 +144,7 @@ class MobileSAMv2(nn.Module):
             checkpoints.CheckpointError: a file is neither here nor to be had, or is not what it should be.
         """
         model = checkpoints.pretrained_model(name)
+        device = usable_device(device)  # before anything is downloaded
         return cls.from_checkpoints(
             encoder=model.encoder,
             detector_size=model.detector_size,
@@ -207,7 +227,9 @@ class MobileSAMv2(nn.Module):
 
         Raises:
             RuntimeError: the model has no detector.
+            ValueError: an argument is not what it should be; the message names it.
         """
+        thresholds = _checked_thresholds(conf, iou, max_prompts)
         if self.discovery is None:
             raise RuntimeError(
                 "Object-aware prompting needs a detector and this model was made without one: pass "
@@ -215,7 +237,7 @@ class MobileSAMv2(nn.Module):
             )
         _check_images(images)
         with self._timed("discover"):
-            return [self.discovery(image, conf, iou, max_prompts) for image in images]
+            return [self.discovery(image, *thresholds) for image in images]
 
     @torch.inference_mode()
     def decode(
@@ -260,14 +282,22 @@ class MobileSAMv2(nn.Module):
             prompting: "object_aware" or "grid".
             conf, iou, max_prompts: of :meth:`discover`; object-aware prompting only.
             points_per_side, grid_filter: of the grid only.
+
+        Raises:
+            ValueError: an argument is not what it should be; the message names it.
         """
-        if prompting not in PROMPTINGS:
+        if not isinstance(prompting, str) or prompting not in PROMPTINGS:
             raise ValueError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
+        thresholds = _checked_thresholds(conf, iou, max_prompts)
+        points_per_side = checked_number("points_per_side", points_per_side, 1, MAX_POINTS_PER_SIDE, whole=True)
+        if not isinstance(grid_filter, GridFilter):
+            raise TypeError(f"grid_filter must be a GridFilter, not {type(grid_filter).__name__}.")
+        grid_filter = GridFilter(*(checked_number(name, value, -1, 1) for name, value in vars(grid_filter).items()))
         embeddings = self.encode(images)
         if prompting == "grid":
             return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
         found = []
-        for i, prompts in enumerate(self.discover(images, conf, iou, max_prompts)):
+        for i, prompts in enumerate(self.discover(images, *thresholds)):
             segmentation = self._segment(embeddings, i, self._embed(embeddings, i, boxes=prompts.boxes))
             segmentation.confidence = prompts.scores.float().numpy()
             found.append(segmentation.select(np.flatnonzero(segmentation.areas)))
@@ -294,7 +324,9 @@ class MobileSAMv2(nn.Module):
 
         Raises:
             ValueError: no prompts, or prompts that don't fit each other or the images.
+            TypeError: something is no sequence.
         """
+        _check_images(images)
         if boxes is None and points is None:
             raise ValueError("segment_anything needs prompts: boxes, points, or both.")
         if point_labels is not None and points is None:
@@ -302,6 +334,9 @@ class MobileSAMv2(nn.Module):
         for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
             if prompts is not None:
                 _check_count(name, prompts, len(images))
+        for name, prompts in (("points", points), ("point_labels", point_labels)):
+            for i, of_image in enumerate(prompts if prompts is not None else ()):
+                _check_is_sequence(f"Image {i}: {name}", of_image)
         embeddings = self.encode(images)
         return [
             self._segment_prompted(
@@ -322,13 +357,13 @@ class MobileSAMv2(nn.Module):
         points: Sequence[np.ndarray] | None,
         point_labels: Sequence[np.ndarray] | None,
     ) -> Segmentation:
-        count = len(boxes) if boxes is not None else len(points)
         if points is None:
             return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
         points = [_coordinates(index, "points", p, 2) for p in points]
         if point_labels is None:
             point_labels = [np.ones(len(p), np.int64) for p in points]
         point_labels = [np.atleast_1d(np.asarray(labels)) for labels in point_labels]
+        count = len(points if boxes is None else boxes)
         if len(points) != count or [len(p) for p in points] != [len(labels) for labels in point_labels]:
             raise ValueError(
                 f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
@@ -450,7 +485,29 @@ def concatenate(parts: Sequence[Segmentation], size: tuple[int, int]) -> Segment
     )
 
 
+def checked_number(name: str, value: float, least: float, most: float, whole: bool = False) -> float:
+    """A plain Python number of that value. Raises ValueError unless it is one, from `least` to `most`.
+
+    Args:
+        name: what the message calls it.
+        whole: it has to be a whole one.
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, not {value!r}.")
+    return int(value) if whole else float(value)
+
+
+def _checked_thresholds(conf: float, iou: float, max_prompts: int) -> tuple[float, float, int]:
+    return (
+        checked_number("conf", conf, 0, 1),
+        checked_number("iou", iou, 0, 1),
+        checked_number("max_prompts", max_prompts, 1, object_discovery.MAX_NMS_CANDIDATES, whole=True),
+    )
+
+
 def _check_images(images: Sequence[np.ndarray]) -> None:
+    _check_is_sequence("images", images)
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -461,15 +518,31 @@ def _check_images(images: Sequence[np.ndarray]) -> None:
 
 def _coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
     """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
-    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    expected = f"Image {index}: {name} must be finite numbers [N, {width}]"
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{expected}: {error}") from error
     if array.size == 0:
         return torch.zeros(0, width)
     array = np.atleast_2d(array)
-    if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
-        raise ValueError(f"Image {index}: {name} must be finite numbers [N, {width}], not an array {array.shape}.")
+    is_good = array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == width
+    if not is_good or not (np.abs(array.astype(np.float64)) <= _FARTHEST).all():
+        raise ValueError(
+            f"{expected}, not an array {array.shape} of {array.dtype}; none may be more than {_FARTHEST:g} pixels off."
+        )
     return torch.from_numpy(array.astype(np.float32))
 
 
+def _check_is_sequence(name: str, values: Sequence) -> None:
+    if not isinstance(values, Sequence) and not (isinstance(values, np.ndarray | Tensor) and values.ndim):
+        raise TypeError(f"{name} must be a sequence, not {type(values).__name__}.")
+
+
 def _check_count(name: str, prompts: Sequence, images: int) -> None:
+    _check_is_sequence(name, prompts)
     if len(prompts) != images:
         raise ValueError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")
