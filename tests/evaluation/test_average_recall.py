@@ -446,7 +446,7 @@ def test_json_round_trip(ks):
 
 @pytest.mark.parametrize("ks", [(), (0,), (10, -1), (2.5,), (True,), (float("nan"),), (10.0,), ("10",), (None,)])
 def test_invalid_ks(ks):
-    with pytest.raises(ValueError, match="whole numbers of at least 1"):
+    with pytest.raises(ValueError, match="whole numbers from 1 to 100,000"):
         AverageRecall(ks)
 
 
