@@ -121,9 +121,11 @@ class Faults:
 
     # Runs -------------------------------------------------------------------------------------------------------------
 
-    def start(self, field: str, on_disk: bool, folder: Path | None = None) -> multiprocessing.Process:
+    def start(
+        self, field: str, on_disk: bool, folder: Path | None = None, cluster: str | None = None
+    ) -> multiprocessing.Process:
         folder = folder or self.folder / "masks"
-        arguments = self.dataset.name, field, on_disk, str(folder), self.folder / "runs.log"
+        arguments = self.dataset.name, field, on_disk, str(folder), self.folder / "runs.log", cluster
         process = _PROCESSES.Process(target=_run, args=arguments)
         process.start()
         return process
@@ -139,9 +141,11 @@ class Faults:
             raise RuntimeError(f"A run ended with {process.exitcode}:\n{log[-2000:]}")
 
     def wait_until_stored(self, field: str, share: float, process: multiprocessing.Process) -> None:
-        """Until that share of the samples has labels, or the run has ended."""
+        """Until that share of the samples has labels. A run that has ended by then is none to inject faults into."""
         wanted = share * len(self.reference)
-        while process.is_alive() and self.dataset._sample_collection.count_documents({field: {"$ne": None}}) < wanted:
+        while self.dataset._sample_collection.count_documents({field: {"$ne": None}}) < wanted:
+            if not process.is_alive():
+                raise RuntimeError("A run ended before there was a fault: more scenes are needed")
             time.sleep(0.01)
 
     # What became of it ------------------------------------------------------------------------------------------------
@@ -153,6 +157,11 @@ class Faults:
             labels = document.get(field)
             found[document["_id"]] = labels and _digest(labels["detections"])
         return found
+
+    def ids(self, field: str) -> dict[object, object]:
+        """By the id of each sample that has labels: the id of the first."""
+        found = self.dataset._sample_collection.find({f"{field}.detections.0": {"$exists": True}}, {field: True})
+        return {document["_id"]: document[field]["detections"][0]["_id"] for document in found}
 
     def compare(self, name: str, injected: int, field: str, deleted: int = 0, folder: str = "*masks*") -> Fault:
         found = self.labels(field)
@@ -175,7 +184,7 @@ class Faults:
         return len(files)
 
 
-def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path) -> None:
+def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path, cluster: str | None) -> None:
     """A process: one run, to its end."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     import fiftyone as fo
@@ -185,8 +194,17 @@ def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path) -> Non
     from fiftyone_mobilesamv2.segmentation import segment_everything
 
     torch.set_num_threads(1)
-    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=folder)
-    segment_everything(fo.load_dataset(dataset), model, field, batch_size=BATCH_SIZE, progress=False)
+    parameters = {"name": MODEL, "device": "cpu", "masks_on_disk": on_disk, "mask_dir": folder}
+    workers = None if cluster is None else 2
+    segment_everything(
+        fo.load_dataset(dataset),
+        zoo.MobileSAMv2ModelConfig(parameters),
+        field,
+        batch_size=BATCH_SIZE,
+        progress=False,
+        cluster=cluster,
+        workers=workers,
+    )
 
 
 def _digest(labels: list[dict]) -> str:
@@ -207,10 +225,13 @@ def _digest(labels: list[dict]) -> str:
 
 
 def kill_at_random(faults: Faults, kills: int, on_disk: bool) -> Fault:
-    """kill -9, again and again, until there were enough; the run is started again each time."""
+    """kill -9, again and again, until there were enough; the run is started again each time.
+
+    A sample that was stored before and is done again counts as differing.
+    """
     injected, results = 0, []
     while injected < kills:
-        field, wrong = faults.field(), 0
+        field, wrong, ids = faults.field(), 0, {}
         while True:
             process = faults.start(field, on_disk)
             process.join(faults.random.uniform(0.1, min(6, faults.seconds / 2)) if injected < kills else None)
@@ -220,9 +241,10 @@ def kill_at_random(faults: Faults, kills: int, on_disk: bool) -> Fault:
             process.join()
             injected += 1
             wrong += faults.check_partial(field)
+            ids |= faults.ids(field)
         faults.expect_success(process)
         result = faults.compare("", 0, field)
-        result.differing += wrong
+        result.differing += wrong + len(ids.items() - faults.ids(field).items())
         results.append(result)
     where = "on disk" if on_disk else "in the database"
     sums = [sum(getattr(each, name) for each in results) for name in ("lost", "differing", "orphans")]
@@ -271,6 +293,18 @@ def lose_writes(faults: Faults) -> Fault:
         injected += 5
     faults.expect_success(process)
     return faults.compare("writes that time out or whose answer is lost", injected, field)
+
+
+def kill_worker(faults: Faults) -> Fault:
+    """One of the two of a Ray cluster on this machine."""
+    field = faults.field()
+    process = faults.start(field, True, cluster="local")
+    faults.wait_until_stored(field, 0.3, process)
+    runs = MongoClient(faults.database.uri)["faults"]["mobilesamv2.runs"]
+    part = runs.find_one({"label_field": field, "ended": False, "owner.pid": {"$ne": process.pid}})
+    os.kill(part["owner"]["pid"], signal.SIGKILL)
+    faults.expect_success(process)
+    return faults.compare("one of two workers killed", 1, field)
 
 
 def fill_disk(faults: Faults) -> Fault | None:
@@ -348,13 +382,16 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
             lambda: restart_database(faults, signal.SIGTERM, "the database stopped, and started 3 s later"),
             lambda: restart_database(faults, signal.SIGKILL, "the database killed, and started 3 s later"),
             lambda: lose_writes(faults),
+            lambda: kill_worker(faults),
             lambda: fill_disk(faults),
             lambda: run_twice_at_once(faults),
             lambda: delete_field(faults),
             lambda: delete_samples(faults),
         ]
         for step in steps:
-            if (fault := step()) is not None:
+            if (fault := step()) is None:
+                print("(A full disk takes root: it needs a small file system.)", file=sys.stderr)
+            else:
                 show(fault)
                 found.append(fault)
     return found

@@ -85,7 +85,8 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         d = self.init(d)
         read = partial(self.parse_raw, {key: value for key, value in d.items() if value is not None})
         self.name = read("name", default=None)
-        self.device = read("device", default=None)
+        device = read("device", default=None)
+        self.device = str(device) if isinstance(device, torch.device) else device
         self.dtype = read("dtype", default="float32")
         self.prompting = read("prompting", default="object_aware")
         self.confidence_thresh = read("confidence_thresh", default=None)
@@ -107,7 +108,7 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
 
     def check(self) -> None:
         """Raises ValueError for a parameter that is not what it should be."""
-        for key in ("name", "dtype", "prompting", "mask_dir", *CHECKPOINTS):
+        for key in ("name", "device", "dtype", "prompting", "mask_dir", *CHECKPOINTS):
             value = getattr(self, key)
             is_text = isinstance(value, str) and value and not _IN_NO_PATH.search(value)
             if not is_text and (value is not None or key == "name"):
@@ -116,8 +117,6 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
             value = getattr(self, key)
             if value not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        if not isinstance(self.device, str | torch.device | None):
-            raise ValueError(f"device must be text such as 'cuda', 'mps' or 'cpu', not {self.device!r}.")
         if not isinstance(self.masks_on_disk, bool):
             raise ValueError(f"masks_on_disk must be True or False, not {self.masks_on_disk!r}.")
         whole = {

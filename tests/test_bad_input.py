@@ -158,7 +158,7 @@ def write_readable(folder):
     add("wide.png", Image.fromarray(noise))
     add("wide-1.png", Image.fromarray(noise[:1]))
     add("tall.png", Image.fromarray(noise.transpose(1, 0, 2).copy()))
-    add("large.png", Image.new("1", (8000, 8000)), np.zeros((8000, 8000, 3), np.uint8))  # 8 KB
+    add("large.png", Image.new("1", (5000, 5000)), np.zeros((5000, 5000, 3), np.uint8))  # 3 KB
     add("jpeg.png", rgb, format="JPEG")
     add("new\nline, 'quoted', \u00fc\U0001f600.png", rgb, PICTURE)
     (folder / "link.png").symlink_to(folder / "rgb.png")
@@ -249,7 +249,7 @@ def test_each_file_is_segmented_rightly_or_refused(dataset, model, readable, unr
     assert len(odd) > 60
     order = np.random.default_rng(0).permutation(odd).tolist()
     beside = list(good) * len(order)
-    paths = [path for i, name in enumerate(order) for path in ([beside[i], name] if i % 3 == 0 else [name])]
+    paths = [path for i, name in enumerate(order) for path in ([beside[i], name] if i % 6 == 0 else [name])]
     dataset.add_samples([fo.Sample(path) for path in paths])
     with bounded_memory():
         run = within(300, lambda: segment_everything(dataset, model, "own", batch_size=8))
@@ -505,7 +505,7 @@ relative_boxes = st.lists(numbers, max_size=5) | st.tuples(*[st.floats(-1, 1)] *
 
 
 @given(boxes=st.lists(relative_boxes, max_size=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_boxes(model, good, boxes):
     (path, pixels), (other, beside) = good.items()
     get_item = zoo.ImageGetItem({"prompt_field": "boxes"})

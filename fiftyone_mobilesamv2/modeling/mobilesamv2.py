@@ -362,14 +362,15 @@ class MobileSAMv2(nn.Module):
         points = [_coordinates(index, "points", p, 2) for p in points]
         if point_labels is None:
             point_labels = [np.ones(len(p), np.int64) for p in points]
-        point_labels = [np.atleast_1d(np.asarray(labels)) for labels in point_labels]
+        expected = f"Image {index}: point_labels must be arrays [P]"
+        point_labels = [np.atleast_1d(_array(expected, labels)) for labels in point_labels]
         count = len(points if boxes is None else boxes)
-        if len(points) != count or [len(p) for p in points] != [len(labels) for labels in point_labels]:
+        if len(points) != count or [(len(p),) for p in points] != [labels.shape for labels in point_labels]:
             raise ValueError(
                 f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
                 f"box; got {count} prompts, {len(points)} arrays of points, {len(point_labels)} of labels."
             )
-        if not all(np.isin(labels, (0, 1)).all() for labels in point_labels):
+        if not all(labels.dtype.kind in "biuf" and np.isin(labels, (0, 1)).all() for labels in point_labels):
             raise ValueError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
         labels = [values.astype(np.int64) for values in point_labels]
         # Prompts with the same number of points have the same number of tokens and are decoded together.
@@ -522,10 +523,7 @@ def _coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int)
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
     expected = f"Image {index}: {name} must be finite numbers [N, {width}]"
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{expected}: {error}") from error
+    array = _array(expected, values)
     if array.size == 0:
         return torch.zeros(0, width)
     array = np.atleast_2d(array)
@@ -535,6 +533,13 @@ def _coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int)
             f"{expected}, not an array {array.shape} of {array.dtype}; none may be more than {_FARTHEST:g} pixels off."
         )
     return torch.from_numpy(array.astype(np.float32))
+
+
+def _array(expected: str, values: Sequence) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # parts of different lengths
+        raise ValueError(f"{expected}: {error}") from error
 
 
 def _check_is_sequence(name: str, values: Sequence) -> None:
