@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-The figures of docs/scaling.md. FiftyOne's database has to be at FIFTYONE_DATABASE_URI, or FiftyOne starts one.
+FiftyOne's database has to be at FIFTYONE_DATABASE_URI, or FiftyOne starts one.
 """
 
 from __future__ import annotations
