@@ -48,7 +48,7 @@ def requests(scenes):
 
 @pytest.mark.parametrize("name", FORMS)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value(plugin, requests, name, data):
     samples, request = data.draw(st.sampled_from(requests)) if name != "promote_to_labels" else requests[1]
     state = data.draw(st.sampled_from(STATES))
