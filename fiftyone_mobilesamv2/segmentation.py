@@ -78,7 +78,7 @@ def segment_everything(
 ) -> SegmentationRun:
     """Stores the masks of all objects of every image, as `apply_model` does, and keeps a record of it in the dataset.
 
-    Whatever ends it (an error, a kill, a power failure), called again with the same arguments it does what is missing.
+    Whatever ends it (an error, a kill, a full disk), called again with the same arguments it does what is missing.
     While the database is away it waits for it, up to five minutes.
 
     Args:
