@@ -246,14 +246,17 @@ class App:
             page.on(ending, lambda request: self._resolving.discard(request))
 
     def _fail(self, error: playwright.sync_api.Error) -> None:
-        if not error.message.endswith(NOISE):
-            self.problems.append(str(error))
+        self._note(str(error))
 
     def _hear(self, message: ConsoleMessage) -> None:
         url = message.location["url"]
         font = "net::ERR_NAME_NOT_RESOLVED" in message.text and url.startswith("https://fonts.googleapis.com/")
         if message.type == "error" and not font:
-            self.problems.append(f"{message.text} ({url})")
+            self._note(f"{message.text} ({url})")
+
+    def _note(self, problem: str) -> None:
+        if not any(noise in problem for noise in NOISE):
+            self.problems.append(problem)
 
     def open(self, dataset_name: str) -> None:
         """Opens a dataset that has samples, without panels. A view opened earlier stays: the server remembers it."""
