@@ -3,7 +3,7 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test screenshots bench clean
+.PHONY: help setup quickstart test screenshots bench faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ screenshots: setup ## take the README's screenshots of the App anew
 
 bench: setup ## measure speed and memory anew, for the README (15 to 20 minutes on 2 cores)
 	$(PY) benchmarks/bench.py
+
+faults: setup ## kill runs, stop the database, fill the disk: what is lost? (about 10 minutes)
+	$(PY) benchmarks/faults.py
 
 clean: ## remove the environment, build outputs and caches
 	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -61,8 +61,6 @@ def on_cluster(
         whatever the work raises: the others are stopped then.
     """
     ray = _ray()
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}.")
     starts_here = not ray.is_initialized()
     if starts_here:
         try:
@@ -130,6 +128,16 @@ def on_cluster(
             ray.kill(actor)
         if starts_here:
             ray.shutdown()
+
+
+def check_workers(cluster: str | None, workers: int | None) -> None:
+    """Raises ValueError where there can't be so many."""
+    if workers is None:
+        return
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise ValueError(f"workers must be a whole number of at least 1, not {workers!r}.")
+    if cluster is None:
+        raise ValueError("workers are those of a cluster: say which one, such as cluster='local'.")
 
 
 def _ray() -> object:

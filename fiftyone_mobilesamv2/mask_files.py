@@ -42,11 +42,12 @@ class MaskFiles:
         self._count = 0
 
     def add(self, mask: np.ndarray) -> str:
-        """Writes a mask, bool [h, w], as FiftyOne does: 0 and 1. Returns its path once it is safely on the disk."""
+        """Writes a mask, bool [h, w], as FiftyOne does: 0 and 1. Returns its path."""
         if not self._count:
-            self._note.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._note.parent)
             _write(self._note, b"")
-            self._masks.mkdir(parents=True)
+            _sync(self._note.parent)
+            make_folder(self._masks)
         _, content = cv2.imencode(".png", mask.astype(np.uint8))
         path = self._masks / f"{self._count}.png"
         self._count += 1
@@ -54,8 +55,13 @@ class MaskFiles:
         return str(path)
 
     def are_there(self) -> bool:
-        """Whether they still are: a run that was taken for dead, but only slept, has lost them to another one."""
-        return not self._count or self._note.exists()
+        """Whether they are safely on the disk. A run that was taken for dead, but only slept, has lost them."""
+        if not self._count:
+            return True
+        with suppress(FileNotFoundError):
+            _sync(self._masks)
+            return self._note.exists()
+        return False
 
     def confirm(self) -> None:
         """The database has them."""
@@ -64,6 +70,14 @@ class MaskFiles:
     def discard(self) -> None:
         """The database will never have them."""
         _remove(self._masks, self._note)
+
+
+def make_folder(path: Path) -> None:
+    """With those that it is in, where they are missing. On the disk, else a power failure would take them back."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
 
 
 def settle(folder: str, is_mine: Callable[[str, str], bool], is_stored: Callable[[str, str], bool]) -> int:
@@ -103,6 +117,17 @@ def _remove(masks: Path, note: Path) -> None:
     with suppress(FileNotFoundError):
         shutil.rmtree(masks)
     note.unlink(missing_ok=True)  # last: without it nobody would look for the masks again
+
+
+def _sync(folder: Path) -> None:
+    """Puts the names of the files in a folder on the disk."""
+    if os.name == "nt":  # which does so by itself, and doesn't open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -60,14 +61,23 @@ def scene_dataset(folder: Path, count: int) -> fo.Dataset:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files below `folder`.
+    """The image files below `folder`. Names that are no UTF-8 are left out, and told: the database takes none.
 
     Raises:
         ValueError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    paths = []
+    for path in sorted(folder.resolve().rglob("*")):
+        if path.suffix.lower() not in _IMAGE_SUFFIXES:
+            continue
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            print(f"Left out: {str(path)!r} is no UTF-8. Rename it.", file=sys.stderr)
+        else:
+            paths.append(path)
     if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
     return paths
@@ -76,7 +86,7 @@ def find_images(folder: Path) -> list[Path]:
 def image_dataset(name: str, paths: list[Path]) -> fo.Dataset:
     """A dataset of images, which replaces that of an earlier run over a folder of this name."""
     dataset = fo.Dataset(f"{DATASET_NAME}-{name}", overwrite=True, persistent=True)
-    dataset.add_samples([fo.Sample(str(path.resolve())) for path in paths], progress=False)
+    dataset.add_samples([fo.Sample(str(path)) for path in paths], progress=False)
     return dataset
 
 

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fiftyone.core.fields as fof
@@ -31,9 +32,9 @@ from mongoengine.errors import ValidationError
 from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
 from . import database
-from .cluster import on_cluster
+from .cluster import check_workers, on_cluster
 from .database import AWAY, first_line, patiently, safely
-from .mask_files import MaskFiles, settle
+from .mask_files import MaskFiles, make_folder, settle
 from .modeling import checkpoints
 from .modeling.object_discovery import CONFIDENCE
 from .progress import Cancelled
@@ -59,6 +60,7 @@ _MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
 _TRIES = 5
+_MOST_SELECTED = 800_000  # 16 MB, MongoDB's limit for a command, at 20 bytes an id
 _DELETED = "'{}' was deleted while masks were being stored in it."
 
 # The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
@@ -90,8 +92,9 @@ def segment_everything(
         progress: as everywhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.progress.Cancelled`.
         shard: only this part of the samples: other processes do the others.
         cluster: spreads the work over a Ray cluster: "auto" for the one that this machine belongs to, its address, or
-            "local" for processes on this machine. Workers read the images by the same paths, and masks on disk go to
-            the same folder, so both have to be where all machines reach them, and so has the database.
+            "local" for processes on this machine; where Ray runs in this process already, any of them is that. Workers
+            read the images by the same paths, and masks on disk go to the same folder, so both have to be where all
+            machines reach them, and so has the database.
         workers: how many of the cluster; None: one for each GPU, or, without any, for each machine.
 
     Returns:
@@ -106,6 +109,7 @@ def segment_everything(
     config = model if isinstance(model, MobileSAMv2ModelConfig) else model.config
     if shard is not None and cluster is not None:
         raise ValueError("A part can't be spread over a cluster: give either shard or cluster.")
+    check_workers(cluster, workers)
     _check_batch_size(batch_size)
     prepare(samples, label_field, config, replace)
     if cluster is not None:
@@ -144,13 +148,13 @@ def _segment_on_cluster(
     cluster: str,
     workers: int | None,
 ) -> SegmentationRun:
-    run = SegmentationRun(label_field, parameters_of(config), replace=replace)
+    run = SegmentationRun(label_field, parameters_of(config), replace=replace, mask_dir=mask_folder(config))
     dataset, group = samples._root_dataset, run.run_id
     total = len(_todo(samples, label_field, run.parameters, replace, None))
     if not total:
         return dataclasses.replace(run, cancelled=False)
     parameters = {name: value for name, value in vars(config).items() if name not in ("model_name", "model_path")}
-    parameters["mask_dir"] = mask_folder(config)  # as it is here, not in each worker's home
+    parameters["mask_dir"] = run.mask_dir  # as it is here, not in each worker's home
     with fou.ProgressBar(total=total, progress=progress) as bar:
 
         def so_far() -> SegmentationRun:
@@ -179,7 +183,7 @@ def _segment_on_cluster(
             declare_dead(group)
             # Once more, for nothing: it settles what killed workers have left, and gives FiftyOne the record.
             with on_record(samples, dataclasses.replace(run, run_id=uuid.uuid4().hex)):
-                _settle(dataset, config, run)
+                _settle(dataset, run)
             dataset.reload()
     return patiently(so_far)
 
@@ -296,7 +300,13 @@ def unfiltered(samples: Samples) -> Samples:
         return dataset
     if dataset.media_type == "group":
         dataset = dataset.select_group_slices(_allow_mixed=True)
-    return dataset.select(samples.values("id"))
+    ids = samples.values("id")
+    if len(ids) > _MOST_SELECTED:
+        raise ValueError(
+            f"The view has {len(ids):,} samples, and FiftyOne can select at most {_MOST_SELECTED:,}. Take all of the "
+            f"dataset, or one part of the view after the other, such as view[:{_MOST_SELECTED}]."
+        )
+    return dataset.select(ids)
 
 
 def unsegmented(samples: Samples, label_field: str) -> Samples:
@@ -328,12 +338,18 @@ def labels_with_masks(samples: Samples, field_name: str) -> tuple[int, int]:
 
 
 def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+
+
+def _check_is_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be the name of a field, not {value!r}.")
 
 
 def check_label_field(samples: Samples, label_field: str) -> None:
     """Raises ValueError where masks can't be stored in this field of these samples."""
+    _check_is_text("label_field", label_field)
     fov.validate_non_grouped_collection(samples)
     if samples._is_generated:
         raise ValueError("Patches, clips and views of frames can't be segmented: go back to the samples they are of.")
@@ -357,6 +373,7 @@ def check_label_field(samples: Samples, label_field: str) -> None:
 
 def check_prompt_field(samples: Samples, prompt_field: str, in_place: bool) -> None:
     """Raises ValueError where this field can't prompt or, `in_place`, can't take the masks itself."""
+    _check_is_text("prompt_field", prompt_field)
     fov.validate_non_grouped_collection(samples)
     if samples.media_type == "video" or samples._is_generated:
         raise ValueError(
@@ -479,7 +496,7 @@ def _store(
     for item, masks in zip(items, found):
         if masks is None:
             continue
-        files = MaskFiles(_dataset_mask_folder(dataset, model.config), item.sample_id, run.label_field)
+        files = MaskFiles(_dataset_mask_folder(dataset, run.mask_dir), item.sample_id, run.label_field)
         documents: list[dict] = []
         is_stored = False
         try:
@@ -534,8 +551,8 @@ def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents
     return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
 
 
-def _dataset_mask_folder(dataset: fo.Dataset, config: MobileSAMv2ModelConfig) -> str:
-    return os.path.join(mask_folder(config), str(dataset._doc.id))
+def _dataset_mask_folder(dataset: fo.Dataset, mask_dir: str) -> str:
+    return os.path.join(mask_dir, str(dataset._doc.id))
 
 
 def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
@@ -683,37 +700,39 @@ def _recorded(
     replace: bool = False,
 ) -> Iterator[SegmentationRun]:
     """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
-    run = SegmentationRun(label_field, parameters, shard=shard, replace=replace)
+    run = SegmentationRun(label_field, parameters, shard=shard, replace=replace, mask_dir=mask_folder(model.config))
     dataset = samples._root_dataset
     with on_record(samples, run):
         _check_mask_folder(model.config)
-        _settle(dataset, model.config, run)
+        _settle(dataset, run)
         try:
             yield run
         except Cancelled:
-            _settle(dataset, model.config, run)
+            _settle(dataset, run)
             raise
-        _settle(dataset, model.config, run)
+        _settle(dataset, run)
 
 
 def _check_mask_folder(config: MobileSAMv2ModelConfig) -> None:
     """Raises OSError where masks are to go to disk and can't: at once, and not after a night."""
     if config.masks_on_disk:
         try:
-            os.makedirs(mask_folder(config), exist_ok=True)
+            make_folder(Path(mask_folder(config)))
             with tempfile.TemporaryFile(dir=mask_folder(config)):
                 pass
         except OSError as error:
             raise _no_room(config, error) from error
 
 
-def _settle(dataset: fo.Dataset, config: MobileSAMv2ModelConfig, run: SegmentationRun) -> None:
+def _settle(dataset: fo.Dataset, run: SegmentationRun) -> None:
     """Deletes the masks on disk that runs which were killed have left, and that the database doesn't know of."""
+    earlier = (each.mask_dir for each in recorded_runs(dataset, run.label_field))
+    folders = {run.mask_dir, *earlier} - {None}
 
     def is_mine(sample_id: str, label_field: str) -> bool:
         return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
 
-    if images := settle(_dataset_mask_folder(dataset, config), is_mine, _is_known):
+    if images := sum(settle(_dataset_mask_folder(dataset, each), is_mine, _is_known) for each in folders):
         logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
 
 

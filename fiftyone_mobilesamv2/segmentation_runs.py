@@ -77,6 +77,7 @@ class SegmentationRun:
         cancelled: whether it was stopped before its end, or is still going on. What it has stored stays.
         shard: the part of the dataset that it is about; None: all of it.
         replace: whether it replaced labels that were there.
+        mask_dir: where it put masks on disk, if it did.
     """
 
     label_field: str
@@ -90,6 +91,7 @@ class SegmentationRun:
     cancelled: bool = True
     shard: Shard | None = None
     replace: bool = False
+    mask_dir: str | None = None
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property

@@ -258,10 +258,13 @@ def test_quickstart_with_images(quickstart_dataset, tmp_path, capsys):
     Image.fromarray(sixteen_bit).save(folder / "sixteen_bit.tiff")
     (folder / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     (folder / "notes.txt").write_text("no image")
+    shutil.copy(folder / "colour.JPG", os.fsencode(folder) + b"/caf\xe9.jpg")
 
     output = tmp_path / "output"
     assert cli.main(["quickstart", "--images", str(folder), "--output", str(output)]) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert r"my images/caf\udce9.jpg' is no UTF-8. Rename it." in captured.err
+    printed = captured.out
     assert re.search(r"^4 images in .*, 1 failed$", printed, re.M)
     assert "AR@" not in printed  # there is no ground truth
 

@@ -122,6 +122,25 @@ def test_errors_of_workers_are_raised_here(scenes):
         segment_everything(scenes, nowhere, "own", cluster="auto", workers=2, progress=False)
 
 
+@pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2"])
+def test_workers_that_are_no_number(scenes, workers):
+    for work in (
+        lambda: segment_everything(scenes, config(), "own", cluster="local", workers=workers),
+        lambda: evaluate_proposals(scenes, "reference", "reference", cluster="local", workers=workers),
+    ):
+        with pytest.raises(ValueError, match="workers must be a whole number of at least 1, not "):
+            work()
+
+
+def test_workers_of_no_cluster(scenes):
+    for work in (
+        lambda: segment_everything(scenes, config(), "own", workers=2),
+        lambda: evaluate_proposals(scenes, "reference", "reference", workers=2),
+    ):
+        with pytest.raises(ValueError, match="workers are those of a cluster: say which one, such as cluster='local'"):
+            work()
+
+
 def test_cancelled(scenes):
     def cancel(bar):
         if bar.iteration:

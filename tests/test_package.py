@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import requires, version
@@ -130,3 +131,17 @@ def test_fiftyone_reads_the_manifest():
         assert model.supports_cpu and model.supports_gpu
         assert model.date_added is not None
         model.ensure_requirements(error_level=0)
+
+
+def test_every_promise_of_the_readme_has_a_test():
+    _, promises = (ROOT / "README.md").read_text().split("\n## What you can rely on\n")
+    promises, _ = promises.split("\n`make faults` injects")
+    lines = promises.split("\n- ")[1:]
+    assert len(lines) > 15
+    for line in lines:
+        names = re.findall(r"`([\w/]+\.py)?::(test_\w+)`", line)
+        assert names, line
+        path = None
+        for file, name in names:
+            path = ROOT / "tests" / file if file else path
+            assert f"\ndef {name}(" in path.read_text(), f"{path} has no {name}"

@@ -289,6 +289,76 @@ def test_folder_that_can_not_take_masks_is_told_at_once(images, tmp_path):
     assert recorded_runs(images, "own") == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, to see what is flushed")
+def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_path, monkeypatch):
+    """A power failure leaves what was flushed: contents of files, and names in folders, as they were at that time."""
+    flushed, seen, flush, safely = {}, [], os.fsync, segmentation.safely
+
+    def content(path):
+        return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
+
+    def note(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed[path] = content(path)
+        flush(descriptor)
+
+    def would_survive(path):
+        names = zip((path, *path.parents), path.parents)
+        return flushed.get(path) == content(path) and all(
+            each.name in flushed.get(folder, ()) for each, folder in names if tmp_path in each.parents
+        )
+
+    class Watched:
+        def __init__(self, collection):
+            self.collection = safely(collection)
+
+        def update_one(self, query, change):
+            for label in change[0]["$set"]["own"]["$literal"]["detections"]:
+                seen.append(Path(label["mask_path"]))
+                assert would_survive(seen[-1])
+            (folder,) = (tmp_path / "new" / "masks").iterdir()
+            assert any(map(would_survive, (folder / "unconfirmed").glob(f"{seen[-1].parent.name}-{query['_id']}-own")))
+            return self.collection.update_one(query, change)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(segmentation, "safely", Watched)
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "new" / "masks"))
+    assert segment_everything(images, model, "own", batch_size=4).failures == []
+    assert {str(path) for path in seen} == referred_to(images, "own") and len(seen) > 50
+
+
+def test_what_was_left_in_another_folder(images, killed, tmp_path):
+    """Where masks go to may change between two runs."""
+    left = next(tmp_path.rglob("0.png"))
+    images._sample_collection.update_many({}, {"$set": {"own": None}})
+    moved = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "moved"))
+    segment_everything(images, moved, "own")
+    assert not left.exists()
+    assert mask_files_of(tmp_path) == referred_to(images, "own") and len(referred_to(images, "own")) > 50
+
+
+@pytest.mark.parametrize("field", [5, None, ["own"]])
+def test_fields_that_have_no_name(images, model, field):
+    for work in (lambda: segment_everything(images, model, field), lambda: segment_anything(images, model, field)):
+        with pytest.raises(ValueError, match="_field must be the name of a field, not "):
+            work()
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 2.0, "8", None])
+def test_batches_that_have_no_size(images, model, size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, not "):
+        segment_everything(images, model, "own", batch_size=size)
+    assert not images.has_field("own")
+
+
+def test_views_too_large_to_be_selected(images, model, monkeypatch):
+    monkeypatch.setattr(segmentation, "_MOST_SELECTED", 2)
+    with pytest.raises(ValueError, match=r"The view has 3 samples, .* one part of the view .*, such as view\[:2\]"):
+        segment_everything(images.limit(3), model, "own")
+    assert segment_everything(images.limit(2), model, "own").images == 2
+    assert segment_everything(images, model, "own").images == COUNT - 2
+
+
 @pytest.fixture
 def killed(images, tmp_path, monkeypatch):
     """A run over two images that was killed between the database's answer and its being noted."""

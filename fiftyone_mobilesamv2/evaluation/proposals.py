@@ -19,7 +19,7 @@ import numpy as np
 from bson import ObjectId
 from pymongo import UpdateOne
 
-from ..cluster import on_cluster
+from ..cluster import check_workers, on_cluster
 from ..shards import Shard
 from ..stored_labels import (
     StoredImage,
@@ -104,6 +104,7 @@ def evaluate_proposals(
         ValueError: a field is missing or of the wrong type; a mask, a score or an area is missing; what a run of this
             key would store is there already and no earlier run's; or every image had to be skipped.
     """
+    check_workers(cluster, workers)
     method = ProposalEvaluationConfig(
         pred_field, gt_field, ks=ks, use_masks=use_masks, rank_by=rank_by, area_field=area_field
     ).build()

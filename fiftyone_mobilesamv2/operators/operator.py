@@ -218,7 +218,7 @@ class Form:
         elif len(value) > _LONGEST_TEXT:
             self._invalid(found, f"{label}: at most {_LONGEST_TEXT:,} characters were expected, not {len(value):,}.")
         elif _CONTROLS.search(value):
-            self._invalid(found, f"{label}: text on one line was expected, not {_shortened(ascii(value))}.")
+            self._invalid(found, f"{label}: text on one line was expected, not {_shortened(value)}.")
         else:
             return value
         self.values[name] = default  # for the rest of the form
@@ -265,7 +265,7 @@ def code(text: object) -> str:
 
 
 def _shortened(value: object) -> str:
-    text = str(value)
+    text = ascii(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

@@ -56,7 +56,8 @@ class SegmentEverything(Operator):
 
     def form(self, form: Form) -> None:
         from ..modeling.grid_prompts import POINTS_PER_SIDE
-        from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU
+        from ..modeling.mobilesamv2 import MAX_POINTS_PER_SIDE
+        from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 
         form.target("Segment")
         self._label_field(form)
@@ -64,7 +65,13 @@ class SegmentEverything(Operator):
         prompting = form.choice("prompting", PROMPTINGS, "object_aware", "Prompting", radio=True)
         if prompting == "object_aware":
             form.number(
-                "max_prompts", MAX_PROMPTS, "Most prompts", "Most objects to look for in an image", least=1, whole=True
+                "max_prompts",
+                MAX_PROMPTS,
+                "Most prompts",
+                "Most objects to look for in an image",
+                least=1,
+                most=MAX_NMS_CANDIDATES,
+                whole=True,
             )
             form.number(
                 "confidence_thresh",
@@ -77,9 +84,15 @@ class SegmentEverything(Operator):
             form.number("iou", NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", least=0, most=1)
         else:
             side = form.number(
-                "points_per_side", POINTS_PER_SIDE, "Points per side", "Of the grid over an image", least=1, whole=True
+                "points_per_side",
+                POINTS_PER_SIDE,
+                "Points per side",
+                "Of the grid over an image",
+                least=1,
+                most=MAX_POINTS_PER_SIDE,
+                whole=True,
             )
-            if isinstance(side, int) and side >= 1:
+            if not form.problems:
                 form.note(f"{side**2:,} prompts an image, three masks each, most of which are thrown away.")
         form.number("min_area", 0, "Smallest area", "Of a mask, in pixels; 0 keeps all", least=0, whole=True)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)

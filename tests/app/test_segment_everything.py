@@ -1,5 +1,6 @@
 """Segmenting a dataset with the mouse: from the toolbar's button to masks in the grid."""
 
+import shutil
 import time
 
 import fiftyone as fo
@@ -31,7 +32,7 @@ def test_from_the_toolbar(app, bare, scenes_template):
     assert app.value("Label field") == "segmentations"
     assert "The demo model was trained on synthetic scenes alone" in app.form_text()
     app.fill("Most prompts", 0)
-    assert app.errors() == ["max_prompts: Most prompts: a whole number of at least 1 was expected, not 0."]
+    assert app.errors() == ["max_prompts: Most prompts: a whole number from 1 to 30000 was expected, not 0."]
     app.screenshot("segment-everything-invalid")
     app.fill("Most prompts", 320)
     assert app.errors() == []
@@ -111,8 +112,33 @@ def test_failures_are_shown(app, bare, tmp_path):
     app.output.get_by_role("button", name="Show failed samples").click()
     app.done()
     app.wait_samples("1 sample")
+    app.page.reload()  # all samples
+    app.wait_samples("7 samples")
+    shutil.copy(bare.first().filepath, broken)
+    app.page.locator(TOOLBAR).click()
+    app.wait_form()
+    assert "The last run into 'segmentations' failed at 1 sample. To try these alone" in app.form_text()
+    app.screenshot("segment-everything-failed-before")
+    app.form.get_by_role("button", name="Show failed samples").click()
+    app.wait_samples("1 sample")
+    app.cancel()
+    open_form(app)
+    app.execute()
+    app.wait_output("objects in 1 image")
+    app.done()
+    bare.reload()
+    labels = bare.values("segmentations.detections.bounding_box")
+    assert len(labels) == 7 and labels[6] == labels[0] != []
     # The App itself complains of an image that it can't show.
     app.problems[:] = [problem for problem in app.problems if "broken.png" not in problem]
+
+
+def wait_for_worker(dataset, worker):
+    deadline = time.monotonic() + 90
+    while not any(not run.cancelled for run in recorded_runs(dataset, "segmentations")):
+        assert time.monotonic() < deadline, worker.read_text()
+        time.sleep(1)
+        dataset.reload()
 
 
 def test_delegated(app, bare, worker, scenes_template):
@@ -121,11 +147,23 @@ def test_delegated(app, bare, worker, scenes_template):
     app.schedule()
     app.page.get_by_text("Operation successfully scheduled").wait_for()
     app.screenshot("segment-everything-scheduled")
-    deadline = time.monotonic() + 90
-    while not any(not run.cancelled for run in recorded_runs(bare, "segmentations")):
-        assert time.monotonic() < deadline, worker.read_text()
-        time.sleep(1)
-        bare.reload()
+    wait_for_worker(bare, worker)
     assert bare.count("segmentations.detections") == scenes_template.count("proposals.detections")
     app.page.reload()
     app.page.get_by_text("segmentations", exact=True).first.wait_for()
+
+
+def test_parts_of_a_precision(app, bare, worker):
+    app.open(bare.name)
+    open_form(app)
+    app.choose("Precision", "bfloat16")
+    app.fill("Parts", 2)
+    app.screenshot("segment-everything-parts")
+    app.execute()
+    app.wait_output("Scheduled as 2 operations")
+    app.screenshot("segment-everything-parts-scheduled")
+    app.done()
+    wait_for_worker(bare, worker)
+    (run,) = recorded_runs(bare, "segmentations")
+    assert run.parameters["dtype"] == "bfloat16" and run.images == 6
+    assert None not in bare.values("segmentations") and bare.count("segmentations.detections") > 50
