@@ -13,6 +13,7 @@ import torch
 from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fiftyone_mobilesamv2 import cluster, evaluate_proposals, segmentation_runs, zoo
 from fiftyone_mobilesamv2.modeling.checkpoints import CheckpointError
@@ -32,22 +33,35 @@ def two_processes(mongod):
     ray.shutdown()
 
 
-@pytest.fixture
-def scenes(two_processes, dataset, tmp_path):
-    """Scenes with the boxes of their objects as ground truth, and what one process finds in them, in `reference`."""
-    from PIL import Image
-
-    for index in range(COUNT):
-        scene = make_scene(TEST_SEED, index % 8)
-        path = tmp_path / f"{index}.png"
-        Image.fromarray(scene.image).save(path)
-        dataset.add_sample(fo.Sample(str(path)))
-    dataset.compute_metadata(progress=False)
+@pytest.fixture(scope="module")
+def one_thread():
+    """As workers have: sums in another order differ in their last digits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as workers have: sums in another order differ in their last digits
-    segment_everything(dataset, zoo.load_model(**CONFIG), "reference", progress=False)
-    yield dataset
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def template(mongod, one_thread, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    template = fo.Dataset("cluster-template")
+    for index in range(COUNT):
+        path = folder / f"{index}.png"
+        Image.fromarray(make_scene(TEST_SEED, index % 8).image).save(path)
+        template.add_sample(fo.Sample(str(path)))
+    template.compute_metadata(progress=False)
+    segment_everything(template, zoo.load_model(**CONFIG), "reference", progress=False)
+    yield template
+    template.delete()
+
+
+@pytest.fixture
+def scenes(two_processes, template):
+    """Scenes, and what one process finds in them, in `reference`."""
+    copy = template.clone()
+    yield copy
+    copy.delete()
 
 
 def config(**parameters):
@@ -123,19 +137,19 @@ def test_errors_of_workers_are_raised_here(scenes):
 
 
 @pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2"])
-def test_workers_that_are_no_number(scenes, workers):
+def test_workers_that_are_no_number(dataset, workers):
     for work in (
-        lambda: segment_everything(scenes, config(), "own", cluster="local", workers=workers),
-        lambda: evaluate_proposals(scenes, "reference", "reference", cluster="local", workers=workers),
+        lambda: segment_everything(dataset, config(), "own", cluster="local", workers=workers),
+        lambda: evaluate_proposals(dataset, "own", "reference", cluster="local", workers=workers),
     ):
         with pytest.raises(ValueError, match="workers must be a whole number of at least 1, not "):
             work()
 
 
-def test_workers_of_no_cluster(scenes):
+def test_workers_of_no_cluster(dataset):
     for work in (
-        lambda: segment_everything(scenes, config(), "own", workers=2),
-        lambda: evaluate_proposals(scenes, "reference", "reference", workers=2),
+        lambda: segment_everything(dataset, config(), "own", workers=2),
+        lambda: evaluate_proposals(dataset, "own", "reference", workers=2),
     ):
         with pytest.raises(ValueError, match="workers are those of a cluster: say which one, such as cluster='local'"):
             work()

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 
-from fiftyone_mobilesamv2 import database, mask_files, segmentation, zoo
+from fiftyone_mobilesamv2 import database, mask_files, pipeline, segmentation, zoo
+from fiftyone_mobilesamv2.pipeline import each_once
 from fiftyone_mobilesamv2.progress import Cancelled
-from fiftyone_mobilesamv2.segmentation import _each_once, segment_anything, segment_everything
+from fiftyone_mobilesamv2.segmentation import segment_anything, segment_everything
 from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
@@ -185,6 +186,8 @@ LOST = {
     "time": {"failCommands": ["update"], "errorCode": 50},
     "a server that shuts down": {"failCommands": ["update"], "errorCode": 11600},
 }
+# pymongo looks for a server that shuts down for ten seconds before it says that there is none: once is enough.
+TIMES = {"a server that shuts down": 1}
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -192,7 +195,7 @@ LOST = {
 def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on_disk):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
     segment_everything(images, model, "reference")
-    at_the_fourth_image(model, lambda: failing({"times": 3}, **LOST[lost]), monkeypatch)
+    at_the_fourth_image(model, lambda: failing({"times": TIMES.get(lost, 3)}, **LOST[lost]), monkeypatch)
     run = segment_everything(images, model, "own", batch_size=2)
     assert (run.images, run.failures, run.cancelled) == (COUNT, [], False)
     assert run.objects == images.count("own.detections")
@@ -292,7 +295,7 @@ def test_folder_that_can_not_take_masks_is_told_at_once(images, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, to see what is flushed")
 def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_path, monkeypatch):
     """A power failure leaves what was flushed: contents of files, and names in folders, as they were at that time."""
-    flushed, seen, flush, safely = {}, [], os.fsync, segmentation.safely
+    flushed, seen, flush, safely = {}, [], os.fsync, pipeline.safely
 
     def content(path):
         return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
@@ -321,7 +324,7 @@ def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_pat
             return self.collection.update_one(query, change)
 
     monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(segmentation, "safely", Watched)
+    monkeypatch.setattr(pipeline, "safely", Watched)
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "new" / "masks"))
     assert segment_everything(images, model, "own", batch_size=4).failures == []
     assert {str(path) for path in seen} == referred_to(images, "own") and len(seen) > 50
@@ -365,7 +368,7 @@ def killed(images, tmp_path, monkeypatch):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(mask_files.MaskFiles, "confirm", lambda files: None)
-        patch.setattr(segmentation, "settle", lambda *args: 0)
+        patch.setattr(pipeline, "settle", lambda *args: 0)
         segment_everything(images.limit(2), model, "own")
     assert len(list(tmp_path.glob("*/unconfirmed/*"))) == 2
     return model
@@ -499,7 +502,7 @@ def drop_cursor(dataset):
 def test_reading_goes_on_where_it_was_interrupted(images, failing, lost):
     images.add_samples([fo.Sample(f"{i}.png") for i in range(300)])
     found = []
-    for image in _each_once(images, [], threading.Event()):
+    for image in each_once(images, [], threading.Event()):
         found.append(image.sample_id)
         if len(found) == 50:
             if lost == "cursor":
@@ -513,4 +516,4 @@ def test_reading_that_never_succeeds_ends(images, failing, monkeypatch):
     monkeypatch.setattr(database, "PATIENCE", 1)
     failing("alwaysOn", failCommands=["aggregate"], errorCode=50)
     with pytest.raises(ExecutionTimeout):
-        list(_each_once(images, [], threading.Event()))
+        list(each_once(images, [], threading.Event()))

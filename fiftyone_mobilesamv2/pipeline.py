@@ -1,0 +1,301 @@
+"""Reading images, segmenting them and storing their masks, all at the same time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fiftyone.core.fields as fof
+import fiftyone.core.odm as foo
+import fiftyone.core.sample as fos
+import fiftyone.core.utils as fou
+from bson import CodecOptions, ObjectId
+from bson.raw_bson import RawBSONDocument
+from pymongo.errors import CursorNotFound, PyMongoError, WriteError
+
+from . import database
+from .database import AWAY, first_line, patiently, safely
+from .mask_files import MaskFiles, make_folder, settle
+from .segmentation_runs import SegmentationRun, recorded_runs
+from .stored_labels import StoredImage, stored_images
+from .zoo import Found, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig, mask_folder
+
+if TYPE_CHECKING:
+    import fiftyone as fo
+
+    Samples = fo.core.collections.SampleCollection
+
+logger = logging.getLogger(__name__)
+
+MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField, "area_px": fof.IntField}
+DELETED = "'{}' was deleted while masks were being stored in it."
+
+# The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
+Update = Callable[[list[dict]], tuple[dict, dict]]
+
+
+def segment_and_store(
+    samples: Samples,
+    model: MobileSAMv2Model,
+    field_names: Sequence[str],
+    read: Callable[[StoredImage], ImageItem | None],
+    update: Update,
+    run: SegmentationRun,
+    batch_size: int,
+    progress: bool | Callable | None,
+) -> None:
+    """Segments images in batches. While the model is at one, the next is read, and the one before stored.
+
+    There is one thread that reads and one that stores: images are stored in their order, and no more than three batches
+    are in memory. Decoding and compressing take each a few percent of the model's time, and don't hold Python's lock:
+    more threads would only take cores from the model. A worker process would be a fork of this one, which may be the
+    App's server.
+
+    Whatever ends this, the batches that are through the model are stored first.
+
+    Args:
+        field_names: what `read` looks at of a stored image. `read` returns None where there is nothing to do.
+        run: of which images, objects, failures and seconds are noted.
+    """
+    given_up = threading.Event()
+    images = each_once(samples, field_names, given_up)
+    store = partial(_store, samples._root_dataset, model, update, run, given_up)
+
+    def read_batch() -> list[ImageItem | None]:
+        return [read(image) for image in islice(images, batch_size)]
+
+    with (
+        counted(run, model),
+        model,
+        fou.ProgressBar(total=len(samples), progress=progress) as bar,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        ahead, behind = reader.submit(read_batch), Future()
+        behind.set_result(None)
+        try:
+            while batch := ahead.result():
+                ahead = reader.submit(read_batch)
+                items = [item for item in batch if item is not None]
+                found = model.segment_all(items)
+                before, behind = behind, writer.submit(store, items, found)
+                before.result()
+                _note(run, model)
+                bar.update(len(batch))
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            if error := behind.exception():
+                logger.error("The last images that were segmented could not be stored: %s", error)
+        behind.result()
+
+
+def each_once(samples: Samples, field_names: Sequence[str], given_up: threading.Event) -> Iterator[StoredImage]:
+    seen = set()  # a view that is sorted by what is written may come across a sample twice
+    failed_at, since = -1, 0.0
+    while True:
+        try:
+            for image in stored_images(samples, field_names):
+                if image.sample_id not in seen:
+                    seen.add(image.sample_id)
+                    yield image
+            return
+        except CursorNotFound:  # MongoDB forgets those that nobody asks for ten minutes, and all when it restarts
+            pass
+        except AWAY as error:
+            if failed_at != len(seen):
+                logger.warning("Reading samples was interrupted: %s", first_line(error))
+                failed_at, since = len(seen), time.monotonic()
+            elif given_up.is_set() or time.monotonic() - since > database.PATIENCE:
+                raise
+            given_up.wait(0.5)
+
+
+def _store(
+    dataset: fo.Dataset,
+    model: MobileSAMv2Model,
+    update: Update,
+    run: SegmentationRun,
+    given_up: threading.Event,
+    items: Sequence[ImageItem],
+    found: Sequence[Found | None],
+) -> None:
+    """Stores what was found in images: each wholly or not at all, and none fails for another.
+
+    Raises:
+        PyMongoError: the database can't be written to. OSError: the disk is full. ValueError: the field is gone.
+    """
+    stored = []
+    for item, masks in zip(items, found):
+        if masks is None:
+            continue
+        files = MaskFiles(_dataset_mask_folder(dataset, run.mask_dir), item.sample_id, run.label_field)
+        documents: list[dict] = []
+        is_stored = False
+        try:
+            documents = model.to_documents(masks)
+            model.store_masks(documents, files)
+            if not files.are_there():
+                raise ValueError("another run has taken this one for dead, and has deleted them")
+            condition, values = update(documents)
+            values["last_modified_at"] = datetime.now(timezone.utc)
+            change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
+            # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
+            result = patiently(partial(safely(dataset._sample_collection).update_one, *change), given_up)
+            # A first try whose answer got lost leaves nothing to do for the second.
+            is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, item.sample_id, documents)
+        except Exception as error:
+            if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
+                raise  # perhaps they are stored: the next run will know what to do with the files
+            if isinstance(error, OSError):  # the next ones would fare the same
+                _discard(files)
+                raise _no_room(model.config, error) from error
+            cause = error.details["errmsg"] if isinstance(error, WriteError) else str(error)
+            model.fail(item, f"its masks can't be stored: {cause[:200]}")
+        if is_stored:
+            files.confirm()
+            stored.append(item.sample_id)
+            run.objects += len(documents)
+        else:
+            _discard(files)
+    # First this: samples with values in no field can't be reloaded.
+    patiently(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
+    patiently(lambda: fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored), given_up)
+
+
+def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
+    """Raises ValueError where someone has deleted the field. Samples with values in none can't be loaded any more."""
+    there = {"_id": dataset._doc.id, "sample_fields.name": label_field}
+    if foo.get_db_conn().datasets.find_one(there, {"_id": True}) is None:
+        dataset._sample_collection.update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
+        raise ValueError(DELETED.format(label_field))
+
+
+def _discard(files: MaskFiles) -> None:
+    with suppress(OSError):  # what is left is settled by the next run
+        files.discard()
+
+
+def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents: Sequence[dict]) -> bool:
+    if not documents:
+        return False
+    root, _ = dataset._get_label_field_root(label_field)
+    query = {"_id": ObjectId(sample_id), f"{root}._id": documents[0]["_id"]}
+    return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
+
+
+@contextmanager
+def counted(run: SegmentationRun, model: MobileSAMv2Model) -> Iterator[None]:
+    """Notes what the model has done, at the end, too."""
+    try:
+        yield
+    finally:
+        _note(run, model)
+
+
+def _note(run: SegmentationRun, model: MobileSAMv2Model) -> None:
+    run.images = model.num_images
+    run.failures = list(model.failures)
+    run.num_failures = len(run.failures)
+    run.seconds |= model.seconds
+
+
+# Values of samples --------------------------------------------------------------------------------------------------
+
+
+def new_labels(documents: list[dict], label_field: str, replace: bool) -> tuple[dict, dict]:
+    """Where labels are not to be replaced, what someone else has put there meanwhile stays."""
+    labels = {"_cls": "Detections", "detections": documents}
+    return {} if replace else {label_field: None}, {label_field: {"$literal": labels}}
+
+
+def merged_labels(documents: list[dict], label_field: str) -> tuple[dict, dict]:
+    """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
+    others = {
+        "$filter": {
+            "input": {"$ifNull": [f"${label_field}.detections", []]},
+            "cond": {"$not": {"$in": ["$$this._id", [document["_id"] for document in documents]]}},
+        }
+    }
+    labels = {"$concatArrays": [others, {"$literal": documents}]}
+    return {}, {f"{label_field}._cls": "Detections", f"{label_field}.detections": labels}
+
+
+def masks_in_place(documents: list[dict], root: str, is_list: bool) -> tuple[dict, dict]:
+    """Labels are told by id: others may have come and gone since they were read."""
+    ids, masks = [], []
+    for document in documents:
+        if "mask" in document or "mask_path" in document:
+            ids.append(document["_id"])
+            masks.append({name: document.get(name) for name in ("mask", "mask_path", *MASK_ATTRIBUTES)})
+    label = "$$this" if is_list else f"${root}"
+    index = {"$indexOfArray": [ids, f"{label}._id"]}
+    mask = {"$arrayElemAt": [{"$literal": masks}, index]}
+    given = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
+    # Else a label that has become None meanwhile, or a single one that is another now, would be written to.
+    there = {f"{root}._id": {"$in": ids}}
+    return there, {root: {"$map": {"input": f"${root}", "in": given}} if is_list else given}
+
+
+# Masks on disk ------------------------------------------------------------------------------------------------------
+
+
+def check_mask_folder(config: MobileSAMv2ModelConfig) -> None:
+    """Raises OSError where masks are to go to disk and can't: at once, and not after a night."""
+    if config.masks_on_disk:
+        try:
+            make_folder(Path(mask_folder(config)))
+            with tempfile.TemporaryFile(dir=mask_folder(config)):
+                pass
+        except OSError as error:
+            raise _no_room(config, error) from error
+
+
+def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
+    """Deletes the masks on disk that runs which were killed have left, and that the database doesn't know of."""
+    earlier = (each.mask_dir for each in recorded_runs(dataset, run.label_field))
+    folders = {run.mask_dir, *earlier} - {None}
+
+    def is_mine(sample_id: str, label_field: str) -> bool:
+        return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
+
+    if images := sum(settle(_dataset_mask_folder(dataset, each), is_mine, _is_known) for each in folders):
+        logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
+
+
+def _is_known(sample_id: str, folder: str) -> bool:
+    """Whether this sample, of any dataset, has anything about such a folder.
+
+    Any: a clone has the same samples. Anything: labels may have gone to another field.
+    """
+    database = foo.get_db_conn().with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
+    query = {"_id": ObjectId(sample_id)}
+    for collection in patiently(lambda: foo.get_db_conn().datasets.distinct("sample_collection_name")):
+        found = patiently(partial(database[collection].find_one, query))
+        if found is not None and folder.encode() in found.raw:
+            return True
+    return False
+
+
+def _dataset_mask_folder(dataset: fo.Dataset, mask_dir: str) -> str:
+    return os.path.join(mask_dir, str(dataset._doc.id))
+
+
+def _no_room(config: MobileSAMv2ModelConfig, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{os.strerror(error.errno or 0)}: masks can't be stored in {mask_folder(config)}. Make room there, or choose "
+        f"another folder by `mask_dir`; then run the same again, and it goes on",
+    )
