@@ -157,7 +157,7 @@ class SegmentEverything(Operator):
         if existing == "replace":
             form.warn(f"{count(objects, 'label')} of {count(done, 'sample')} in '{name}' will be deleted and replaced.")
         elif left:
-            form.note(f"{done:,} of {form.size:,} samples are done already; {left:,} are left.")
+            form.note(f"{done:,} of {form.size:,} samples are done already; {count(left, 'sample')} to do.")
         else:
             form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
 

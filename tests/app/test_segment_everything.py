@@ -95,7 +95,7 @@ def test_cancel(app, bare):
     (run,) = recorded_runs(bare, "segmentations")
     assert run.cancelled and run.images == done
     open_form(app)
-    assert f"{done} of 6 samples are done already; {6 - done} are left" in app.form_text()
+    assert f"{done} of 6 samples are done already; {6 - done} sample" in app.form_text()
     app.cancel()
 
 

@@ -169,7 +169,7 @@ def test_second_run_does_what_is_left(plugin, scenes, expected):
     plugin.call("segment_everything", scenes.limit(1), **DEMO)
     first = scenes.first().segmentations.detections[0].id
     form = plugin.form("segment_everything", scenes, DEMO)
-    assert form.errors == [] and any("1 of 4 samples are done already; 3 are left" in m for m in form.messages)
+    assert form.errors == [] and any("1 of 4 samples are done already; 3 samples to do." in m for m in form.messages)
     assert plugin.call("segment_everything", scenes, **DEMO)["images"] == 3
     assert scenes.first().segmentations.detections[0].id == first
     assert_as_expected(scenes, "segmentations", expected)
