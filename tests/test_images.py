@@ -1,4 +1,4 @@
-"""Files of every kind that curators have, read as the App shows them."""
+"""Files of every kind that curators have, read as the App shows them. EXIF orientations are in test_bad_input.py."""
 
 import numpy as np
 import pytest
@@ -31,33 +31,6 @@ def test_rgb(tmp_path, suffix):
     pixels = read_image(path)
     assert pixels.dtype == np.uint8 and pixels.shape == (40, 60, 3)
     assert np.abs(pixels.astype(int) - picture()).max() <= (20 if suffix == "jpg" else 0)
-
-
-# The transposition that a viewer applies for each EXIF orientation, on a [H, W, 3] array.
-ORIENTATIONS = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a),
-}
-
-
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_exif_orientation(tmp_path, orientation, suffix):
-    image = Image.fromarray(picture())
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"image.{suffix}"
-    image.save(path, exif=exif, **FAITHFUL.get(suffix, {}))
-    shown = ORIENTATIONS[orientation](picture())
-    pixels = read_image(path)
-    assert pixels.shape == shown.shape
-    assert red_box(pixels) == red_box(shown)
 
 
 def test_palette_alpha_and_grey(tmp_path):
