@@ -48,6 +48,8 @@ def read_image(path: str | PathLike) -> np.ndarray:
             return pixels
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error}") from error
+    except PermissionError as error:
+        raise PermissionError(f"{name} can't be read: permission is denied") from error
     except Exception as error:  # PIL's decoders raise all kinds on files that are damaged in ways they did not foresee
         cause = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{name} is damaged, or no image: {cause}") from error

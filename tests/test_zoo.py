@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2.segmentation import segment_everything
+from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 MODEL = "mobilesamv2-demo-torch"
@@ -391,3 +393,24 @@ def test_video(video, model):
     video.apply_model(model, f"frames.{FIELD}", batch_size=2)
     stored = video.first().frames
     assert all(stored[number][FIELD].detections for number in (1, 2, 3))
+
+
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="FiftyOne reads videos by ffmpeg")
+def test_video_that_was_interrupted(video, model, monkeypatch):
+    video.apply_model(model, "frames.reference", batch_size=1)
+    segment, calls = model._segment, []
+
+    def interrupt(items):
+        calls.append(items)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return segment(items)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "_segment", interrupt)
+        segment_everything(video, model, f"frames.{FIELD}", batch_size=1)
+    assert recorded_runs(video, f"frames.{FIELD}")[-1].cancelled
+    assert not segment_everything(video, model, f"frames.{FIELD}", batch_size=1).cancelled
+    stored = video.first().frames
+    assert [content(stored[n][FIELD]) for n in (1, 2, 3)] == [content(stored[n]["reference"]) for n in (1, 2, 3)]
+    assert segment_everything(video, model, f"frames.{FIELD}").images == 0
