@@ -24,7 +24,7 @@ import cv2
 import fiftyone as fo
 import fiftyone.core.odm as foo
 import ray
-from bson import BSON
+from bson import BSON, ObjectId
 from dataset import temporary_dataset
 from demo_quality import MODEL
 from released import CONFIDENCE, PlausibleMasks, object_like_logits, write_checkpoints
@@ -40,6 +40,7 @@ PROMPTS = (16, 64, 320)
 WRITERS = (1, 4, 16)
 WRITING = 5  # seconds for each of these
 SCENES = 200
+IDS = 500_000
 
 
 def main() -> None:
@@ -140,25 +141,36 @@ def measure_workers(folder: Path) -> None:
     for index, path in enumerate(paths):
         cv2.imwrite(str(path), make_scene(TEST_SEED, index).image[:, :, ::-1])
     config = MobileSAMv2ModelConfig({"name": MODEL, "device": "cpu"})
-    model = MobileSAMv2Model(config)
-    with temporary_dataset([paths[index % 50] for index in range(SCENES)]) as dataset, _two_cores():
+    with temporary_dataset([paths[index % 50] for index in range(SCENES)]) as dataset:
         rates = {}
         for workers in (1, 2):
-            for field in ("warm", f"own{workers}"):  # the workers' start is in the first
-                run = segment_everything(dataset, config, field, True, 8, False, cluster="auto", workers=workers)
-            rates[workers] = run.images_per_second
+            with _cluster(workers):
+                # Each time with the workers' start, so of a smaller and a larger number of images.
+                few, many = dataset.limit(SCENES // 4), dataset
+                seconds = [
+                    segment_everything(
+                        each, config, f"{name}{workers}", cluster="auto", workers=workers, progress=False
+                    )
+                    for name, each in (("few", few), ("many", many))
+                ]
+                rates[workers] = (len(many) - len(few)) / (seconds[1].seconds["total"] - seconds[0].seconds["total"])
         print(f"\n{SCENES} scenes, demo model: {rates[1]:.1f} images/s by one worker, {rates[2]:.1f} by two")
-        seconds = []
-        for index in range(10):
-            start = time.perf_counter()
-            segment_everything(dataset, model, "own1", progress=False, shard=Shard(index, 10, "empty"))
-            seconds.append(time.perf_counter() - start)
-        print(f"A part without anything to do: {1000 * median(seconds):.0f} ms")
+        model = MobileSAMv2Model(config)
+        for count in (SCENES, IDS):
+            more = [{"_id": ObjectId(), "filepath": str(paths[0]), "many1": {}} for _ in range(count - len(dataset))]
+            if more:
+                dataset._sample_collection.insert_many(more)
+            seconds = []
+            for index in range(5):
+                start = time.perf_counter()
+                segment_everything(dataset, model, "many1", progress=False, shard=Shard(index, 800, "empty"))
+                seconds.append(time.perf_counter() - start)
+            print(f"A part of {count:,} samples without anything to do: {1000 * median(seconds):.0f} ms")
 
 
 @contextmanager
-def _two_cores() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+def _cluster(cores: int) -> Iterator[None]:
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
     try:
         yield
     finally:

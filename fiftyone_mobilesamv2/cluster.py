@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from .shards import Shard
@@ -131,10 +132,12 @@ def on_cluster(
 
 
 def check_workers(cluster: str | None, workers: int | None) -> None:
-    """Raises ValueError where there can't be so many."""
+    """Raises ValueError where there can't be such a cluster, or so many."""
+    if not (cluster is None or (isinstance(cluster, str) and cluster)):
+        raise ValueError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
     if workers is None:
         return
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+    if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
         raise ValueError(f"workers must be a whole number of at least 1, not {workers!r}.")
     if cluster is None:
         raise ValueError("workers are those of a cluster: say which one, such as cluster='local'.")

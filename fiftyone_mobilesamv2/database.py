@@ -23,6 +23,8 @@ T = TypeVar("T")
 AWAY = (ConnectionFailure, ExecutionTimeout, WriteConcernError)
 PATIENCE = 300  # seconds
 
+MOST_IDS = 800_000  # in a query: 16 MB, MongoDB's limit, at 20 bytes each
+
 
 def patiently(call: Callable[[], T], given_up: threading.Event | None = None) -> T:
     """`call()`, again and again for five minutes while the database is away.

@@ -9,6 +9,7 @@ are not deleted here: copies of their labels may refer to them.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -60,6 +61,7 @@ class MaskFiles:
             return True
         with suppress(FileNotFoundError):
             _sync(self._masks)
+            _sync(self._masks.parents[1])  # which another run may have made just now
             return self._note.exists()
         return False
 
@@ -75,7 +77,8 @@ class MaskFiles:
 def make_folder(path: Path) -> None:
     """With those that it is in, where they are missing. On the disk, else a power failure would take them back."""
     if not path.is_dir():
-        make_folder(path.parent)
+        if path.parent != path:
+            make_folder(path.parent)
         path.mkdir(exist_ok=True)
         _sync(path.parent)
 
@@ -120,12 +123,18 @@ def _remove(masks: Path, note: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Puts the names of the files in a folder on the disk."""
+    """Puts the names of the files in a folder on the disk, where the file system has that."""
     if os.name == "nt":  # which does so by itself, and doesn't open folders
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # one may write to it, and not read it
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

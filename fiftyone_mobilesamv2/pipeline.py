@@ -27,7 +27,7 @@ from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 from . import database
 from .database import AWAY, first_line, patiently, safely
 from .mask_files import MaskFiles, make_folder, settle
-from .segmentation_runs import SegmentationRun, recorded_runs
+from .segmentation_runs import SegmentationRun, mask_dirs
 from .stored_labels import StoredImage, stored_images
 from .zoo import Found, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig, mask_folder
 
@@ -265,14 +265,18 @@ def check_mask_folder(config: MobileSAMv2ModelConfig) -> None:
 
 def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
     """Deletes the masks on disk that runs which were killed have left, and that the database doesn't know of."""
-    earlier = (each.mask_dir for each in recorded_runs(dataset, run.label_field))
-    folders = {run.mask_dir, *earlier} - {None}
 
     def is_mine(sample_id: str, label_field: str) -> bool:
         return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
 
-    if images := sum(settle(_dataset_mask_folder(dataset, each), is_mine, _is_known) for each in folders):
-        logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
+    for folder in mask_dirs(dataset, run.label_field):
+        try:
+            images = settle(_dataset_mask_folder(dataset, folder), is_mine, _is_known)
+        except OSError as error:  # of an earlier run, perhaps of another user on another machine
+            logger.warning("What killed runs may have left in %s could not be deleted: %s", folder, error)
+            continue
+        if images:
+            logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
 
 
 def _is_known(sample_id: str, folder: str) -> bool:
@@ -296,6 +300,6 @@ def _dataset_mask_folder(dataset: fo.Dataset, mask_dir: str) -> str:
 def _no_room(config: MobileSAMv2ModelConfig, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"{os.strerror(error.errno or 0)}: masks can't be stored in {mask_folder(config)}. Make room there, or choose "
+        f"{error.strerror or error}: masks can't be stored in {mask_folder(config)}. Make room there, or choose "
         f"another folder by `mask_dir`; then run the same again, and it goes on",
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import fiftyone.core.fields as fof
@@ -20,6 +21,7 @@ from bson import ObjectId
 from fiftyone import ViewField as F
 from mongoengine.errors import ValidationError
 
+from . import database
 from .cluster import check_workers, on_cluster
 from .database import AWAY, patiently
 from .modeling import checkpoints
@@ -56,7 +58,6 @@ HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a de
 # Of a model's configuration, what says where it runs and not what it finds.
 _RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
 _TRIES = 5
-_MOST_SELECTED = 800_000  # 16 MB, MongoDB's limit for a command, at 20 bytes an id
 
 
 def segment_everything(
@@ -98,11 +99,13 @@ def segment_everything(
         OSError: masks go to a disk, and that is full.
         ClusterError: the cluster can't do it.
     """
-    config = model if isinstance(model, MobileSAMv2ModelConfig) else model.config
+    config = model if isinstance(model, MobileSAMv2ModelConfig) else _config(model)
+    if not (shard is None or isinstance(shard, Shard)):
+        raise ValueError(f"shard must be a Shard, not {shard!r}.")
     if shard is not None and cluster is not None:
         raise ValueError("A part can't be spread over a cluster: give either shard or cluster.")
     check_workers(cluster, workers)
-    _check_batch_size(batch_size)
+    _check_how(replace, batch_size)
     prepare(samples, label_field, config, replace)
     if cluster is not None:
         return _segment_on_cluster(samples, config, label_field, replace, batch_size, progress, cluster, workers)
@@ -144,7 +147,9 @@ def _segment_on_cluster(
     dataset, group = samples._root_dataset, run.run_id
     total = len(_todo(samples, label_field, run.parameters, replace, None))
     if not total:
-        return dataclasses.replace(run, cancelled=False)
+        with on_record(samples, run):
+            settle_leftovers(dataset, run)
+        return run
     parameters = {name: value for name, value in vars(config).items() if name not in ("model_name", "model_path")}
     parameters["mask_dir"] = run.mask_dir  # as it is here, not in each worker's home
     with fou.ProgressBar(total=total, progress=progress) as bar:
@@ -252,7 +257,8 @@ def segment_anything(
 
     The rest is as with :func:`segment_everything`.
     """
-    _check_batch_size(batch_size)
+    _config(model)
+    _check_how(replace, batch_size)
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
     dataset = samples._root_dataset
     if label_field is not None:
@@ -293,10 +299,10 @@ def unfiltered(samples: Samples) -> Samples:
     if dataset.media_type == "group":
         dataset = dataset.select_group_slices(_allow_mixed=True)
     ids = samples.values("id")
-    if len(ids) > _MOST_SELECTED:
+    if len(ids) > database.MOST_IDS:
         raise ValueError(
-            f"The view has {len(ids):,} samples, and FiftyOne can select at most {_MOST_SELECTED:,}. Take all of the "
-            f"dataset, or one part of the view after the other, such as view[:{_MOST_SELECTED}]."
+            f"The view has {len(ids):,} samples, and FiftyOne can select at most {database.MOST_IDS:,}. Take all of "
+            f"the dataset, or one part of the view after the other, such as view[:{database.MOST_IDS}]."
         )
     return dataset.select(ids)
 
@@ -329,8 +335,17 @@ def labels_with_masks(samples: Samples, field_name: str) -> tuple[int, int]:
     return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:
+    # By what it can do: a model of the zoo may be of another copy of this package.
+    if not hasattr(model, "segment_all"):
+        raise ValueError(f"model must be one that `load_zoo_model` gives for a name of this package, not {model!r}.")
+    return model.config
+
+
+def _check_how(replace: bool, batch_size: int) -> None:
+    if not isinstance(replace, bool):  # "no" would replace, too
+        raise ValueError(f"replace must be True or False, not {replace!r}.")
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
 
 

@@ -77,7 +77,7 @@ class SegmentationRun:
         cancelled: whether it was stopped before its end, or is still going on. What it has stored stays.
         shard: the part of the dataset that it is about; None: all of it.
         replace: whether it replaced labels that were there.
-        mask_dir: where it put masks on disk, if it did.
+        mask_dir: where masks on disk went, if there were any.
     """
 
     label_field: str
@@ -114,6 +114,13 @@ def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
     for run in sorted(runs, key=lambda run: run.started):
         groups.setdefault(run.run_id if run.shard is None else run.shard.group, []).append(run)
     return [_merged(parts) for parts in groups.values()]
+
+
+def mask_dirs(samples: Samples, label_field: str) -> list[str]:
+    """Where runs into this field, and each part of them, may have put masks on disk."""
+    query = _of_field(samples._root_dataset, label_field)
+    found = patiently(lambda: _collection().distinct("run.mask_dir", query))
+    return [folder for folder in found if folder is not None]
 
 
 def segmented_fields(samples: Samples) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import database
+from .database import patiently
+
 if TYPE_CHECKING:
     import fiftyone as fo
 
@@ -47,6 +50,11 @@ class Shard:
 
     def of(self, samples: Samples) -> fo.DatasetView:
         """The samples of this part."""
+        # Of an index, ids are read faster than the database would read the samples and do the same sum.
+        every = patiently(lambda: list(samples._root_dataset._sample_collection.find({}, {"_id": True}).hint("_id_")))
+        ids = [document["_id"] for document in every if self.has(str(document["_id"]))]
+        if len(ids) <= database.MOST_IDS:
+            return samples.match({"_id": {"$in": ids}})
         # What `has` does, in the database.
         digits = {"$substrBytes": [{"$toString": "$_id"}, 24 - _DIGITS, _DIGITS]}
         number = {

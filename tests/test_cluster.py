@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fiftyone_mobilesamv2 import cluster, evaluate_proposals, segmentation_runs, zoo
+from fiftyone_mobilesamv2 import cluster, database, evaluate_proposals, mask_files, pipeline, segmentation_runs, zoo
 from fiftyone_mobilesamv2.modeling.checkpoints import CheckpointError
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import segment_everything
@@ -130,6 +130,21 @@ def test_view_and_second_run(scenes):
     assert (run.images, run.cancelled) == (0, False)
 
 
+def test_nothing_to_do_but_to_settle(scenes, tmp_path, monkeypatch):
+    """The driver was killed after everything had been stored, and before that was noted."""
+    on_disk = config(masks_on_disk=True, mask_dir=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(mask_files.MaskFiles, "confirm", lambda files: None)
+        patch.setattr(pipeline, "settle", lambda *args: 0)
+        segment_everything(scenes, on_disk, "own", progress=False)
+    assert len(list(tmp_path.glob("*/unconfirmed/*"))) == COUNT
+    run = segment_everything(scenes, on_disk, "own", cluster="auto", workers=2, progress=False)
+    assert (run.images, run.cancelled) == (0, False)
+    files = {str(path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == set(scenes.values("own.detections.mask_path", unwind=True))
+    assert len(segmentation_runs.recorded_runs(scenes, "own")) == 1
+
+
 def test_errors_of_workers_are_raised_here(scenes):
     nowhere = config(encoder_checkpoint="/nowhere/weights.pt")
     with pytest.raises(CheckpointError, match=r"/nowhere/weights\.pt"):
@@ -213,8 +228,10 @@ def test_every_sample_belongs_to_one_part(count, first, step):
     assert max(sizes) <= 2 * 20 and min(sizes) >= 5
 
 
+@pytest.mark.parametrize("most", [database.MOST_IDS, 0])
 @pytest.mark.parametrize("count", [1, 3, 16])
-def test_the_database_agrees_on_parts(dataset, count):
+def test_the_database_agrees_on_parts(dataset, monkeypatch, count, most):
+    monkeypatch.setattr(database, "MOST_IDS", most)
     dataset.add_samples([fo.Sample(f"{i}.png", _id=ObjectId()) for i in range(200)], progress=False)
     for index in range(count):
         part = Shard(index, count, "x")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 
-from fiftyone_mobilesamv2 import database, mask_files, pipeline, segmentation, zoo
+from fiftyone_mobilesamv2 import database, mask_files, pipeline, zoo
 from fiftyone_mobilesamv2.pipeline import each_once
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import segment_anything, segment_everything
@@ -261,7 +262,7 @@ def test_what_the_database_refuses_costs_its_image_alone(images, files, tmp_path
 
 def test_disk_that_is_full_ends_the_run(images, files, tmp_path, monkeypatch):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
-    flush, room = os.fsync, 25
+    flush, room = os.fsync, 45
 
     def flush_while_there_is_room(descriptor):
         nonlocal room
@@ -275,7 +276,7 @@ def test_disk_that_is_full_ends_the_run(images, files, tmp_path, monkeypatch):
         segment_everything(images, model, "own", batch_size=4)
     monkeypatch.undo()
     done = len(referred_to(images, "own"))
-    assert 0 < done < 25
+    assert 0 < done < 45
     assert mask_files_of(tmp_path) == referred_to(images, "own")
     (run,) = recorded_runs(images, "own")
     assert run.cancelled and run.failures == [] and run.objects == done
@@ -340,6 +341,55 @@ def test_what_was_left_in_another_folder(images, killed, tmp_path):
     assert mask_files_of(tmp_path) == referred_to(images, "own") and len(referred_to(images, "own")) > 50
 
 
+def test_folder_of_an_earlier_run_that_is_out_of_reach(images, model, tmp_path, caplog, monkeypatch):
+    """Such as one in the home of another user, or on another machine."""
+    elsewhere = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "elsewhere"))
+    segment_everything(images.limit(2), elsewhere, "own")
+    settle = pipeline.settle
+
+    def settle_what_is_here(folder, *args):
+        if "elsewhere" in folder:
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return settle(folder, *args)
+
+    monkeypatch.setattr(pipeline, "settle", settle_what_is_here)
+    assert segment_everything(images, model, "own").images == COUNT - 2
+    assert "elsewhere could not be deleted: [Errno 13] Permission denied" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
+def test_file_systems_that_do_not_flush_folders(images, tmp_path, monkeypatch, code):
+    flush = os.fsync
+
+    def flush_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_files)
+    on_disk = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
+    assert segment_everything(images.limit(2), on_disk, "own").failures == []
+    assert mask_files_of(tmp_path) == referred_to(images, "own") != set()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"model": "mobilesamv2-demo-torch"}, "model must be one that `load_zoo_model` gives"),
+        ({"model": None}, "model must be one that"),
+        ({"replace": "no"}, "replace must be True or False, not 'no'"),
+        ({"replace": 1}, "replace must be True or False"),
+        ({"shard": 5}, "shard must be a Shard, not 5"),
+        ({"cluster": ""}, "cluster must be 'auto', 'local' or an address, not ''"),
+        ({"cluster": True}, "cluster must be 'auto'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(images, model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        segment_everything(images, **{"model": model, "label_field": "own", **arguments})
+    assert not images.has_field("own")
+
+
 @pytest.mark.parametrize("field", [5, None, ["own"]])
 def test_fields_that_have_no_name(images, model, field):
     for work in (lambda: segment_everything(images, model, field), lambda: segment_anything(images, model, field)):
@@ -355,7 +405,7 @@ def test_batches_that_have_no_size(images, model, size):
 
 
 def test_views_too_large_to_be_selected(images, model, monkeypatch):
-    monkeypatch.setattr(segmentation, "_MOST_SELECTED", 2)
+    monkeypatch.setattr(database, "MOST_IDS", 2)
     with pytest.raises(ValueError, match=r"The view has 3 samples, .* one part of the view .*, such as view\[:2\]"):
         segment_everything(images.limit(3), model, "own")
     assert segment_everything(images.limit(2), model, "own").images == 2

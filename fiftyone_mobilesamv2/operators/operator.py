@@ -265,7 +265,7 @@ def code(text: object) -> str:
 
 
 def _shortened(value: object) -> str:
-    text = ascii(value)
+    text = repr(value).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

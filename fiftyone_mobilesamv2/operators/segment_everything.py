@@ -136,6 +136,7 @@ class SegmentEverything(Operator):
         )
         try:
             check_label_field(samples, name)
+            done, objects = cached(labels_there, samples, name)
         except ValueError as error:
             form.problem(str(error))
             return
@@ -147,7 +148,6 @@ class SegmentEverything(Operator):
             form.inputs.btn(
                 "show_failed", FAILED, on_click=SHOW_SAMPLES, params={"samples": failed}, variant="outlined"
             )
-        done, objects = cached(labels_there, samples, name)
         if not done:
             return
         existing = form.choice("existing", EXISTING, "keep", f"'{name}' exists", radio=True)

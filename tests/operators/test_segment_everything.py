@@ -392,11 +392,17 @@ def test_parts_are_scheduled(plugin, scenes, expected):
         assert run.images == len(done) and run.cancelled == (number < 2)
     assert [service.get(operation.id).run_state for operation in operations] == ["completed"] * 3
     assert_as_expected(scenes, "segmentations", expected)
-    again = service.rerun_operation(operations[0].id)  # as after the death of a worker
+    shard = Shard(**operations[0].context.request_params["params"]["shard"])
+    undone = next(sample for sample in scenes if shard.has(sample.id))  # of a worker that died before it
+    undone.segmentations = None
+    undone.save()
+    again = service.rerun_operation(operations[0].id)
     service.execute_operation(again)
     assert service.get(again.id).run_state == "completed"
+    scenes.reload()
+    assert_as_expected(scenes, "segmentations", expected)
     (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
-    assert run.images == 4 and not run.cancelled
+    assert run.images == 4 + 1 and not run.cancelled
 
 
 @pytest.mark.parametrize("shard", [5, {"index": 3, "count": 3, "group": "x"}, {"index": 0}, {"index": "0", "count": 2}])
