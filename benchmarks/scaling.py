@@ -145,25 +145,23 @@ def measure_workers(folder: Path) -> None:
         rates = {}
         for workers in (1, 2):
             with _cluster(workers):
-                # Each time with the workers' start, so of a smaller and a larger number of images.
-                few, many = dataset.limit(SCENES // 4), dataset
-                seconds = [
-                    segment_everything(
-                        each, config, f"{name}{workers}", cluster="auto", workers=workers, progress=False
-                    )
-                    for name, each in (("few", few), ("many", many))
-                ]
-                rates[workers] = (len(many) - len(few)) / (seconds[1].seconds["total"] - seconds[0].seconds["total"])
+                seconds = {}  # of fewer images and of all: what both have in common, such as a start, doesn't count
+                for count in (SCENES // 4, SCENES):
+                    field, samples = f"own{workers}_{count}", dataset.limit(count)
+                    run = segment_everything(samples, config, field, progress=False, cluster="auto", workers=workers)
+                    seconds[count] = run.seconds["total"]
+                few, many = seconds
+                rates[workers] = (many - few) / (seconds[many] - seconds[few])
         print(f"\n{SCENES} scenes, demo model: {rates[1]:.1f} images/s by one worker, {rates[2]:.1f} by two")
-        model = MobileSAMv2Model(config)
+        model, field = MobileSAMv2Model(config), f"own1_{SCENES}"
         for count in (SCENES, IDS):
-            more = [{"_id": ObjectId(), "filepath": str(paths[0]), "many1": {}} for _ in range(count - len(dataset))]
+            more = [{"_id": ObjectId(), "filepath": str(paths[0]), field: {}} for _ in range(count - len(dataset))]
             if more:
                 dataset._sample_collection.insert_many(more)
             seconds = []
             for index in range(5):
                 start = time.perf_counter()
-                segment_everything(dataset, model, "many1", progress=False, shard=Shard(index, 800, "empty"))
+                segment_everything(dataset, model, field, progress=False, shard=Shard(index, 800, "empty"))
                 seconds.append(time.perf_counter() - start)
             print(f"A part of {count:,} samples without anything to do: {1000 * median(seconds):.0f} ms")
 

@@ -236,7 +236,7 @@ def test_masks_beyond_the_budget_go_to_disk(filled, model, scenes, tmp_path, mon
 
 
 def test_a_document_stays_below_mongodbs_limit(filled, tmp_path):
-    """Two fields of 150 noise masks of 640x640, 7.7 MB compressed each."""
+    """Two fields of 150 noise masks of 640x640, 9.8 MB compressed each."""
     rng = np.random.default_rng(0)
     model = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "masks"))
     noise = fo.Detections(
