@@ -78,7 +78,7 @@ def find_images(folder: Path) -> list[Path]:
             print(f"Left out: {str(path)!r} is no UTF-8. Rename it.", file=sys.stderr)
         else:
             paths.append(path)
-    if not paths:  # that can be used
+    if not paths:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
     return paths
 
