@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .errors import DownloadError, MobileSAMv2Error
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 1 after an error that the message explains, 130 after Ctrl-C."""
@@ -70,28 +72,49 @@ def main(argv: list[str] | None = None) -> int:
 
     add_cluster(evaluate)
 
+    models = commands.add_parser("models", help="list the models, download, verify or delete their files")
+    action = models.add_mutually_exclusive_group()
+    for verb, what in (
+        ("download", "the files that are missing, and verify them"),
+        ("verify", "every byte of the files that are here"),
+        ("delete", "the files, except those that another model here needs"),
+    ):
+        action.add_argument(f"--{verb}", metavar="MODEL", help=f"{verb} {what}")
+    action.add_argument(
+        "--check-sources",
+        action="store_true",
+        help="ask every host whether it has the declared file, without downloading",
+    )
+    models.add_argument("--details", action="store_true", help="if a download fails: all sources and reasons")
+
+    doctor = commands.add_parser("doctor", help="prove that a model works on this machine")
+    doctor.add_argument("model", nargs="?", help="name of a zoo model; the one that comes with the package if left out")
+    doctor.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
+    doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    doctor.add_argument("--output", type=Path, default=Path("doctor.png"), help="picture of what was segmented")
+
     commands.add_parser("install", help="register the zoo models and the plugin with FiftyOne")
     commands.add_parser("uninstall", help="undo install")
 
     args = parser.parse_args(argv)
-    expected = [ValueError, OSError]
+    expected = [ValueError, OSError, MobileSAMv2Error]
     try:
         if args.command == "quickstart":
             from . import quickstart  # here: the rest need not wait for torch
-            from .modeling.checkpoints import CheckpointError
 
-            expected.append(CheckpointError)
             quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
         elif args.command == "segment":
             from .cluster import ClusterError
-            from .modeling.checkpoints import CheckpointError
 
-            expected += [CheckpointError, ClusterError]
+            expected.append(ClusterError)
             return run_segment(args)
-        elif args.command == "reproduce":
-            from .modeling.checkpoints import CheckpointError
+        elif args.command == "models":
+            return run_models(args)
+        elif args.command == "doctor":
+            from . import doctor
 
-            expected.append(CheckpointError)
+            return doctor.run(args.model, args.device, args.dtype, args.output)
+        elif args.command == "reproduce":
             run_reproduce(args)
         elif args.command == "evaluate":
             from .cluster import ClusterError
@@ -146,6 +169,48 @@ def run_segment(args: argparse.Namespace) -> int:
     if run.num_failures:
         print(f"Failed: {run.num_failures:,} of {run.images:,}. The same command tries them again.", file=sys.stderr)
     return 1 if run.num_failures else 0
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """Lists models, or works on the files of one. Returns 1 where a file or source is not the right one."""
+    from tqdm import tqdm
+
+    from .modeling.checkpoints import files, overview
+    from .modeling.checkpoints.catalog import all_files
+    from .modeling.checkpoints.sources import check_sources
+
+    if args.download:
+        try:
+            for path in dict.fromkeys(files.fetch_model(args.download).values()):
+                print(path)
+        except DownloadError as error:
+            if args.details:
+                print(error.details, file=sys.stderr)
+            raise
+    elif args.verify:
+        found = files.verify_model(args.verify, lambda _, weights: print(f"Reading {weights.filename} ..."))
+        for weights, verified in found.items():
+            print(f"{weights.filename}: {verified.problem or f'right, sha256 {verified.sha256}'}")
+        return int(any(verified.problem for verified in found.values()))
+    elif args.delete:
+        deleted = files.delete_model(args.delete)
+        print(f"Deleted {overview.names(deleted)}." if deleted else f"No file of {args.delete} can be deleted.")
+    elif args.check_sources:
+        checks = []
+        for check in tqdm(check_sources(all_files()), "Asking", sum(len(weights.sources) for weights in all_files())):
+            checks.append(check)
+        print(_table(list(map(overview.source_row, checks))))
+        return int(any(check.verdict != "right" for check in checks))
+    else:
+        print(f"{_table(overview.model_rows())}\n\n{_table(overview.file_rows())}\n")
+        print(f"Downloaded weights are in {files.weights_dir()}.")
+    return 0
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    widths = [max(len(text) for text in (name, *(row[name] for row in rows))) for name in rows[0]]
+    lines = [list(rows[0]), ["-" * width for width in widths], *(list(row.values()) for row in rows)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def run_reproduce(args: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from .modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
+from .modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -24,8 +26,7 @@ LOCAL = "local"
 PARTS_PER_WORKER = 8  # so that none waits long for the last one
 _TRIES = 3
 _START = 300  # seconds that workers may take
-# What workers take over where it is set. As in modeling/checkpoints.py, which needs torch.
-_VARIABLES = ("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", "FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS")
+_VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # what workers take over where it is set
 
 # A function of a part's samples, and of the part, that a worker makes once.
 Work = Callable[["Samples", Shard], object]

@@ -22,7 +22,6 @@ from .segmentation import segment_everything
 from .training.scenes import write_coco
 
 DATASET_NAME = "mobilesamv2-quickstart"
-DEMO_MODEL = "mobilesamv2-demo-torch"
 LABEL_FIELD = "segmentations"
 GROUND_TRUTH_FIELD = "ground_truth"
 EVAL_KEY = "ar"

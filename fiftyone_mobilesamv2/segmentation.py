@@ -24,7 +24,7 @@ from mongoengine.errors import ValidationError
 from . import database
 from .cluster import check_workers, on_cluster
 from .database import AWAY, patiently
-from .modeling import checkpoints
+from .modeling.checkpoints.files import weights_sha256
 from .modeling.object_discovery import CONFIDENCE
 from .pipeline import (
     DELETED,
@@ -457,7 +457,7 @@ def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
     found = {name: value for name, value in vars(config).items() if name not in _RUNTIME}
     for name in CHECKPOINTS:
         del found[name]
-    found["weights"] = checkpoints.weights_sha256(config.name, config.files)  # wherever the files are
+    found["weights"] = weights_sha256(config.name, config.files)  # wherever the files are
     if config.confidence_thresh is None and config.prompting == "object_aware":
         found["confidence_thresh"] = CONFIDENCE
     return found

@@ -26,7 +26,7 @@ from bson import ObjectId
 
 from .images import read_image
 from .mask_files import MaskFiles
-from .modeling import checkpoints
+from .modeling.checkpoints.files import fetch_model
 from .modeling.grid_prompts import POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
 from .modeling.masks import Segmentation
 from .modeling.mobilesamv2 import MAX_POINTS_PER_SIDE, PROMPTINGS, MobileSAMv2, checked_number
@@ -564,7 +564,7 @@ def _is_in_image(box: Sequence[float] | None) -> bool:
 
 def download_model(name: str, path: str | None) -> None:
     """Makes sure of a model's files. `path` gets a note of them: FiftyOne takes a model for downloaded if it exists."""
-    files = checkpoints.fetch_model(name)
+    files = fetch_model(name)
     if path is None:
         return
     try:

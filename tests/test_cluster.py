@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fiftyone_mobilesamv2 import cluster, database, evaluate_proposals, mask_files, pipeline, segmentation_runs, zoo
-from fiftyone_mobilesamv2.modeling.checkpoints import CheckpointError
+from fiftyone_mobilesamv2.errors import CheckpointError
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import segment_everything
 from fiftyone_mobilesamv2.shards import Shard

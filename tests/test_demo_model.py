@@ -6,7 +6,7 @@ from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2 import MobileSAMv2
 from fiftyone_mobilesamv2.evaluation.average_recall import average_recall
-from fiftyone_mobilesamv2.modeling.checkpoints import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 SCENES = 20

@@ -81,12 +81,13 @@ def test_every_model_is_in_the_manifest():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_manifest_tells_the_truth(name):
-    from fiftyone_mobilesamv2.modeling import checkpoints
+    from fiftyone_mobilesamv2.modeling.checkpoints.catalog import model_files
+    from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
 
     model = MODELS[name]
-    files = set(checkpoints.pretrained_model(name).weights.values())
-    if all(not weights.sources for weights in files):  # those that come with the package
-        size = sum(checkpoints.local_path(weights).stat().st_size for weights in files)
+    files = model_files(name)
+    if all(weights.is_packaged for weights in files):
+        size = sum(local_path(weights).stat().st_size for weights in files)
     else:
         size = sum(weights.size or weights.megabytes * 1e6 for weights in files)
     assert model["size_bytes"] == pytest.approx(size, rel=0.05)
@@ -98,6 +99,12 @@ def test_manifest_tells_the_truth(name):
     assert len(model["description"]) > 40
     assert ("not for photos" in model["description"]) == (name == "mobilesamv2-demo-torch")
     assert model["requirements"]["cpu"]["support"] and model["requirements"]["gpu"]["support"]
+
+
+def test_manifest_and_readme_say_what_the_catalog_says():
+    command = [sys.executable, "tools/write_catalog.py", "--check"]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_requirements_are_installed_and_complete():

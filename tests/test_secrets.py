@@ -1,4 +1,4 @@
-"""The password of the database is in no message and no log. Of downloads: modeling/test_checkpoint_downloads.py."""
+"""The password of the database is in no message and no log. Of downloads: modeling/checkpoints/test_downloads.py."""
 
 import os
 import subprocess

@@ -17,7 +17,7 @@ from gridfs import GridFS
 from PIL import Image
 
 from fiftyone_mobilesamv2 import segmentation_runs, zoo
-from fiftyone_mobilesamv2.modeling.checkpoints import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.segmentation import segment_everything
 from fiftyone_mobilesamv2.segmentation_runs import (

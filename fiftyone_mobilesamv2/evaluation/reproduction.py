@@ -19,7 +19,7 @@ import fiftyone as fo
 import numpy as np
 
 from .. import zoo
-from ..modeling.checkpoints import pretrained_model
+from ..modeling.checkpoints.catalog import pretrained_model
 from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES
 from .coco import load_coco, read_instances

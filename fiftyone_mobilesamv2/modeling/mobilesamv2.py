@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoints, object_discovery
+from . import object_discovery
+from .checkpoints.catalog import pretrained_model
+from .checkpoints.files import fetch_model
+from .checkpoints.loading import load_decoder, load_detector, load_encoder
 from .grid_prompts import (
     POINTS_PER_BATCH,
     POINTS_PER_SIDE,
@@ -136,21 +139,21 @@ class MobileSAMv2(nn.Module):
         """A model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies what is missing.
 
         Args:
-            name: see :data:`fiftyone_mobilesamv2.modeling.checkpoints.MODELS`.
+            name: see :data:`.checkpoints.catalog.MODELS`.
             files: `encoder_checkpoint`, `decoder_checkpoint`, `detector_checkpoint`: a path to use instead.
 
         Raises:
             ValueError: no model has that name.
-            checkpoints.CheckpointError: a file is neither here nor to be had, or is not what it should be.
+            CheckpointError: a file is neither here nor to be had, or is not what it should be.
         """
-        model = checkpoints.pretrained_model(name)
+        model = pretrained_model(name)
         device = usable_device(device)  # before anything is downloaded
         return cls.from_checkpoints(
             encoder=model.encoder,
             detector_size=model.detector_size,
             device=device,
             dtype=dtype,
-            **(checkpoints.fetch_model(name, skip=files) | files),
+            **(fetch_model(name, skip=files) | files),
         )
 
     @classmethod
@@ -164,7 +167,7 @@ class MobileSAMv2(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> MobileSAMv2:
-        """A model from files in any released layout (see :mod:`.checkpoints`).
+        """A model from files in any released layout (see :mod:`.checkpoints.loading`).
 
         Args:
             encoder: name in the encoder registry.
@@ -172,15 +175,15 @@ class MobileSAMv2(nn.Module):
 
         Raises:
             ValueError: no encoder has that name.
-            checkpoints.CheckpointError: a file does not fit; the message names it and the first offending tensors.
+            CheckpointError: a file does not fit; the message names it and the first offending tensors.
         """
         config = encoder_config(encoder)
         discovery = None
         if detector_checkpoint is not None:
-            discovery = ObjectDiscovery(checkpoints.load_detector(detector_checkpoint), detector_size)
+            discovery = ObjectDiscovery(load_detector(detector_checkpoint), detector_size)
         return cls(
-            checkpoints.load_encoder(encoder_checkpoint, encoder),
-            checkpoints.load_decoder(decoder_checkpoint, encoder),
+            load_encoder(encoder_checkpoint, encoder),
+            load_decoder(decoder_checkpoint, encoder),
             config,
             discovery,
             device,

@@ -1,13 +1,12 @@
-"""Which weights are here; downloading, verifying and deleting them."""
+"""Which weights are here; downloading, verifying and deleting them; asking their hosts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fiftyone.operators import types
 
-from .models import fetch_with_progress, megabytes_to_download
+from .models import fetch_with_progress
 from .operator import Form, Operator, Outcome, Progress, count
 
 if TYPE_CHECKING:
@@ -16,9 +15,9 @@ if TYPE_CHECKING:
 ACTIONS = {
     "download": "Download the files that are missing",
     "verify": "Verify the files: read every byte of them, and compare hashes",
-    "delete": "Delete the files, but those that another model here needs",
+    "delete": "Delete the files, except those that another model here needs",
+    "check_sources": "Ask the hosts whether they have the right files, without downloading",
 }
-_HASH_DIGITS = 12  # in the form; verifying shows all of them
 
 
 class ManageModels(Operator):
@@ -29,7 +28,9 @@ class ManageModels(Operator):
     risk = "high"
 
     def form(self, form: Form) -> None:
-        from ..modeling.checkpoints import MODELS, model_files, weights_dir
+        from ..modeling.checkpoints import MODELS, model_files
+        from ..modeling.checkpoints.files import is_here, megabytes_to_download, weights_dir
+        from ..modeling.checkpoints.overview import file_rows, model_rows
 
         model = form.choice("model", {name: name for name in MODELS}, next(iter(MODELS)), "Model")
         if model in MODELS:
@@ -37,12 +38,14 @@ class ManageModels(Operator):
             action = form.choice("action", ACTIONS, "download" if missing else "verify", "Action", radio=True)
             if action == "download":
                 self._download_form(form, model, missing)
-            elif action == "verify" and not any(map(_is_here, model_files(model))):
+            elif action == "verify" and not any(map(is_here, model_files(model))):
                 form.problem(f"No file of {model} is here: there is nothing to verify.")
             elif action == "delete":
                 self._delete_form(form, model)
-        for name, table in (("models", _models_table()), ("files", _files_table())):
-            form.inputs.view(name, types.MarkdownView(), default=table)
+            elif action == "check_sources" and all(weights.is_packaged for weights in model_files(model)):
+                form.problem(f"{model} comes with the package: it has no sources.")
+        for name, rows in (("models", model_rows()), ("files", file_rows())):
+            form.inputs.view(name, types.MarkdownView(), default=_markdown(rows))
         form.note(f"Downloaded weights are in {weights_dir()}.")
 
     def _download_form(self, form: Form, model: str, missing: int) -> None:
@@ -52,27 +55,30 @@ class ManageModels(Operator):
             form.problem(f"All files of {model} are here: there is nothing to download.")
 
     def _delete_form(self, form: Form, model: str) -> None:
-        from ..modeling.checkpoints import deletable_files, model_files
+        from ..modeling.checkpoints import model_files
+        from ..modeling.checkpoints.files import deletable_files, is_here
+        from ..modeling.checkpoints.overview import names
 
         files = deletable_files(model)
         for weights in model_files(model):
-            if _is_here(weights) and weights not in files:
-                why = "another model here needs it" if weights.sources else "it comes with the package"
+            if is_here(weights) and weights not in files:
+                why = "it comes with the package" if weights.is_packaged else "another model here needs it"
                 form.note(f"{weights.filename} stays: {why}.")
         if not files:
             form.problem(f"No file of {model} can be deleted.")
             return
         size = sum(weights.megabytes for weights in files)
-        if not form.switch("confirm", False, f"Delete {_names(files)}", f"About {size:,} MB"):
-            form.problem(f"Confirm that {_names(files)} shall be deleted.")
+        if not form.switch("confirm", False, f"Delete {names(files)}", f"About {size:,} MB"):
+            form.problem(f"Confirm that {names(files)} shall be deleted.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
-        work = {"download": _download, "verify": _verify, "delete": _delete}
+        work = {"download": _download, "verify": _verify, "delete": _delete, "check_sources": _check_sources}
         return work[form.values["action"]](form.values["model"], progress)
 
 
 def _download(model: str, progress: Progress) -> Outcome:
-    from ..modeling.checkpoints import local_path, model_files
+    from ..modeling.checkpoints import model_files
+    from ..modeling.checkpoints.files import local_path
 
     fetch_with_progress(model, progress)
     files = {weights.filename: str(local_path(weights)) for weights in model_files(model)}
@@ -81,25 +87,23 @@ def _download(model: str, progress: Progress) -> Outcome:
 
 
 def _verify(model: str, progress: Progress) -> Outcome:
-    from ..modeling.checkpoints import CheckpointError, model_files, verified_sha256
+    from ..modeling.checkpoints import model_files
+    from ..modeling.checkpoints.files import verify_model
+    from ..modeling.checkpoints.overview import pin
 
-    files = {weights: {"sha256": None, "problem": None} for weights in model_files(model)}
-    for number, (weights, found) in enumerate(files.items()):
-        progress.tell(number / len(files), f"Reading {weights.filename}, {weights.megabytes:,} MB")
-        if not _is_here(weights):
-            found["problem"] = "is not here"
-            continue
-        try:
-            found["sha256"] = verified_sha256(weights)
-        except CheckpointError as error:
-            found["problem"] = str(error)
+    total = len(model_files(model))
+
+    def tell(number: int, weights: Weights) -> None:
+        progress.tell(number / total, f"Reading {weights.filename}, {weights.megabytes:,} MB")
+
+    found = verify_model(model, tell)
     rows = [
-        {"file": f"`{w.filename}`", "sha256": f"`{found['sha256']}`", "hash": _pin(w)}
-        for w, found in files.items()
-        if found["sha256"]
+        {"file": f"`{weights.filename}`", "sha256": f"`{verified.sha256}`", "hash": pin(weights)}
+        for weights, verified in found.items()
+        if verified.sha256
     ]
-    wrong = {weights.filename: found["problem"] for weights, found in files.items() if found["problem"]}
-    pinned = all(weights.sha256 or weights.git_blob for weights in files)  # else there is nothing to compare with
+    wrong = {weights.filename: verified.problem for weights, verified in found.items() if verified.problem}
+    pinned = all(weights.sha256 or weights.git_blob for weights in found)  # else there is nothing to compare with
     bad, good = (
         f"**{count(len(wrong), 'file')} wrong or missing**",
         f"**All files of {model} {'are right' if pinned else 'can be read'}**",
@@ -108,66 +112,41 @@ def _verify(model: str, progress: Progress) -> Outcome:
     if rows:
         lines.append(_markdown(rows))
     lines += [f"**`{name}`**: {problem}" for name, problem in wrong.items()]
-    result = {"model": model, "files": {weights.filename: found for weights, found in files.items()}}
-    return Outcome("\n\n".join(lines), result)
+    files = {weights.filename: vars(verified) for weights, verified in found.items()}
+    return Outcome("\n\n".join(lines), {"model": model, "files": files})
 
 
 def _delete(model: str, progress: Progress) -> Outcome:
-    from ..modeling.checkpoints import delete_model
+    from ..modeling.checkpoints.files import delete_model
+    from ..modeling.checkpoints.overview import names
 
     deleted = delete_model(model)
     size = sum(weights.megabytes for weights in deleted)
-    text = f"**Deleted:** {_names(deleted)}, about {size:,} MB."
+    text = f"**Deleted:** {names(deleted)}, about {size:,} MB."
     return Outcome(text, {"model": model, "deleted": [weights.filename for weights in deleted]})
 
 
-def _models_table() -> str:
-    from ..modeling.checkpoints import MODELS, model_files
+def _check_sources(model: str, progress: Progress) -> Outcome:
+    from ..modeling.checkpoints import model_files
+    from ..modeling.checkpoints.overview import source_row
+    from ..modeling.checkpoints.sources import check_sources
 
-    rows = []
-    for name in MODELS:
-        files = model_files(name)
-        rows.append(
-            {
-                "model": f"`{name}`",
-                "MB": f"{sum(weights.megabytes for weights in files):,}",
-                "here": _names(weights for weights in files if _is_here(weights)),
-                "missing": _names(weights for weights in files if not _is_here(weights)),
-            }
-        )
-    return _markdown(rows)
-
-
-def _files_table() -> str:
-    from ..modeling.checkpoints import MODELS, model_files
-
-    files = dict.fromkeys(weights for name in MODELS for weights in model_files(name))
-    rows = [
-        {"file": f"`{w.filename}`", "MB": f"{w.megabytes:,}", "here": "yes" if _is_here(w) else "", "hash": _pin(w)}
-        for w in files
-    ]
-    return _markdown(rows)
-
-
-def _pin(weights: Weights) -> str:
-    """By what the file is known, in short."""
-    for kind, digest in (("sha256", weights.sha256), ("git blob", weights.git_blob)):
-        if digest is not None:
-            return f"{kind} {digest[:_HASH_DIGITS]}{'...' if len(digest) > _HASH_DIGITS else ''}"
-    return "that of its first use: none is published" if weights.sources else "none: it comes with the package"
-
-
-def _is_here(weights: Weights) -> bool:
-    from ..modeling.checkpoints import local_path
-
-    return local_path(weights).is_file()
-
-
-def _names(files: Iterable[Weights]) -> str:
-    return ", ".join(weights.filename for weights in files)
+    files = model_files(model)
+    total = sum(len(weights.sources) for weights in files)
+    checks = []
+    for check in check_sources(files):
+        checks.append(check)
+        progress.tell(len(checks) / total, f"Asked {count(len(checks), 'source')} of {total}")
+    wrong = sum(check.verdict != "right" for check in checks)
+    verdict = f"**{count(wrong, 'source')} wrong or out of reach**" if wrong else "**All sources are right**"
+    rows = list(map(source_row, checks))
+    return Outcome(f"{verdict}\n\n{_markdown(rows)}", {"model": model, "sources": rows})
 
 
 def _markdown(rows: list[dict[str, str]]) -> str:
     import pandas as pd
 
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    table = pd.DataFrame(rows)
+    for column in {"model", "file", "source"} & set(table):
+        table[column] = "`" + table[column].str.strip("`") + "`"
+    return table.to_markdown(index=False, disable_numparse=True)

@@ -24,6 +24,7 @@ from fiftyone.operators.constants import ViewTarget
 from pymongo.errors import OperationFailure, PyMongoError
 from tqdm import tqdm
 
+from ..errors import MobileSAMv2Error
 from ..progress import Cancelled
 from ..registration import PLUGIN
 from ..stored_labels import label_fields
@@ -526,9 +527,7 @@ def _show_outcome(ctx: ExecutionContext, title: str, work: _Work) -> Iterator[Ge
 
 def _explains_itself(error: BaseException) -> bool:
     """Whether its message says what is wrong and what to do. Others are defects, and are logged with their trace."""
-    from ..modeling.checkpoints import CheckpointError  # here, as in all operators: the App need not wait for torch
-
-    return isinstance(error, (ValueError, OSError, PyMongoError, CheckpointError))
+    return isinstance(error, (ValueError, OSError, PyMongoError, MobileSAMv2Error))
 
 
 def _told(error: BaseException) -> str:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..modeling.checkpoints import PACKAGED_WEIGHTS, load_decoder, load_detector, load_encoder, read_tensors
+from ..modeling.checkpoints.files import PACKAGED_WEIGHTS
+from ..modeling.checkpoints.loading import load_decoder, load_detector, load_encoder, read_tensors
 from .decoder import ENCODER
 
 

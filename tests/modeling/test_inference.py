@@ -12,7 +12,8 @@ from ultralytics.models.sam.modules.tiny_encoder import TinyViT
 from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 
 from fiftyone_mobilesamv2.images import read_image
-from fiftyone_mobilesamv2.modeling.checkpoints import PACKAGED_WEIGHTS, load_detector
+from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_detector
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config
 from fiftyone_mobilesamv2.modeling.inference import InFloat32, Strips, prepare_for_inference
 from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery

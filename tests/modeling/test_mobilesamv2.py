@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiftyone_mobilesamv2.modeling.checkpoints import load_detector
+from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_detector
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config, preprocess
 from fiftyone_mobilesamv2.modeling.masks import Segmentation, upsample
 from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from fiftyone_mobilesamv2.modeling.checkpoints import MODELS, PretrainedModel, Weights, local_path, model_files
+from fiftyone_mobilesamv2.modeling.checkpoints import MODELS, PretrainedModel, Weights, model_files
+from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
 
 NAME = "manage_models"
 ENCODER, REST = b"encoder" * 100_000, b"the rest" * 100_000
@@ -52,7 +53,7 @@ def models(served, monkeypatch):
     rest = Weights("rest.pt", (f"{url}/rest.pt",), megabytes=1, git_blob=BLOB)
     for name in ("one", "two"):
         encoder = Weights(f"{name}.pt", (f"{url}/encoder.pt",), megabytes=2, sha256=SHA256)
-        monkeypatch.setitem(MODELS, name, PretrainedModel("tiny_vit", encoder, rest, rest))
+        monkeypatch.setitem(MODELS, name, PretrainedModel("tiny_vit", encoder, rest, rest, "a test", ""))
 
 
 def rows(markdown):
@@ -82,6 +83,7 @@ def test_tables(plugin, folder):
     assert list(models) == list(MODELS)
     assert models["mobilesamv2-vith-torch"] == {
         "MB": "2,720",
+        "speed": "slowest, most exact",
         "here": "ObjectAwareModel.pt",
         "missing": "sam_vit_h_4b8939.pth, Prompt_guided_Mask_Decoder.pt",
     }
@@ -90,8 +92,7 @@ def test_tables(plugin, folder):
     assert len(files) == 11
     assert files["ObjectAwareModel.pt"] == {"MB": "140", "here": "yes", "hash": "sha256 4d99244a9c7a..."}
     assert files["Prompt_guided_Mask_Decoder.pt"] == {"MB": "15", "here": "", "hash": "git blob c13b15a3a449..."}
-    assert files["sam_vit_b_01ec64.pth"]["hash"] == "sha256 01ec64"
-    assert files["l0.pt"]["hash"] == "that of its first use: none is published"
+    assert files["sam_vit_b_01ec64.pth"]["hash"] == "sha256 ec2df6273261..."
     assert files["demo_sam.safetensors"]["hash"] == "none: it comes with the package"
 
 
@@ -126,7 +127,7 @@ def test_download(plugin, models, folder):
     assert ((folder / "one.pt").read_bytes(), (folder / "rest.pt").read_bytes()) == (ENCODER, REST)
     form = plugin.form(NAME, None, {"model": "one"})
     assert form.errors == [] and form.default("action") == "verify"
-    assert rows(form.default("models"))["two"] == {"MB": "3", "here": "rest.pt", "missing": "two.pt"}
+    assert rows(form.default("models"))["two"] == {"MB": "3", "speed": "", "here": "rest.pt", "missing": "two.pt"}
     text = dialog(plugin, model="two", action="download")
     assert "two is here" in text and str(folder / "two.pt") in text
 
@@ -157,7 +158,7 @@ def test_verify(plugin, models, folder):
     result = plugin.call(NAME, None, model="one", action="verify")
     assert result["files"]["rest.pt"] == {"sha256": None, "problem": "is not here"}
     problem = result["files"]["one.pt"]["problem"]
-    assert hashlib.sha256(REST).hexdigest() in problem and SHA256 in problem and "delete the file" in problem
+    assert hashlib.sha256(REST).hexdigest() in problem and SHA256 in problem and "move it away" in problem
     text = dialog(plugin, model="one", action="verify")
     assert "**2 files wrong or missing**" in text and problem in text
 

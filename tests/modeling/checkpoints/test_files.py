@@ -6,19 +6,19 @@ import os
 import pytest
 from filelock import FileLock
 
-from fiftyone_mobilesamv2.modeling import checkpoints
-from fiftyone_mobilesamv2.modeling.checkpoints import (
-    MODELS,
-    CheckpointError,
-    PretrainedModel,
-    Weights,
+from fiftyone_mobilesamv2.errors import CheckpointError
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights, model_files
+from fiftyone_mobilesamv2.modeling.checkpoints.files import (
+    WEIGHTS_DIR_VARIABLE,
     deletable_files,
     delete_model,
+    fetch_model,
     local_path,
-    model_files,
+    old_paths,
     verified_sha256,
-    verify,
+    weights_sha256,
 )
+from fiftyone_mobilesamv2.modeling.checkpoints.verification import verify
 
 CONTENT = bytes(range(256)) * 100
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -28,7 +28,7 @@ TINY, L0, DEMO = "mobilesamv2-tinyvit-torch", "mobilesamv2-efficientvit-l0-torch
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(checkpoints.WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
+    monkeypatch.setenv(WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
     (tmp_path / "weights").mkdir()
     return tmp_path / "weights"
 
@@ -57,7 +57,7 @@ def test_files_of_models():
 # Verifying ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [{"sha256": SHA256}, {"sha256": SHA256[:6]}, {}], ids=str)
+@pytest.mark.parametrize("known", [{"sha256": SHA256}, {}], ids=str)
 def test_every_byte_is_read_again(folder, known):
     """Also where size and time are those of the file that was verified before."""
     path, wanted = folder / "w.pt", Weights("w.pt", NOWHERE, megabytes=1, **known)
@@ -83,6 +83,44 @@ def test_file_that_is_not_here():
         verified_sha256(Weights("w.pt", NOWHERE, megabytes=1))
 
 
+# Old names ----------------------------------------------------------------------------------------------------------
+
+RENAMED = Weights("new.pt", NOWHERE, megabytes=1, sha256=SHA256, old_names=("older.pt", "old.pt"))
+
+
+def test_file_under_an_old_name_is_used(folder, monkeypatch):
+    monkeypatch.setitem(MODELS, "test", PretrainedModel("tiny_vit", *[RENAMED] * 3, "a test", ""))
+    (folder / "older.pt").write_bytes(b"something else")
+    (folder / "old.pt").write_bytes(CONTENT)
+    assert set(fetch_model("test").values()) == {folder / "old.pt"}
+    assert set(weights_sha256("test", {}).values()) == {SHA256} == {verified_sha256(RENAMED)}
+    assert delete_model("test") == [RENAMED] and not (folder / "old.pt").exists()
+    assert (folder / "older.pt").read_bytes() == b"something else"  # nobody knows what that is
+
+
+def test_another_file_under_an_old_name_is_not(folder):
+    (folder / "old.pt").write_bytes(CONTENT[::-1])
+    assert local_path(RENAMED) == folder / "new.pt" and old_paths(RENAMED) == [folder / "old.pt"]
+
+
+def test_old_name_without_a_published_hash_says_nothing(folder):
+    (folder / "old.pt").write_bytes(CONTENT)
+    assert local_path(Weights("new.pt", NOWHERE, megabytes=1, old_names=("old.pt",))) == folder / "new.pt"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_old_names(name):
+    """Those of the hub until October 2024, of the released script, and of Meta."""
+    old = {weights.filename: weights.old_names for weights in model_files(name)}
+    expected = {
+        "efficientvit_sam_l0.pt": "l0.pt",
+        "efficientvit_sam_l1.pt": "l1.pt",
+        "efficientvit_sam_l2.pt": "l2.pt",
+        "sam_vit_h_4b8939.pth": "sam_vit_h.pt",
+    }
+    assert all(expected[filename] in names for filename, names in old.items() if filename in expected)
+
+
 # Deleting -----------------------------------------------------------------------------------------------------------
 
 
@@ -100,12 +138,16 @@ def test_shared_files_stay_while_another_model_needs_them(folder):
     assert names_of(delete_model(TINY)) == {"mobile_sam.pt"}
     assert all(local_path(weights).is_file() for weights in model_files(L0))
     # Now it is the last one.
-    assert names_of(delete_model(L0)) == {"l0.pt", "Prompt_guided_Mask_Decoder.pt", "ObjectAwareModel.pt"}
+    assert names_of(delete_model(L0)) == {
+        "efficientvit_sam_l0.pt",
+        "Prompt_guided_Mask_Decoder.pt",
+        "ObjectAwareModel.pt",
+    }
 
 
 def test_model_that_lacks_files_needs_none(folder):
     put(TINY, L0)
-    (folder / "l0.pt").unlink()
+    (folder / "efficientvit_sam_l0.pt").unlink()
     assert names_of(delete_model(TINY)) == names_of(model_files(TINY))
 
 
@@ -131,7 +173,7 @@ def test_file_that_is_being_downloaded(folder):
 def test_record_of_the_first_use_outlives_its_file(folder, monkeypatch):
     """So that a file of which no hash is published can't come back as another one."""
     unpinned = Weights("encoder.pt", NOWHERE, megabytes=1)
-    monkeypatch.setitem(MODELS, "test", PretrainedModel("tiny_vit", unpinned, unpinned, unpinned))
+    monkeypatch.setitem(MODELS, "test", PretrainedModel("tiny_vit", unpinned, unpinned, unpinned, "a test", ""))
     (folder / "encoder.pt").write_bytes(CONTENT)
     verified_sha256(unpinned)
     assert delete_model("test") == [unpinned]

@@ -1,6 +1,5 @@
 """Downloads of weights, against servers on the loopback: from pinned hosts, resumed, verified, recorded, once only."""
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -12,143 +11,29 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import huggingface_hub.constants
 import pytest
 
-from fiftyone_mobilesamv2.modeling import checkpoints
-from fiftyone_mobilesamv2.modeling.checkpoints import CheckpointError, DownloadError, HubFile, Weights, fetch
+from fiftyone_mobilesamv2.errors import CheckpointError, DownloadError
+from fiftyone_mobilesamv2.modeling.checkpoints import downloads
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, HubFile, Weights, all_files
+from fiftyone_mobilesamv2.modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
+from fiftyone_mobilesamv2.modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE, fetch, fetch_model
 from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 BLOB = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()
-REVISION = "0" * 40
 
-
-class Server(ThreadingHTTPServer):
-    """Serves `files`, path -> bytes.
-
-    Attributes:
-        redirects: path -> where it leads.
-        lengths: path -> what is said to be the length; None says nothing, and goes on for ever.
-        break_after: the next connection is cut after so many bytes.
-        ranges: whether it honours Range.
-        slow: seconds it waits before each answer.
-        requests: (method, path, Range or None) of each.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.redirects, self.lengths, self.requests = {}, {}, {}, []
-        self.break_after, self.ranges, self.slow = None, True, 0.0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_CONNECT(self) -> None:
-        """As a proxy that lets nobody through."""
-        self.server.requests.append((self.command, self.path, None))
-        self.send_error(403)
-
-    def do_GET(self) -> None:
-        content = self.answer()
-        while content is not None and self.server.lengths.get(self.path, ()) is None:
-            try:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
-            except OSError:
-                return
-        if content is not None and self.server.break_after is not None:
-            self.server.break_after, content = None, content[: self.server.break_after]
-            self.close_connection = True
-        self.wfile.write(content or b"")
-
-    def answer(self) -> bytes | None:
-        wanted = self.headers.get("Range")
-        self.server.requests.append((self.command, self.path, wanted))
-        time.sleep(self.server.slow)
-        content = self.server.files.get(self.path)
-        if self.path in self.server.redirects:
-            self.send_response(302)
-            self.send_header("Location", self.server.redirects[self.path])
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return None
-        if content is None:
-            self.send_error(404)
-            return None
-        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted and self.server.ranges else 0
-        if start >= len(content) > 0:
-            self.send_error(416)
-            return None
-        self.send_response(206 if wanted and self.server.ranges else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        length = self.server.lengths.get(self.path, len(content) - start)
-        self.send_header(*(("Transfer-Encoding", "chunked") if length is None else ("Content-Length", str(length))))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", REVISION)
-        self.end_headers()
-        return content[start:]
-
-    def log_message(self, *args: object) -> None: ...
-
-
-@contextlib.contextmanager
-def serving():
-    server = Server()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A server that weights may come from, as may from one that nobody runs."""
-    with serving() as server:
-        monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, f"{server.url} http://127.0.0.1:9")
-        yield server
-
-
-@pytest.fixture
-def stranger():
-    """A server that nobody has named."""
-    with serving() as server:
-        server.files["/w.pt"] = CONTENT
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """The weights folder; connections to the loopback go there directly."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv(checkpoints.WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
-    return tmp_path / "weights"
-
-
-@pytest.fixture
-def hub(server, monkeypatch):
-    """The server as Hugging Face hub; the library reads HF_ENDPOINT when it is first imported, which was before."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    return server
+def stranger(stranger):
+    stranger.files["/w.pt"] = CONTENT
+    return stranger
 
 
 def weights(*sources, **known) -> Weights:
@@ -164,7 +49,7 @@ LEFT = {"w.pt", "w.pt.lock", "w.pt.verified.json"}
 
 @pytest.mark.parametrize(
     "known",
-    [{}, {"sha256": SHA256}, {"sha256": SHA256[:6]}, {"git_blob": BLOB}, {"size": len(CONTENT), "sha256": SHA256}],
+    [{}, {"sha256": SHA256}, {"git_blob": BLOB}, {"size": len(CONTENT), "sha256": SHA256}],
     ids=lambda known: "+".join(known) or "nothing",
 )
 def test_download(server, folder, known):
@@ -180,7 +65,6 @@ def test_download(server, folder, known):
     "known",
     [
         {"sha256": "0" * 64},
-        {"sha256": "000000"},
         {"git_blob": "0" * 40},
         {"size": 3},
         {"sha256": SHA256, "git_blob": "0" * 40},
@@ -198,21 +82,155 @@ def test_wrong_file_is_refused_and_not_kept(server, folder, known):
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_broken_connection_is_resumed(server, folder, ranges):
-    server.files["/w.pt"], server.break_after, server.ranges = CONTENT, 1_500_000, ranges
-    wanted = weights(f"{server.url}/w.pt", sha256=SHA256)
-    with pytest.raises(DownloadError, match=r"1,500,000 of 2,097,152 bytes; try again to resume"):
-        fetch(wanted)
-    assert files_in(folder) == {"w.pt.lock", "w.pt.partial"}
-    assert fetch(wanted).read_bytes() == CONTENT
+    server.files["/w.pt"], server.breaks, server.ranges = CONTENT, [1_500_000], ranges
+    assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
     assert server.requests == [("GET", "/w.pt", None), ("GET", "/w.pt", "bytes=1500000-")]
     assert files_in(folder) == LEFT
 
 
+def test_connection_that_breaks_again_and_again(server, folder, waits):
+    """As long as something comes, it goes on."""
+    server.files["/w.pt"], server.breaks = CONTENT, [200_000] * 10
+    assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
+    assert len(server.requests) == 11 and max(waits) <= downloads.FIRST_WAIT * 2 ** (downloads.MAX_ATTEMPTS - 1)
+
+
+def test_connection_over_which_nothing_comes(server, folder, waits):
+    server.files["/w.pt"], server.breaks = CONTENT, [1_500_000] + [0] * 100
+    wanted = weights(f"{server.url}/w.pt", sha256=SHA256)
+    with pytest.raises(DownloadError, match=r"1,500,000 of 2,097,152 bytes; try again to resume"):
+        fetch(wanted)
+    assert len(server.requests) == 1 + downloads.MAX_ATTEMPTS - 1
+    assert waits[:-1] == [1, 2, 4]  # the last one is computed and not waited
+    assert files_in(folder) == {"w.pt.lock", "w.pt.partial"}
+    server.breaks.clear()
+    assert fetch(wanted).read_bytes() == CONTENT  # resumed by the next call
+    assert server.requests[-1] == ("GET", "/w.pt", "bytes=1500000-")
+
+
 def test_what_has_come_serves_the_next_source(server, folder):
     server.files |= {"/a": CONTENT, "/b": CONTENT}
-    server.break_after = 1_500_000
+    server.breaks = [1_500_000, 0, 0, 0]
     assert fetch(weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256)).read_bytes() == CONTENT
     assert server.requests[-1] == ("GET", "/b", "bytes=1500000-")
+
+
+def test_half_of_another_file_is_not_the_next_ones_fault(server, folder):
+    server.files |= {"/a": b"another file" * 100_000, "/b": CONTENT}
+    server.breaks = [900_000, 0, 0, 0]
+    assert fetch(weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256)).read_bytes() == CONTENT
+    assert [path for _, path, wanted in server.requests if wanted is None] == ["/a", "/b"]
+
+
+# Faults that may pass ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_passing_fault_is_waited_for(server, folder, waits, status):
+    server.files["/w.pt"] = CONTENT
+    server.statuses["/w.pt"] = [(status, {}), (status, {"Retry-After": 7})]
+    assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
+    assert waits == [1, 7]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 418])
+def test_lasting_fault_is_not(server, folder, waits, status):
+    server.statuses["/w.pt"] = [(status, {})]
+    with pytest.raises(DownloadError, match=f"HTTP status {status} "):
+        fetch(weights(f"{server.url}/w.pt", sha256=SHA256))
+    assert waits == [] and len(server.requests) == 1
+
+
+def test_rate_limit_that_lasts(server, folder, waits):
+    """Four attempts; or none more where the host asks for more patience than anybody has: then the next source."""
+    server.files["/b"] = CONTENT
+    server.statuses["/a"] = [(429, {"Retry-After": 3600})] + [(429, {})] * 10
+    wanted = weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256)
+    assert fetch(wanted).read_bytes() == CONTENT
+    assert waits == [] and [path for _, path, _ in server.requests] == ["/a", "/b"]
+    with pytest.raises(DownloadError, match=r"HTTP status 429 \(Too Many Requests\)"):
+        fetch(dataclasses.replace(wanted, filename="v.pt", sources=wanted.sources[:1]))
+    assert waits[:-1] == [1, 2, 4]  # the last one is computed and not waited
+
+
+def test_rate_limit_of_the_hub(hub, folder, waits):
+    path = "/owner/repo/resolve/main/c.pt"
+    hub.files["/cdn"], hub.linked[path] = CONTENT, "/cdn"
+    hub.statuses[path] = [(429, {"Retry-After": 5}), (503, {})]
+    assert fetch(weights(HubFile("owner/repo", "c.pt"), sha256=SHA256)).read_bytes() == CONTENT
+    assert waits == [5, 2]
+
+
+def test_waiting_can_be_cancelled(server, folder, monkeypatch):
+    """What `progress` raises ends it within a second, though the host asks for a minute."""
+    monkeypatch.setattr(downloads, "_wait", lambda state: 60)
+    server.statuses["/w.pt"] = [(429, {"Retry-After": 60})]
+    start = time.monotonic()
+
+    def progress(name, done, total):
+        if time.monotonic() - start > 0.2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(weights(f"{server.url}/w.pt", sha256=SHA256), progress)
+    assert time.monotonic() - start < 10
+
+
+def test_login_page_of_a_network(server, folder):
+    """A captive portal answers everything with a page of its own."""
+    server.files["/w.pt"] = b"\n<!DOCTYPE html><html><body>Welcome to our hotel! Please log in.</body></html>"
+    for known in ({"sha256": SHA256}, {"size": 1000}):
+        with pytest.raises(DownloadError, match=r"of a web page \(perhaps this network asks you to log in first\)"):
+            fetch(weights(f"{server.url}/w.pt", **known))
+    assert files_in(folder) == {"w.pt.lock"}
+
+
+def test_file_of_another_hash_is_told_and_the_next_source_tried(server, folder, caplog):
+    server.files |= {"/renamed": b"other weights", "/right": CONTENT}
+    fetch(weights(f"{server.url}/renamed", f"{server.url}/right", sha256=SHA256))
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    message = record.getMessage()
+    assert f"w.pt can't be had from {server.url}/renamed: the file there is not w.pt: its sha256 is " in message
+
+
+def test_hub_that_has_another_file_is_not_downloaded_from(hub, folder, caplog):
+    """Its sha256 is in the answer to a HEAD: gigabytes of the wrong file are not worth an attempt."""
+    hub.files |= {"/cdn": b"other weights", "/right": CONTENT}
+    hub.linked["/owner/repo/resolve/main/c.pt"] = "/cdn"
+    fetch(weights(HubFile("owner/repo", "c.pt"), f"{hub.url}/right", sha256=SHA256))
+    assert [(method, path) for method, path, _ in hub.requests] == [
+        ("HEAD", "/owner/repo/resolve/main/c.pt"),
+        ("GET", "/right"),
+    ]
+    assert hashlib.sha256(b"other weights").hexdigest() in caplog.text
+
+
+def test_hub_file_at_a_revision(hub, folder):
+    hub.files["/cdn"], hub.linked[f"/owner/repo/resolve/{'a' * 40}/sub/c.pt"] = CONTENT, "/cdn"
+    source = HubFile("owner/repo", "sub/c.pt", "a" * 40)
+    assert fetch(weights(source, sha256=SHA256)).read_bytes() == CONTENT
+    assert str(source) == f"https://huggingface.co/owner/repo/resolve/{'a' * 40}/sub/c.pt"
+
+
+def test_disk_that_is_full(server, folder, monkeypatch):
+    """No other source is asked: it would not help."""
+    server.files |= {"/a": CONTENT, "/b": CONTENT}
+
+    def transfer(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(downloads, "_transfer", transfer)
+    with pytest.raises(DownloadError, match="No space left on device") as refusal:
+        fetch(weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256))
+    assert list(refusal.value.reasons) == [f"{server.url}/a"]
+
+
+def test_offline_mode_asks_nobody(server, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    server.files["/w.pt"] = CONTENT
+    with pytest.raises(DownloadError, match=r"offline mode \(HF_HUB_OFFLINE is set\)"):
+        fetch(weights(f"{server.url}/w.pt", HubFile("owner/repo", "c.pt"), sha256=SHA256))
+    assert server.requests == []
 
 
 def test_all_of_it_was_here(server, folder):
@@ -254,9 +272,9 @@ def test_every_source_and_its_reason(server, folder, hub):
     assert list(refusal.value.reasons) == [str(source) for source in sources]
     for reason, words in zip(
         refusal.value.reasons.values(),
-        ("404", "is not w.pt", "refused", "none of the hosts", "404", "HFValidationError"),
+        ("404", "is not w.pt", "refused", "none of the hosts", "404", "Repo id must use"),
     ):
-        assert words in reason and reason in str(refusal.value)
+        assert words in reason and reason in refusal.value.details
 
 
 def test_server_that_speaks_no_http(folder, monkeypatch):
@@ -269,8 +287,8 @@ def test_server_that_speaks_no_http(folder, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=serve, daemon=True).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, url)
-        with pytest.raises(DownloadError, match="BadStatusLine"):  # which is no OSError
+        monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, url)
+        with pytest.raises(DownloadError, match="garbage"):  # which is no OSError
             fetch(weights(f"{url}/", sha256=SHA256))
 
 
@@ -279,10 +297,8 @@ def test_server_that_speaks_no_http(folder, monkeypatch):
 
 def test_hub(hub, folder):
     hub.files["/owner/repo/resolve/main/sub/c.pt"] = CONTENT
-    hub.break_after = 1_500_000
+    hub.breaks = [1_500_000]
     wanted = weights(HubFile("owner/repo", "sub/c.pt"), sha256=SHA256)
-    with pytest.raises(DownloadError, match="try again to resume"):
-        fetch(wanted)
     assert fetch(wanted).read_bytes() == CONTENT
     assert hub.requests[-1][2] == "bytes=1500000-"
     assert files_in(folder) == LEFT  # no second copy
@@ -290,7 +306,8 @@ def test_hub(hub, folder):
 
 HUB_PROGRAM = """
 import sys, time
-from fiftyone_mobilesamv2.modeling.checkpoints import DownloadError, HubFile, Weights, fetch
+from fiftyone_mobilesamv2.modeling.checkpoints import DownloadError, HubFile, Weights
+from fiftyone_mobilesamv2.modeling.checkpoints.files import fetch
 start = time.monotonic()
 try:
     fetch(Weights("w.pt", (HubFile("owner/repo", "c.pt"),), megabytes=2))
@@ -303,10 +320,10 @@ except DownloadError as error:
     "environment, words",
     [
         (
-            {"HF_ENDPOINT": "http://127.0.0.1:9", checkpoints.DOWNLOAD_HOSTS_VARIABLE: "http://127.0.0.1:9"},
-            "ConnectError",
+            {"HF_ENDPOINT": "http://127.0.0.1:9", DOWNLOAD_HOSTS_VARIABLE: "http://127.0.0.1:9"},
+            "Connection refused",
         ),
-        ({"HF_HUB_OFFLINE": "1"}, "OfflineModeIsEnabled"),
+        ({"HF_HUB_OFFLINE": "1"}, "offline mode"),
     ],
     ids=["no network", "offline mode"],
 )
@@ -330,7 +347,7 @@ def proxy(server, monkeypatch):
     return server
 
 
-SOURCES = {str(source) for name in checkpoints.MODELS for w in checkpoints.model_files(name) for source in w.sources}
+SOURCES = {str(source) for file in all_files() for source in file.sources}
 
 
 @pytest.mark.parametrize(
@@ -384,7 +401,7 @@ def test_hosts_of_weights(folder, proxy, url):
 def test_other_hosts_are_not_even_asked(folder, proxy, url):
     with pytest.raises(DownloadError, match="is none of the hosts that weights are downloaded from") as refusal:
         fetch(weights(url))
-    assert checkpoints.DOWNLOAD_HOSTS_VARIABLE in str(refusal.value)
+    assert DOWNLOAD_HOSTS_VARIABLE in str(refusal.value)
     assert proxy.requests == [] and files_in(folder) == {"w.pt.lock"}
 
 
@@ -403,7 +420,7 @@ def test_other_hosts_are_not_even_asked(folder, proxy, url):
 )
 def test_hosts_that_the_user_names(folder, stranger, monkeypatch, named, may):
     named = named.replace("{url[4:]}", stranger.url[4:]).format(url=stranger.url, port=stranger.server_port)
-    monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, named)
+    monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, named)
     if may:
         assert fetch(weights(f"{stranger.url}/w.pt")).read_bytes() == CONTENT
     else:
@@ -424,7 +441,7 @@ def test_redirects_to_others_are_not_followed(server, stranger, folder, to):
 
 
 def test_redirects_among_the_hosts_are_followed(server, stranger, folder, monkeypatch):
-    monkeypatch.setenv(checkpoints.DOWNLOAD_HOSTS_VARIABLE, f"{server.url} {stranger.url}")
+    monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, f"{server.url} {stranger.url}")
     server.redirects |= {"/a": "/b", "/b": f"{stranger.url}/w.pt"}
     assert fetch(weights(f"{server.url}/a", sha256=SHA256)).read_bytes() == CONTENT
 
@@ -491,7 +508,7 @@ def test_no_secret_is_told(server, stranger, hub, folder, caplog, capfd, monkeyp
         "/owner/repo/resolve/main/c.pt": f"{server.url}/missing{signed}",
         "/owner/repo/resolve/main/d.pt": f"http://S3CRET:S3CRET@{host}/w.pt",
     }
-    server.files |= {f"/w.pt{signed}": CONTENT, f"/wrong{signed}": b"wrong", f"/broken{signed}": CONTENT}
+    server.files |= {f"/w.pt{signed}": CONTENT, f"/wrong{signed}": b"wrong", f"/broken{signed}": CONTENT[:-1]}
     server.lengths |= {f"/broken{signed}": 3_000_000}
     sources = [
         f"http://S3CRET:S3CRET@{host}/w.pt",
@@ -599,7 +616,7 @@ def test_file_put_there_by_hand_needs_no_network(server, folder):
     (folder / "w.pt").write_bytes(CONTENT)
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)) == folder / "w.pt"
     (folder / "w.pt").write_bytes(b"another file")
-    with pytest.raises(CheckpointError, match="delete the file to have it downloaded again"):
+    with pytest.raises(CheckpointError, match="move it away to have it downloaded again"):
         fetch(weights(f"{server.url}/w.pt", sha256=SHA256))
     assert server.requests == []
     assert (folder / "w.pt").read_bytes() == b"another file"
@@ -626,7 +643,8 @@ def test_threads_download_once(server, folder):
 
 FETCH_PROGRAM = """
 import sys
-from fiftyone_mobilesamv2.modeling.checkpoints import Weights, fetch
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import Weights
+from fiftyone_mobilesamv2.modeling.checkpoints.files import fetch
 print("ready", flush=True)
 sys.stdin.readline()
 print(fetch(Weights("w.pt", (sys.argv[1],), megabytes=2)))
@@ -649,14 +667,15 @@ def test_processes_download_once(server, folder):
 
 def test_model_without_network_says_which_files_to_put_where(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # every connection is refused
     with pytest.raises(CheckpointError) as refusal:
         MobileSAMv2.from_pretrained("mobilesamv2-tinyvit-torch", device="cpu")
-    message = str(refusal.value)
-    assert f"Put these files into {folder} " in message and checkpoints.WEIGHTS_DIR_VARIABLE in message
-    for wanted in checkpoints.MODELS["mobilesamv2-tinyvit-torch"].weights.values():
-        assert f"- {wanted.filename} ({wanted.describe()})" in message
-        assert all(f"from {source}: " in message for source in wanted.sources)
+    message, details = str(refusal.value), refusal.value.details
+    assert len(message.splitlines()) == 7 and "mobilesamv2-demo-torch" in message
+    assert f"Put what is missing into {folder} " in message and WEIGHTS_DIR_VARIABLE in message
+    for wanted in MODELS["mobilesamv2-tinyvit-torch"].weights.values():
+        assert f"- {wanted.filename} ({wanted.megabytes} MB) from {wanted.sources[0]}: offline mode" in message
+        assert f"{wanted.filename}: {wanted.describe()}" in details
+        assert all(f"  {source}: offline mode" in details for source in wanted.sources)
 
 
 def test_model_with_one_wrong_file(folder):
@@ -664,7 +683,7 @@ def test_model_with_one_wrong_file(folder):
     folder.mkdir()
     (folder / "mobile_sam.pt").write_bytes(b"<html>")
     with pytest.raises(CheckpointError, match=r"mobile_sam\.pt is not mobile_sam\.pt: it has 6 bytes") as refusal:
-        checkpoints.fetch_model("mobilesamv2-tinyvit-torch", skip=("decoder_checkpoint", "detector_checkpoint"))
+        fetch_model("mobilesamv2-tinyvit-torch", skip=("decoder_checkpoint", "detector_checkpoint"))
     assert "40,728,226 bytes" in str(refusal.value)
 
 

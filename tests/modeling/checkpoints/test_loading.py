@@ -11,13 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
-from fiftyone_mobilesamv2.modeling.checkpoints import (
-    CheckpointError,
-    load_decoder,
-    load_detector,
-    load_encoder,
-    read_tensors,
-)
+from fiftyone_mobilesamv2.errors import CheckpointError
+from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_decoder, load_detector, load_encoder, read_tensors
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config
 
 

@@ -25,14 +25,9 @@ from torch.serialization import get_safe_globals, safe_globals
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 
-from fiftyone_mobilesamv2.modeling.checkpoints import (
-    PACKAGED_WEIGHTS,
-    CheckpointError,
-    load_decoder,
-    load_detector,
-    load_encoder,
-    read_tensors,
-)
+from fiftyone_mobilesamv2.errors import CheckpointError
+from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_decoder, load_detector, load_encoder, read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -525,7 +520,8 @@ BOMBS = {
 PROGRAM_OF_BOMBS = """
 import json, resource, sys, time
 from pathlib import Path
-from fiftyone_mobilesamv2.modeling.checkpoints import CheckpointError, load_encoder, read_tensors
+from fiftyone_mobilesamv2.errors import CheckpointError
+from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_encoder, read_tensors
 
 def used():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""What is read from a file of `torch.save` is what was saved, bit for bit. Hostile: test_hostile_checkpoints.py."""
+"""What is read from a file of `torch.save` is what was saved, bit for bit. Hostile: test_hostile_files.py."""
 
 import collections
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
-from fiftyone_mobilesamv2.modeling.saved_tensors import named_tensors, read_saved
+from fiftyone_mobilesamv2.modeling.checkpoints.saved_tensors import named_tensors, read_saved
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.bool),

@@ -1,0 +1,311 @@
+"""Downloads of weights: from known hosts only, resumed, retried, verified before they take their place."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import logging
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import tenacity
+from tqdm import tqdm
+
+from ...errors import CheckpointError
+from .catalog import HOSTS, HubFile, Weights
+from .verification import find_problem, record_path
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+
+logger = logging.getLogger(__name__)
+
+DOWNLOAD_HOSTS_VARIABLE = "FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS"
+
+MAX_ATTEMPTS = 4  # in a row without a further byte
+FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
+MAX_WAIT = 60.0  # seconds that a host may ask us to wait; beyond it the next source is tried
+TIMEOUT = 30.0  # seconds that a host may be silent
+
+# Too many requests, or a fault that may pass: https://www.rfc-editor.org/rfc/rfc9110#name-status-codes, RFC 6585.
+_PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_SECRETS = re.compile(r"(?<=//)[^\s'\"]*@|\?[^\s'\"]+")  # in a URL: user and password, and the query
+
+# What a download reports: the file's name, the bytes that have come, and those that it has, where the server says so.
+DownloadProgress = Callable[[str, int, int | None], None]
+
+T = TypeVar("T")
+
+
+class _Broken(OSError):
+    """A connection ended before the file did."""
+
+
+class _WrongFile(CheckpointError):
+    """A source has another file than the catalog says."""
+
+
+def download(weights: Weights, path: Path, progress: DownloadProgress | None = None) -> dict[str, str]:
+    """Downloads `weights` to a file beside `path`, which takes its place only when it is the right one.
+
+    Sources are tried in their order. What a broken download leaves is resumed, also by the next call.
+
+    Args:
+        progress: told of what has come, in place of a bar on stderr. What it raises ends the download, to be resumed.
+
+    Returns:
+        source -> why it did not give the file, if none did; empty when the file is at `path`.
+    """
+    partial = partial_path(path)
+    reasons: dict[str, str] = {}
+    for source in weights.sources:
+        name = without_secrets(str(source))
+        try:
+            _get(_location(source, weights), weights, partial, record_path(path), progress)
+        except Exception as error:  # from OSError to the types of the hub's HTTP client, which share no other base
+            reasons[name] = explain(error)
+            level = logging.WARNING if isinstance(error, _WrongFile) else logging.INFO
+            logger.log(level, "%s can't be had from %s: %s", weights.filename, name, reasons[name])
+            if isinstance(error, OSError) and error.errno in _FULL_DISK:
+                break
+            continue  # what has come stays, to be resumed
+        partial.replace(path)
+        return {}
+    return reasons
+
+
+def _get(url: str, weights: Weights, partial: Path, record: Path, progress: DownloadProgress | None) -> None:
+    """Downloads `url` to `partial`. Raises _WrongFile for another file, which is deleted."""
+    limit = weights.size or 2_000_000 * weights.megabytes
+    while True:
+        resumed = partial.exists()
+        retried(lambda: _transfer(url, partial, limit, progress), partial, progress)
+        problem = find_problem(partial, weights, record)
+        if problem is None:
+            return
+        partial.unlink()
+        if not resumed:
+            raise _WrongFile(f"the file there {problem}")
+        # The first part came from an earlier attempt, perhaps of another file: once more from the start.
+
+
+def partial_path(path: Path) -> Path:
+    """Where a download is until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+# Where from ----------------------------------------------------------------------------------------------------------
+
+
+def _location(source: HubFile | str, weights: Weights) -> str:
+    """The URL of a source. Raises _WrongFile where the hub already says that it has another file."""
+    check_online()
+    if isinstance(source, str):
+        return source
+    metadata = hub_metadata(source)
+    if weights.sha256 and is_sha256(metadata.etag) and metadata.etag != weights.sha256:
+        raise _WrongFile(f"the file there is not {weights.filename}: its sha256 is {metadata.etag}")
+    return metadata.location
+
+
+def hub_metadata(source: HubFile) -> HfFileMetadata:
+    """What the hub says of a file: `etag` (of large files the sha256), `size`, `location`, `commit_hash`."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    # The hub's library answers where a file is (mirrors, offline mode, tokens). Its own downloader would try a dead
+    # network for 23 seconds a file, and keep a folder beside the weights.
+    url = hf_hub_url(source.repo, source.path, revision=source.revision)
+    check_host(url)  # a mirror's, perhaps: the user's token goes there
+    return retried(lambda: get_hf_file_metadata(url))
+
+
+def is_sha256(etag: str | None) -> bool:
+    """Whether the hub's etag of a file is its sha256: it is for files in large file storage."""
+    return bool(etag and re.fullmatch(r"[0-9a-f]{64}", etag))
+
+
+def check_online() -> None:
+    """Raises CheckpointError in the offline mode of the hub's library, which holds for all sources."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError("offline mode (HF_HUB_OFFLINE is set)")
+
+
+def check_host(url: str) -> None:
+    """Raises CheckpointError unless weights may be downloaded from there: over https from the hosts of the catalog, or
+    from what $FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS names, such as "https://mirror.example http://10.0.0.5:8000"."""
+    parts = urllib.parse.urlsplit(url)
+    origin = f"{parts.scheme}://{parts.netloc}".lower()
+    if parts.scheme == "https" and HOSTS.fullmatch(parts.netloc.lower()):
+        return
+    if "@" not in origin and origin in os.environ.get(DOWNLOAD_HOSTS_VARIABLE, "").lower().split():
+        return
+    raise CheckpointError(
+        f"{without_secrets(origin)} is none of the hosts that weights are downloaded from; if you trust it, add it to "
+        f"{DOWNLOAD_HOSTS_VARIABLE}"
+    )
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: object) -> urllib.request.Request | None:
+        check_host(args[-1])
+        return super().redirect_request(*args)
+
+
+def open_url(url: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
+    """A response from one of the known hosts, redirects included."""
+    check_host(url)
+    request = urllib.request.Request(url, headers=headers, method=method)
+    return urllib.request.build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT)
+
+
+def explain(error: Exception) -> str:
+    """An error of a request as part of a sentence, without secrets."""
+    if status := http_status(error):
+        text = f"HTTP status {status} ({getattr(error, 'reason', '') or http.client.responses.get(status)})"
+    elif isinstance(error, urllib.error.URLError):
+        text = str(getattr(error.reason, "strerror", None) or error.reason)
+    else:
+        text = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return without_secrets(" ".join(text.split()))
+
+
+def without_secrets(text: str) -> str:
+    """`text` without what may be a secret in the URLs in it."""
+    return _SECRETS.sub("", text)
+
+
+# Bytes ---------------------------------------------------------------------------------------------------------------
+
+
+def _transfer(url: str, partial: Path, limit: int, progress: DownloadProgress | None) -> None:
+    """Downloads `url` to `partial`, going on where an earlier attempt stopped. Takes no more than `limit` bytes."""
+    start = partial.stat().st_size if partial.exists() else 0
+    try:
+        response = open_url(url, **({"Range": f"bytes={start}-"} if start else {}))
+    except urllib.error.HTTPError as error:
+        if start and error.code == 416:  # all of it is here already
+            return
+        raise
+    with response:
+        if response.status != 206:  # the server sends the whole file whatever was asked
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        too_large = _WrongFile(f"the file there is not {partial.stem}: it has more than {limit:,} bytes")
+        if total is not None and total > limit:
+            raise too_large
+        bar = tqdm(
+            initial=start,
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc=partial.stem,
+            file=sys.stderr,
+            disable=progress is not None,
+        )
+        with partial.open("ab" if start else "wb") as file, bar:
+            while chunk := _read(response):
+                if file.tell() + len(chunk) > limit:
+                    file.truncate(0)
+                    raise too_large
+                file.write(chunk)
+                bar.update(len(chunk))
+                if progress is not None:
+                    progress(partial.stem, file.tell(), total)
+    if total is not None and partial.stat().st_size < total:
+        raise _Broken(f"the connection broke after {partial.stat().st_size:,} of {total:,} bytes; try again to resume")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(1 << 20)
+    except http.client.IncompleteRead as error:
+        return error.partial  # what is missing shows in the size of the file
+    except (TimeoutError, ConnectionError) as error:
+        raise _Broken(f"the connection broke ({error}); try again to resume") from error
+
+
+# Once more -----------------------------------------------------------------------------------------------------------
+
+
+def retried(request: Callable[[], T], partial: Path | None = None, progress: DownloadProgress | None = None) -> T:
+    """What `request` returns, which is tried again after faults that may pass: rate limits, faults of the server,
+    connections that break.
+
+    Args:
+        partial: the file that grows; as long as it does, the attempts don't count.
+        progress: called while it waits, too, so that it can end the waiting.
+    """
+
+    def sleep(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if progress is not None and partial is not None:
+                progress(partial.stem, partial.stat().st_size if partial.exists() else 0, None)
+            time.sleep(min(left, 0.5))
+
+    return tenacity.Retrying(
+        sleep=sleep,
+        retry=tenacity.retry_if_exception(_may_pass),
+        stop=_Attempts(partial),
+        wait=_wait,
+        before_sleep=lambda state: logger.info(
+            "%s; trying again in %.0f s", explain(state.outcome.exception()), state.next_action.sleep
+        ),
+        reraise=True,
+    )(request)
+
+
+class _Attempts:
+    """When to give up: after so many failures in a row in which nothing came."""
+
+    def __init__(self, partial: Path | None) -> None:
+        self.partial = partial
+        self.size = self._size()
+        self.failures = 0
+
+    def _size(self) -> int:
+        return self.partial.stat().st_size if self.partial is not None and self.partial.exists() else 0
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        size = self._size()
+        self.failures = 1 if size > self.size else self.failures + 1
+        self.size = size
+        return self.failures >= MAX_ATTEMPTS
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, _Broken):
+        return True
+    status = http_status(error)
+    return status in _PASSING_STATUSES and (_asked_wait(error) or 0) <= MAX_WAIT
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    asked = _asked_wait(state.outcome.exception())
+    return FIRST_WAIT * 2 ** (min(state.attempt_number, MAX_ATTEMPTS) - 1) if asked is None else asked
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of a response that is an error, of urllib or of the hub's HTTP client."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _asked_wait(error: BaseException) -> float | None:
+    """Seconds that the host asks us to wait, if it says so in seconds."""
+    response = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "response", None)
+    value = (getattr(response, "headers", None) or {}).get("Retry-After", "")
+    return float(value) if re.fullmatch(r"\d+", value) else None

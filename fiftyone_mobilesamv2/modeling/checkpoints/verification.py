@@ -1,0 +1,126 @@
+"""Whether a file of weights is the expected one: by size and hash, or by the hash recorded when it was first used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+from ...errors import CheckpointError
+from .catalog import Weights
+
+logger = logging.getLogger(__name__)
+
+_WEB_PAGE = (b"<!doctype html", b"<html")
+
+
+def verify(path: Path, weights: Weights, reread: bool = False) -> None:
+    """Checks that the file at `path` is `weights`: its size and hash where they are known, else the hash that was
+    recorded when it was first used. A file that has not changed since it was checked is not read again, but `reread`.
+
+    Raises:
+        CheckpointError: it is another file.
+    """
+    if problem := find_problem(path, weights, record_path(path), reread):
+        remedy = "reinstall fiftyone_mobilesamv2" if weights.is_packaged else "move it away to have it downloaded again"
+        raise CheckpointError(f"{path} {problem}; {remedy}.")
+
+
+def find_problem(path: Path, weights: Weights, record: Path, reread: bool = False) -> str | None:
+    """What is wrong with the file at `path`, as the rest of a sentence that begins with its name; None if nothing is.
+
+    The hashes of a good one are recorded in the file `record`.
+    """
+    try:
+        stat = path.stat()
+        if weights.size is not None and stat.st_size != weights.size:
+            return (
+                f"is not {weights.filename}: it has {stat.st_size:,} bytes{_if_web_page(path)}, expected "
+                + weights.describe()
+            )
+        known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        recorded = read_record(record)
+        recorded_hashes = recorded.get("sha256"), recorded.get("git_blob")
+        if not reread and known.items() <= recorded.items() and _matches(weights, *recorded_hashes):
+            return None
+        sha256, git_blob = file_hashes(path)
+        if not _matches(weights, sha256, git_blob):
+            return (
+                f"is not {weights.filename}: its sha256 is {sha256}{_if_web_page(path)}, expected {weights.describe()}"
+            )
+    except OSError as error:
+        return f"can't be read ({error})"
+    if not (weights.sha256 or weights.git_blob) and recorded and recorded_hashes[0] != sha256:
+        return (
+            f"has changed since {weights.filename} was first used: its sha256 was {recorded_hashes[0]} and is "
+            f"{sha256} now. If that is as it should be, delete {record}; else"
+        )
+    if not weights.is_packaged:  # the package's own files lie where nothing should be written
+        _write_record(record, {**known, "sha256": sha256, "git_blob": git_blob})
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, from its record if it has not changed since that was written."""
+    stat = path.stat()
+    return _file_sha256(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100)
+def _file_sha256(path: Path, mtime_ns: int, size: int) -> str:
+    record = read_record(record_path(path))
+    if {"size": size, "mtime_ns": mtime_ns}.items() <= record.items() and "sha256" in record:
+        return record["sha256"]
+    return file_hashes(path)[0]
+
+
+def file_hashes(path: Path) -> tuple[str, str]:
+    """sha256 and git blob id of a file, as hex."""
+    sha256 = hashlib.sha256()
+    blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+            blob.update(chunk)
+    return sha256.hexdigest(), blob.hexdigest()
+
+
+def record_path(path: Path) -> Path:
+    """Where the hashes of a verified file are recorded."""
+    return path.with_name(path.name + ".verified.json")
+
+
+def read_record(record: Path) -> dict:
+    """The hashes that were recorded, with size and time of the file; empty if none were."""
+    try:
+        content = json.loads(record.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{record} can't be read ({error}); delete it.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _write_record(record: Path, content: dict) -> None:
+    try:
+        # Written aside and moved: another process may be reading.
+        aside = record.with_name(f"{record.name}.{os.getpid()}-{threading.get_ident()}")
+        aside.write_text(json.dumps(content))
+        aside.replace(record)
+    except OSError as error:
+        logger.debug("Could not write %s: %s", record, error)
+
+
+def _matches(weights: Weights, sha256: str | None, git_blob: str | None) -> bool:
+    return weights.sha256 in (None, sha256) and weights.git_blob in (None, git_blob)
+
+
+def _if_web_page(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(100).lstrip().lower().startswith(_WEB_PAGE):
+            return " of a web page (perhaps this network asks you to log in first)"
+    return ""

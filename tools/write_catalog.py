@@ -1,0 +1,93 @@
+"""Writes what is made from the catalog of models: manifest.json, and the README's table.
+
+python tools/write_catalog.py          writes them
+python tools/write_catalog.py --check  exits with 1 if one of them is not what the catalog says
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import (
+    LICENSES,
+    MODELS,
+    SOURCE_URL,
+    PretrainedModel,
+    model_files,
+)
+from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
+
+ROOT = Path(__file__).resolve().parents[1]
+MANIFEST = ROOT / "fiftyone_mobilesamv2" / "manifest.json"
+README = ROOT / "README.md"
+
+# Distributions as pip knows them: what the package imports, for who takes it as a source of models without pip.
+PACKAGES = ["torch", "torchvision", "ultralytics", "timm", "pycocotools", "safetensors", "tenacity"]
+DATE_ADDED = "2026-11-22 00:00:00"
+
+
+def main() -> int:
+    """Writes or checks. Returns the exit status."""
+    contents = {MANIFEST: f"{json.dumps(manifest(), indent=4)}\n", README: with_table(README.read_text())}
+    wrong = [path for path, content in contents.items() if path.read_text() != content]
+    if "--check" in sys.argv:
+        for path in wrong:
+            print(f"{path} is not what the catalog says: run python tools/write_catalog.py", file=sys.stderr)
+        return int(bool(wrong))
+    for path in wrong:
+        path.write_text(contents[path])
+        print(path)
+    return 0
+
+
+def manifest() -> dict:
+    """The zoo's manifest, in FiftyOne's format."""
+    models = [_manifest_entry(name, model) for name, model in MODELS.items()]
+    return {"name": "mobilesamv2/fiftyone_mobilesamv2", "models": models}
+
+
+def _manifest_entry(name: str, model: PretrainedModel) -> dict:
+    data, url = model.training_data
+    return {
+        "base_name": name,
+        "base_filename": f"{name}.json",
+        "author": model.author,
+        "license": LICENSES,
+        "source": SOURCE_URL,
+        "description": "MobileSAMv2: masks of every object, by discovering the objects first. Image encoder: "
+        + model.description,
+        "tags": [
+            *("instances", "segmentation", "segment-anything", "zero-shot", "torch", "mobilesamv2"),
+            "sa-1b" if model.images == "photos" else "demo",
+        ],
+        "size_bytes": _size(name),
+        "date_added": DATE_ADDED,
+        "requirements": {"packages": PACKAGES, "cpu": {"support": True}, "gpu": {"support": True}},
+        "training_data": [{"name": data, "url": url}],
+        "default_deployment_config_dict": {
+            "type": "fiftyone_mobilesamv2.zoo.MobileSAMv2Model",
+            "config": {"name": name},
+        },
+    }
+
+
+def _size(name: str) -> int:
+    return sum(
+        local_path(weights).stat().st_size if weights.is_packaged else weights.size or weights.megabytes * 10**6
+        for weights in model_files(name)
+    )
+
+
+def with_table(readme: str) -> str:
+    """The README with its table of models as the catalog has them."""
+    lines = ["| name | image encoder | files, MB |", "|---|---|---|"]
+    lines += [f"| `{name}` | {model.description} | {_size(name) / 1e6:,.0f} |" for name, model in MODELS.items()]
+    table = "\n".join(["<!-- models -->", *lines, "<!-- /models -->"])
+    return re.sub(r"<!-- models -->.*<!-- /models -->", lambda _: table, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
