@@ -150,6 +150,10 @@ def check_host(url: str) -> None:
         return
     if "@" not in origin and origin in os.environ.get(DOWNLOAD_HOSTS_VARIABLE, "").lower().split():
         return
+    try:
+        parts.port  # noqa: B018  raises where a password that was not quoted has shifted the rest
+    except ValueError:
+        origin = "this"
     raise CheckpointError(
         f"{without_secrets(origin)} is none of the hosts that weights are downloaded from; if you trust it, add it to "
         f"{DOWNLOAD_HOSTS_VARIABLE}"
