@@ -80,6 +80,7 @@ class PretrainedModel:
         hint: how fast and exact it is, in a few words, for lists to choose from.
         detector_size: pixels of the long side that the detector sees.
         images: what it was trained on, and is proven on by the doctor: "photos", or "scenes" of the package.
+        known_iou, known_fingerprint: what the doctor measures of a working model, where that has been measured.
         author, training_data: (name, URL) of what it was trained on.
     """
 
@@ -92,6 +93,8 @@ class PretrainedModel:
     # `--imgsz` of the release's Inference.py (as in github.com/RogerQi/MobileSAMV2, read 2026-11-29).
     detector_size: int = 1024
     images: str = "photos"
+    known_iou: float | None = None
+    known_fingerprint: tuple[float, ...] | None = None
     author: str = "Chaoning Zhang, et al."
     training_data: tuple[str, str | None] = ("SA-1B", "https://segment-anything.com/dataset/index.html")
 

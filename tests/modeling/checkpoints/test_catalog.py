@@ -210,7 +210,7 @@ def test_model_is_downloaded_and_segments(served, hub, folder, name):
 
 @pytest.mark.parametrize("name", slow_where_large(["mobilesamv2-vitb-torch", "mobilesamv2-vitl-torch"]))
 def test_sam_with_its_own_decoder_computes_what_metas_code_does(served, name, record_property):
-    """Embedding, logits, predicted IoU and masks of the whole SAM in one file, as the segment-anything package has it."""
+    """Embedding, logits, predicted IoU and masks of the whole SAM in one file, as segment-anything has it."""
     model = served(name)
     ours = MobileSAMv2.from_pretrained(name, device="cpu")
     theirs = segment_anything.sam_model_registry[model.encoder.removeprefix("sam_")]()

@@ -1,0 +1,90 @@
+"""Proof that a model works on this machine: ``fiftyone-mobilesamv2 doctor [MODEL]``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+
+from ..errors import CheckpointError, MobileSAMv2Error
+from ..modeling.checkpoints.catalog import DEMO_MODEL, PretrainedModel, pretrained_model
+from ..modeling.checkpoints.files import fetch_model, local_path, verify_model
+from ..modeling.mobilesamv2 import MobileSAMv2
+from ..zoo import DTYPES
+from .ground_truth import known_images
+from .machine import machine_checks
+from .picture import picture
+from .segmentation_check import Check, checks, measure, verdict
+
+_MARKS = {True: "ok  ", False: "FAIL", None: "    "}
+
+
+def run(name: str | None, device: str | None, dtype: str, output: Path) -> int:
+    """Looks at the machine, at the model's files, and at what the model makes of images whose objects are known.
+
+    Prints what it finds as it goes, and a sentence at the end.
+
+    Args:
+        name: of a zoo model; None for the one that comes with the package.
+        output: where the picture goes.
+
+    Returns:
+        0 if the model works, else 1.
+
+    Raises:
+        ValueError: no model has that name.
+    """
+    name = name or DEMO_MODEL
+    model = pretrained_model(name)
+    print("Machine", flush=True)
+    found = _shown(machine_checks(device))
+
+    print(f"\nFiles of {name}", flush=True)
+    files = _shown(_file_checks(name))
+    found += files
+    if all(check.passed for check in files):
+        print(f"\nSegmentation of {model.images}", flush=True)
+        found += _segmentation(name, model, device, dtype, output)
+    sentence = verdict(found)
+    print(f"\n{name}: {sentence}")
+    return int(sentence != "works")
+
+
+def _segmentation(name: str, model: PretrainedModel, device: str | None, dtype: str, output: Path) -> list[Check]:
+    images = known_images(model.images)
+    if not images:
+        raise MobileSAMv2Error("No package here has the photos to test with: pip install scikit-image")
+    start = time.perf_counter()
+    try:
+        loaded = MobileSAMv2.from_pretrained(name, device, DTYPES[dtype])
+    except CheckpointError as error:
+        return _shown([Check(False, str(error), "The files do not fit the model: see above.")])
+    measured = measure(loaded, images)
+    found = _shown(checks(measured, model.known_iou, model.known_fingerprint))
+    stages = ", ".join(f"{stage} {seconds / len(images):.2f}" for stage, seconds in measured.seconds.items())
+    print(f"     Seconds per image: {stages}; {time.perf_counter() - start:.0f} s in all")
+    cv2.imwrite(str(output), picture(images, measured)[:, :, ::-1])
+    print(f"     Picture: {output}")
+    return found
+
+
+def _shown(found: Iterable[Check]) -> list[Check]:
+    """The checks, each printed as it comes."""
+    kept = []
+    for check in found:
+        print(f"{_MARKS[check.passed]} {check.text}", flush=True)
+        kept.append(check)
+    return kept
+
+
+def _file_checks(name: str) -> list[Check]:
+    try:
+        fetch_model(name)
+    except CheckpointError as error:
+        return [Check(False, str(error), "Files are missing or are not the right ones: see above.")]
+    return [
+        Check(verified.problem is None, f"{local_path(weights)}: {verified.problem or f'sha256 {verified.sha256}'}")
+        for weights, verified in verify_model(name).items()
+    ]

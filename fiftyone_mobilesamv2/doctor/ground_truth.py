@@ -1,0 +1,99 @@
+"""Images whose objects are known: photos that installed packages carry, and scenes made for this package.
+
+The masks of photos were drawn by hand for this package, to about 3 pixels, around objects that fill less than 55 % of
+their box: so the filled box, and the ellipse in it, are bad answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..images import read_image
+from ..modeling.checkpoints.verification import file_hashes
+from ..training.scenes import TEST_SEED, make_scene
+
+PHOTO_OBJECTS = Path(__file__).with_name("photo_objects.json")
+MAX_FILL = 0.55  # share of its box that an object may fill
+MIN_AREA = 400  # pixels of an object in a scene: in smaller ones a pixel's width decides
+NUM_SCENES = 20
+
+_FRACTION_BITS = 3  # of the coordinates that are drawn with
+
+
+@dataclass(frozen=True)
+class KnownImage:
+    """An image and masks of some of its objects.
+
+    Attributes:
+        name: of the file, or the number of the scene.
+        image: uint8 RGB [H, W, 3].
+        objects: what they are called.
+        masks: bool [N, H, W].
+    """
+
+    name: str
+    image: np.ndarray
+    objects: list[str]
+    masks: np.ndarray
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """float32 [N, 4], xyxy: the tight box of each mask, ends exclusive."""
+        x, y, w, h = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in self.masks], np.float32).T
+        return np.stack([x, y, x + w, y + h], 1)
+
+    @property
+    def fills(self) -> np.ndarray:
+        """[N], the share of its box that each object fills."""
+        boxes = self.boxes
+        return self.masks.sum((1, 2)) / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+
+
+def known_images(kind: str) -> list[KnownImage]:
+    """Those that a model is proven on: "photos" or "scenes", as the catalog says of it.
+
+    >>> known_images("scenes")[0].masks.dtype
+    dtype('bool')
+    """
+    return photos() if kind == "photos" else scenes()
+
+
+def photos() -> list[KnownImage]:
+    """The photos of the packages that are installed here, if the files are those that were drawn on."""
+    found = []
+    for photo in json.loads(PHOTO_OBJECTS.read_text())["photos"]:
+        spec = importlib.util.find_spec(photo["package"])
+        path = Path(spec.submodule_search_locations[0], photo["path"]) if spec else None
+        if path is None or not path.is_file() or file_hashes(path)[0] != photo["sha256"]:
+            continue  # another version of the package, perhaps, with other photos
+        image = read_image(str(path))
+        masks = [filled(each["rings"], image.shape[:2]) for each in photo["objects"]]
+        found.append(KnownImage(path.name, image, [each["name"] for each in photo["objects"]], np.stack(masks)))
+    return found
+
+
+def scenes() -> list[KnownImage]:
+    """Scenes that the demo model was not trained on, with those of their objects that don't fill their boxes."""
+    found = []
+    for index in range(NUM_SCENES):
+        scene = make_scene(TEST_SEED, index)
+        names = [f"object {i}" for i in range(scene.num_objects)]
+        whole = KnownImage(f"scene {index}", scene.image, names, scene.masks())
+        kept = np.flatnonzero((whole.fills < MAX_FILL) & (whole.masks.sum((1, 2)) >= MIN_AREA))
+        if len(kept):
+            found.append(KnownImage(whole.name, whole.image, [names[i] for i in kept], whole.masks[kept]))
+    return found
+
+
+def filled(rings: list[list[list[float]]], size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W]: polygons of (x, y), filled even-odd; what they touch is inside."""
+    mask = np.zeros(size, np.uint8)
+    points = [np.round(np.array(ring, float) * 2**_FRACTION_BITS).astype(np.int32) for ring in rings]
+    cv2.fillPoly(mask, points, 1, shift=_FRACTION_BITS)
+    return mask.astype(bool)
