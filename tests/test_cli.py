@@ -27,7 +27,13 @@ DATASET = "mobilesamv2-quickstart"
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([command, "--help"] for command in ("quickstart", "segment", "reproduce", "evaluate", "install"))],
+    [
+        ["--help"],
+        *(
+            [command, "--help"]
+            for command in ("quickstart", "segment", "reproduce", "evaluate", "models", "doctor", "install")
+        ),
+    ],
 )
 def test_help_needs_neither_torch_nor_fiftyone(arguments):
     code = f"""

@@ -176,7 +176,7 @@ def _input_checks(measured: Measured) -> list[Check]:
 def _form_checks(measured: Measured) -> list[Check]:
     return [
         Check(
-            other <= right + MAX_BETTER,
+            bool(other <= right + MAX_BETTER),
             f"Masks have IoU {right:.3f} as the image is, {other:.3f} with {form}",
             f"The encoder's weights expect {form}: they are of another kind than the catalog says.",
         )
@@ -202,7 +202,7 @@ def _mask_check(measured: Measured, known: float | None) -> Check:
             "The weights load and see something, but masks are worse than they should be: one of the files, or what is "
             "done to an image before the encoder, is not what the weights were trained with."
         )
-    return Check(mean >= least, text, meaning)
+    return Check(bool(mean >= least), text, meaning)
 
 
 def _fingerprint_check(measured: Measured, known: Sequence[float] | None) -> Check:
@@ -221,7 +221,7 @@ def _fingerprint_check(measured: Measured, known: Sequence[float] | None) -> Che
 
 def _discovery_check(measured: Measured) -> Check:
     return Check(
-        measured.found.mean() >= MIN_FOUND,
+        bool(measured.found.mean() >= MIN_FOUND),
         f"Discovery finds {measured.num_found} objects, {measured.found.sum()} of the {len(measured.found)} known ones "
         f"among them, expected at least {MIN_FOUND:.0%}",
         "Masks from boxes are right, but object discovery finds too few of the known objects: the detector's file "
@@ -234,7 +234,7 @@ def _agreement_check(measured: Measured) -> Check:
     if np.isnan(measured.agreement):
         return Check(None, f"{text}, object-aware prompts none")
     return Check(
-        measured.agreement >= MIN_AGREEMENT,
+        bool(measured.agreement >= MIN_AGREEMENT),
         f"{text}, {measured.agreement:.0%} of those that object-aware prompts find, expected at least "
         f"{MIN_AGREEMENT:.0%}",
         "Masks from boxes are right, but masks from points are of other things: the prompt encoder's weights do not "

@@ -1,0 +1,56 @@
+"""The command: what it prints, the picture, the exit status."""
+
+import cv2
+import huggingface_hub.constants
+import pytest
+
+from fiftyone_mobilesamv2 import cli, doctor
+from fiftyone_mobilesamv2.doctor.segmentation_check import Check
+from fiftyone_mobilesamv2.modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    """What is around the model is tested in test_machine.py; in an empty weights folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
+    monkeypatch.setattr(doctor, "machine_checks", lambda device: [Check(True, f"machine of {device}")])
+
+
+def test_model_that_comes_with_the_package(tmp_path, capsys):
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "mobilesamv2-demo-torch: works"
+    assert "ok   machine of cpu" in lines and not any(line.startswith("FAIL") for line in lines)
+    assert sum("sha256" in line for line in lines) == 2
+    assert any("have a mean IoU of 0.67" in line and "filled box has 0.46" in line for line in lines)
+    assert any(line.startswith("     Seconds per image: encode 0.") for line in lines)
+    assert cv2.imread(str(tmp_path / "doctor.png")).shape[1] == 3 * 364
+
+
+def test_model_that_cannot_be_downloaded(monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert cli.main(["doctor", "mobilesamv2-vith-torch"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "mobilesamv2-vith-torch: Files are missing or are not the right ones: see above."
+    assert "sam_vit_h_4b8939.pth (2,565 MB) from https://dl.fbaipublicfiles.com" in out and "offline mode" in out
+
+
+def test_file_that_is_another_one(tmp_path, capsys):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "sam_vit_b_01ec64.pth").write_bytes(b"<html>")
+    assert cli.main(["doctor", "mobilesamv2-vitb-torch"]) == 1
+    assert "sam_vit_b_01ec64.pth is not sam_vit_b_01ec64.pth: it has 6 bytes of a web page" in capsys.readouterr().out
+
+
+def test_machine_that_lacks_something(monkeypatch, capsys):
+    lacking = [Check(False, "The database can't be used: gone", "The database can't be used: see above.")]
+    monkeypatch.setattr(doctor, "machine_checks", lambda device: lacking)
+    monkeypatch.setattr(doctor, "_segmentation", lambda *args: [])
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("The database can't be used: see above.")
+
+
+def test_unknown_model(capsys):
+    assert cli.main(["doctor", "sam"]) == 1
+    assert "Unknown model 'sam'" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""`fiftyone-mobilesamv2 models`: lists, downloads, verifies and deletes. Asking the sources: test_sources.py."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fiftyone_mobilesamv2 import cli
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights, all_files
+
+CONTENT = b"weights" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def model(server, folder, monkeypatch):
+    """A model "one" of that server, whose second file only it needs."""
+    server.files |= {"/a.pt": CONTENT, "/b.pt": CONTENT[::-1]}
+    first = Weights("a.pt", (f"{server.url}/a.pt",), megabytes=1, sha256=SHA256)
+    second = Weights("b.pt", (f"{server.url}/elsewhere", f"{server.url}/b.pt"), megabytes=1)
+    monkeypatch.setitem(MODELS, "one", PretrainedModel("tiny_vit", first, first, second, "a test", "quick"))
+
+
+def run(capsys, *arguments):
+    """Exit status, output, and errors without bars."""
+    status = cli.main(["models", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err.rpartition("\r")[2]
+
+
+def test_list(capsys, folder):
+    status, out, _ = run(capsys)
+    assert status == 0 and out.splitlines()[-1] == f"Downloaded weights are in {folder}."
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert rows["one"] == ["one", "2", "quick", "a.pt,", "b.pt"]
+    assert set(MODELS) | {weights.filename for weights in all_files()} <= set(rows)
+
+
+def test_download_verify_delete(capsys, folder):
+    status, out, _ = run(capsys, "--download", "one")
+    assert status == 0 and out.splitlines() == [str(folder / "a.pt"), str(folder / "b.pt")]
+    assert (folder / "a.pt").read_bytes() == CONTENT
+
+    status, out, _ = run(capsys, "--verify", "one")
+    assert status == 0 and f"a.pt: right, sha256 {SHA256}" in out
+    (folder / "a.pt").write_bytes(b"damaged")
+    status, out, _ = run(capsys, "--verify", "one")
+    assert status == 1 and "a.pt is not a.pt: its sha256 is" in out
+
+    status, out, _ = run(capsys, "--delete", "one")
+    assert status == 0 and out == "Deleted a.pt, b.pt.\n" and not (folder / "a.pt").exists()
+    assert run(capsys, "--delete", "one")[1] == "No file of one can be deleted.\n"
+    status, out, _ = run(capsys, "--verify", "one")
+    assert status == 1 and "a.pt: is not here" in out
+
+
+def test_download_that_fails(capsys, server, folder):
+    """Short: a line a file, where to put it, what to try instead. All of it on request."""
+    server.files.clear()
+    status, _, err = run(capsys, "--download", "one")
+    assert status == 1
+    assert err.splitlines() == [
+        "fiftyone-mobilesamv2: one lacks files, and downloading failed:",
+        f"- a.pt (1 MB) from {server.url}/a.pt: HTTP status 404 (Not Found)",
+        f"- b.pt (1 MB) from {server.url}/elsewhere: HTTP status 404 (Not Found)",
+        f"Put what is missing into {folder} (or the folder that FIFTYONE_MOBILESAMV2_WEIGHTS_DIR names).",
+        "Or try the model that comes with the package, mobilesamv2-demo-torch.",
+        "All sources, hashes and reasons: fiftyone-mobilesamv2 models --download one --details",
+    ]
+    _, _, err = run(capsys, "--download", "one", "--details")
+    assert SHA256 in err and f"{server.url}/b.pt: HTTP status 404" in err
+
+
+@pytest.mark.parametrize("action", ["--download", "--verify", "--delete"])
+def test_unknown_model(capsys, action):
+    status, _, err = run(capsys, action, "sam")
+    assert status == 1 and err.startswith("fiftyone-mobilesamv2: Unknown model 'sam'; choose one of ")
+
+
+def test_one_action_at_a_time():
+    with pytest.raises(SystemExit):
+        cli.main(["models", "--download", "one", "--delete", "one"])
+
+
+def test_listing_needs_no_torch():
+    code = "import sys; from fiftyone_mobilesamv2 import cli; cli.main(['models']); print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == "False", ran.stderr
