@@ -170,6 +170,22 @@ def test_verify_the_demo_model(plugin):
         assert result["files"][weights.filename] == {"sha256": expected, "problem": None}
 
 
+def test_check_sources(plugin, models, served, folder):
+    """Nothing is downloaded; a file that has changed at its host is told."""
+    params = {"model": "one", "action": "check_sources"}
+    assert plugin.form(NAME, None, params).errors == []
+    text = dialog(plugin, **params)
+    assert "**All sources are right**" in text and "is there (700,000 bytes), content unchecked" in text
+    (served[0] / "rest.pt").unlink()
+    text = dialog(plugin, **params)
+    assert "**1 source wrong or out of reach**" in text and "HTTP status 404" in text
+    result = plugin.call(NAME, None, **params)
+    assert [row["source is"] for row in result["sources"]] == ["right", "wrong"]
+    assert not folder.exists()
+    (problem,) = plugin.form(NAME, None, {"model": "mobilesamv2-demo-torch", "action": "check_sources"}).errors
+    assert "comes with the package" in problem
+
+
 def test_delete_asks_first(plugin, models, folder):
     plugin.call(NAME, None, model="one")
     params = {"model": "one", "action": "delete"}
