@@ -52,7 +52,7 @@ from released import (
 from ultralytics.utils import ASSETS
 
 from fiftyone_mobilesamv2 import MobileSAMv2
-from fiftyone_mobilesamv2.modeling.mobilesamv2 import default_device
+from fiftyone_mobilesamv2.modeling.devices import default_device
 from fiftyone_mobilesamv2.modeling.object_discovery import CONFIDENCE as OBJECT_CONFIDENCE
 from fiftyone_mobilesamv2.modeling.object_discovery import BoxPrompts
 

@@ -42,9 +42,10 @@ from ultralytics.utils import ASSETS
 
 from fiftyone_mobilesamv2 import MobileSAMv2
 from fiftyone_mobilesamv2.modeling.grid_prompts import POINTS_PER_SIDE
-from fiftyone_mobilesamv2.segmentation import segment_everything
+from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
-from fiftyone_mobilesamv2.zoo import MobileSAMv2Model, MobileSAMv2ModelConfig
+from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig
+from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
 # Prompts of an image that has many objects, and the most that the paper allows.
 PROMPTS = (64, 320)

@@ -191,7 +191,7 @@ def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path, cluste
     import torch
 
     from fiftyone_mobilesamv2 import zoo
-    from fiftyone_mobilesamv2.segmentation import segment_everything
+    from fiftyone_mobilesamv2.runs.segment import segment_everything
 
     torch.set_num_threads(1)
     parameters = {"name": MODEL, "device": "cpu", "masks_on_disk": on_disk, "mask_dir": folder}

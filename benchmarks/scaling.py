@@ -30,11 +30,12 @@ from demo_quality import MODEL
 from released import CONFIDENCE, PlausibleMasks, object_like_logits, write_checkpoints
 from ultralytics.utils import ASSETS
 
-from fiftyone_mobilesamv2.database import safely
-from fiftyone_mobilesamv2.segmentation import segment_everything
-from fiftyone_mobilesamv2.shards import Shard
+from fiftyone_mobilesamv2.runs.retry import with_journaled_writes
+from fiftyone_mobilesamv2.runs.segment import segment_everything
+from fiftyone_mobilesamv2.runs.shards import Shard
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
-from fiftyone_mobilesamv2.zoo import MobileSAMv2Model, MobileSAMv2ModelConfig
+from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig
+from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
 PROMPTS = (16, 64, 320)
 WRITERS = (1, 4, 16)
@@ -116,7 +117,7 @@ def write_rate(labels: dict, writers: int) -> float:
         counts, end = [0] * writers, time.perf_counter() + WRITING
 
         def write(writer: int) -> None:
-            collection = safely(dataset._sample_collection)
+            collection = with_journaled_writes(dataset._sample_collection)
             mine = ids[writer::writers]
             while time.perf_counter() < end:
                 turn, place = divmod(counts[writer], len(mine))

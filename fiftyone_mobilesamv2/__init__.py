@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "MobileSAMv2": "fiftyone_mobilesamv2.modeling.mobilesamv2",
     "evaluate_proposals": "fiftyone_mobilesamv2.evaluation.proposals",
-    "segment_everything": "fiftyone_mobilesamv2.segmentation",
+    "recorded_runs": "fiftyone_mobilesamv2.runs.record",
+    "failed_samples": "fiftyone_mobilesamv2.runs.record",
+    "segment_everything": "fiftyone_mobilesamv2.runs.segment",
     "load_coco": "fiftyone_mobilesamv2.evaluation.coco",
     "load_lvis": "fiftyone_mobilesamv2.evaluation.lvis",
     "Segmentation": "fiftyone_mobilesamv2.modeling.masks",
@@ -24,10 +26,12 @@ __all__ = [
     "Segmentation",
     "download_model",
     "evaluate_proposals",
+    "failed_samples",
     "load_coco",
     "load_lvis",
     "load_model",
     "parse_parameters",
+    "recorded_runs",
     "resolve_input",
     "segment_everything",
 ]

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
             quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
         elif args.command == "segment":
-            from .cluster import ClusterError
+            from .errors import ClusterError
 
             expected.append(ClusterError)
             return run_segment(args)
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "reproduce":
             run_reproduce(args)
         elif args.command == "evaluate":
-            from .cluster import ClusterError
+            from .errors import ClusterError
 
             expected.append(ClusterError)
             run_evaluate(args)
@@ -144,8 +144,8 @@ def run_segment(args: argparse.Namespace) -> int:
     """Segments a dataset. Returns 1 where images failed, which are listed."""
     import fiftyone as fo
 
-    from .segmentation import segment_everything
-    from .zoo import MobileSAMv2ModelConfig
+    from .runs.segment import segment_everything
+    from .zoo.config import MobileSAMv2ModelConfig
 
     parameters = {"name": args.model, "device": args.device, "dtype": args.dtype, "prompting": args.prompting}
     parameters |= {"confidence_thresh": args.confidence, "max_prompts": args.max_prompts}

@@ -9,6 +9,14 @@ class MobileSAMv2Error(Exception):
     """Something that the message explains: a file, an argument or a machine is not what is needed."""
 
 
+class ArgumentError(MobileSAMv2Error, ValueError):
+    """An argument, a field or a view is not what a function needs."""
+
+
+class FormError(ArgumentError):
+    """A form, or what it is about, has to be mended before an operator can run."""
+
+
 class CheckpointError(MobileSAMv2Error, RuntimeError):
     """A file of weights is missing, is not the expected one, or does not fit the model."""
 
@@ -25,3 +33,30 @@ class DownloadError(CheckpointError):
         super().__init__(message)
         self.reasons = dict(reasons)
         self.details = details
+
+
+class LabelError(ArgumentError):
+    """A label that can't be used."""
+
+
+class MissingError(LabelError):
+    """A label lacks what its whole field is expected to have."""
+
+
+class FieldBusyError(ArgumentError):
+    """Another run is storing masks in the field."""
+
+
+class ClusterError(MobileSAMv2Error, RuntimeError):
+    """A cluster can't do the work."""
+
+
+class StorageError(MobileSAMv2Error, OSError):
+    """Masks can't be stored: the disk is full, or the folder can't be written to."""
+
+
+class Cancelled(BaseException):
+    """Raised by a `progress` callback to end the work between two images.
+
+    Not an Exception, so that nothing takes it for the failure of an image, which would be noted and passed over.
+    """

@@ -18,7 +18,7 @@ from . import zoo
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
-from .segmentation import segment_everything
+from .runs.segment import segment_everything
 from .training.scenes import write_coco
 
 DATASET_NAME = "mobilesamv2-quickstart"

@@ -20,9 +20,9 @@ from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.images import MAX_SIDE, read_image
+from fiftyone_mobilesamv2.labels.masks import masks_of
 from fiftyone_mobilesamv2.modeling.masks import Segmentation
-from fiftyone_mobilesamv2.segmentation import segment_anything, segment_everything
-from fiftyone_mobilesamv2.stored_labels import masks_of
+from fiftyone_mobilesamv2.runs.segment import segment_anything, segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 MODEL = "mobilesamv2-demo-torch"

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import cli
-from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fiftyone_mobilesamv2 import cluster, database, evaluate_proposals, mask_files, pipeline, segmentation_runs, zoo
-from fiftyone_mobilesamv2.errors import CheckpointError
-from fiftyone_mobilesamv2.progress import Cancelled
-from fiftyone_mobilesamv2.segmentation import segment_everything
-from fiftyone_mobilesamv2.shards import Shard
+from fiftyone_mobilesamv2 import cluster, evaluate_proposals, mask_files, pipeline, zoo
+from fiftyone_mobilesamv2.errors import Cancelled, CheckpointError
+from fiftyone_mobilesamv2.runs import record as segmentation_runs
+from fiftyone_mobilesamv2.runs import retry as database
+from fiftyone_mobilesamv2.runs.segment import segment_everything
+from fiftyone_mobilesamv2.runs.shards import Shard
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 CONFIG = {"name": "mobilesamv2-demo-torch", "device": "cpu"}
@@ -228,10 +229,10 @@ def test_every_sample_belongs_to_one_part(count, first, step):
     assert max(sizes) <= 2 * 20 and min(sizes) >= 5
 
 
-@pytest.mark.parametrize("most", [database.MOST_IDS, 0])
+@pytest.mark.parametrize("most", [database.MAX_IDS, 0])
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_the_database_agrees_on_parts(dataset, monkeypatch, count, most):
-    monkeypatch.setattr(database, "MOST_IDS", most)
+    monkeypatch.setattr(database, "MAX_IDS", most)
     dataset.add_samples([fo.Sample(f"{i}.png", _id=ObjectId()) for i in range(200)], progress=False)
     for index in range(count):
         part = Shard(index, count, "x")

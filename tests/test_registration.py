@@ -424,7 +424,7 @@ def test_form(zoo_model, context):
     import fiftyone.zoo as foz
     from fiftyone.operators import types
 
-    from fiftyone_mobilesamv2.zoo import MobileSAMv2ModelConfig
+    from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig
 
     form = types.Object()
     form.add_property("remote_params", zoo_model.resolve_input(context))

@@ -10,7 +10,7 @@ import logging, threading, traceback
 import fiftyone as fo
 import fiftyone.core.odm as foo
 from fiftyone_mobilesamv2 import cli
-from fiftyone_mobilesamv2.database import patiently
+from fiftyone_mobilesamv2.runs.retry import retry_while_unavailable
 
 logging.basicConfig()
 logging.getLogger("fiftyone_mobilesamv2").setLevel(logging.DEBUG)
@@ -19,7 +19,7 @@ given_up = threading.Event()
 
 def wait():
     threading.Timer(5, given_up.set).start()
-    patiently(lambda: foo.get_db_conn().command("ping"), given_up)
+    retry_while_unavailable(lambda: foo.get_db_conn().command("ping"), given_up)
 
 for attempt in (
     lambda: cli.main(["evaluate", "dataset", "segmentations"]),

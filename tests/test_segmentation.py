@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 
-from fiftyone_mobilesamv2 import database, mask_files, pipeline, zoo
-from fiftyone_mobilesamv2.pipeline import each_once
-from fiftyone_mobilesamv2.progress import Cancelled
-from fiftyone_mobilesamv2.segmentation import segment_anything, segment_everything
-from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2 import mask_files, pipeline, zoo
+from fiftyone_mobilesamv2.errors import Cancelled
+from fiftyone_mobilesamv2.runs import retry as database
+from fiftyone_mobilesamv2.runs.pipeline import each_once
+from fiftyone_mobilesamv2.runs.record import recorded_runs
+from fiftyone_mobilesamv2.runs.segment import segment_anything, segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 MODEL = "mobilesamv2-demo-torch"
@@ -296,7 +297,7 @@ def test_folder_that_can_not_take_masks_is_told_at_once(images, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, to see what is flushed")
 def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_path, monkeypatch):
     """A power failure leaves what was flushed: contents of files, and names in folders, as they were at that time."""
-    flushed, seen, flush, safely = {}, [], os.fsync, pipeline.safely
+    flushed, seen, flush, with_journaled_writes = {}, [], os.fsync, pipeline.with_journaled_writes
 
     def content(path):
         return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
@@ -314,7 +315,7 @@ def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_pat
 
     class Watched:
         def __init__(self, collection):
-            self.collection = safely(collection)
+            self.collection = with_journaled_writes(collection)
 
         def update_one(self, query, change):
             for label in change[0]["$set"]["own"]["$literal"]["detections"]:
@@ -325,7 +326,7 @@ def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_pat
             return self.collection.update_one(query, change)
 
     monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(pipeline, "safely", Watched)
+    monkeypatch.setattr(pipeline, "with_journaled_writes", Watched)
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "new" / "masks"))
     assert segment_everything(images, model, "own", batch_size=4).failures == []
     assert {str(path) for path in seen} == referred_to(images, "own") and len(seen) > 50
@@ -405,7 +406,7 @@ def test_batches_that_have_no_size(images, model, size):
 
 
 def test_views_too_large_to_be_selected(images, model, monkeypatch):
-    monkeypatch.setattr(database, "MOST_IDS", 2)
+    monkeypatch.setattr(database, "MAX_IDS", 2)
     with pytest.raises(ValueError, match=r"The view has 3 samples, .* one part of the view .*, such as view\[:2\]"):
         segment_everything(images.limit(3), model, "own")
     assert segment_everything(images.limit(2), model, "own").images == 2

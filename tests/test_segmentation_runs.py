@@ -16,18 +16,13 @@ import pytest
 from gridfs import GridFS
 from PIL import Image
 
-from fiftyone_mobilesamv2 import segmentation_runs, zoo
+from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2.errors import Cancelled, FieldBusyError
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
-from fiftyone_mobilesamv2.progress import Cancelled
-from fiftyone_mobilesamv2.segmentation import segment_everything
-from fiftyone_mobilesamv2.segmentation_runs import (
-    FieldBusyError,
-    SegmentationRun,
-    failed_samples,
-    on_record,
-    recorded_runs,
-)
-from fiftyone_mobilesamv2.shards import Shard
+from fiftyone_mobilesamv2.runs import record as segmentation_runs
+from fiftyone_mobilesamv2.runs.record import SegmentationRun, failed_samples, on_record, recorded_runs
+from fiftyone_mobilesamv2.runs.segment import segment_everything
+from fiftyone_mobilesamv2.runs.shards import Shard
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 PARAMETERS = {"name": "x", "prompting": "object_aware"}
@@ -110,21 +105,21 @@ def test_run_of_this_machine_may_be_silent(labeled, living):
         start(labeled, run())
 
 
-@pytest.mark.parametrize("place", ["_claim", "_give_signs_of_life", "_write"])
+@pytest.mark.parametrize("place", ["_claim", "_heartbeat", "_write"])
 def test_interrupted_at_an_awkward_place(labeled, monkeypatch, place):
     """In a notebook the process goes on after Ctrl-C: the field is not to be blocked by it."""
     before = threading.active_count()
     original = getattr(segmentation_runs, place)
 
     def interrupt(*args):
-        if place != "_give_signs_of_life":
+        if place != "_heartbeat":
             original(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(segmentation_runs, place, interrupt)
         patch.setattr(threading, "excepthook", lambda args: None)
-        if place == "_give_signs_of_life":
+        if place == "_heartbeat":
             start(labeled, run())
         else:
             with pytest.raises(KeyboardInterrupt):
@@ -250,7 +245,7 @@ def test_failed_samples(images, model, tmp_path):
 
 
 def test_more_failures_than_a_record_takes(labeled, monkeypatch):
-    monkeypatch.setattr(segmentation_runs, "_MOST_FAILURES", 3)
+    monkeypatch.setattr(segmentation_runs, "_MAX_FAILURES", 3)
     many = [segmentation_runs.Failure(f"{i}", f"{i}.png", "why") for i in range(5)]
     (found,) = start(labeled, run(failures=many, num_failures=5))
     assert found.failures == many[:3] and found.num_failures == 5

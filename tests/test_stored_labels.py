@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fiftyone_mobilesamv2.stored_labels import serialized
+from fiftyone_mobilesamv2.labels.masks import serialized
 
 
 @given(npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=40)), st.booleans())

@@ -16,8 +16,8 @@ import pytest
 
 from fiftyone_mobilesamv2 import segment_everything
 from fiftyone_mobilesamv2.curation.promote import promote_to_labels
-from fiftyone_mobilesamv2.segmentation_runs import failed_samples, recorded_runs
-from fiftyone_mobilesamv2.zoo import MobileSAMv2ModelConfig
+from fiftyone_mobilesamv2.runs.record import failed_samples, recorded_runs
+from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig
 
 DATA = Path(__file__).parent / "data" / "upgrade"
 SUMMARY = json.loads((DATA / "summary.json").read_text())

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
-from fiftyone_mobilesamv2.segmentation import segment_everything
-from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2.runs.record import recorded_runs
+from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
 MODEL = "mobilesamv2-demo-torch"

@@ -1,8 +1,18 @@
 """Makes a small database with the version of the package that is on PYTHONPATH, and dumps it: what an upgrade has to read.
 
-    PYTHONPATH=<checkout of the old version> python make_dump.py <folder>
+PYTHONPATH=<checkout of the old version> python make_dump.py <folder>
 """
-import gzip, importlib.util, json, os, shutil, socket, subprocess, sys, tempfile, time
+
+import gzip
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 folder = Path(sys.argv[1]).resolve()
@@ -14,10 +24,17 @@ with socket.create_server(("127.0.0.1", 0)) as s:
 spec = importlib.util.find_spec("fiftyone")
 mongod = Path(list(spec.submodule_search_locations)[0]) / "db" / "bin" / "mongod"
 (scratch / "db").mkdir()
-process = subprocess.Popen([mongod, "--dbpath", scratch / "db", "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket"], stdout=subprocess.DEVNULL)
+process = subprocess.Popen(
+    [mongod, "--dbpath", scratch / "db", "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket"],
+    stdout=subprocess.DEVNULL,
+)
 os.environ |= {
-    "FIFTYONE_DATABASE_URI": f"mongodb://127.0.0.1:{port}/", "FIFTYONE_DATABASE_NAME": "upgrade", "FIFTYONE_DO_NOT_TRACK": "true",
-    "FIFTYONE_DEFAULT_DATASET_DIR": str(scratch / "datasets"), "FIFTYONE_MODEL_ZOO_DIR": str(scratch / "zoo"), "FIFTYONE_PLUGINS_DIR": str(scratch / "plugins"),
+    "FIFTYONE_DATABASE_URI": f"mongodb://127.0.0.1:{port}/",
+    "FIFTYONE_DATABASE_NAME": "upgrade",
+    "FIFTYONE_DO_NOT_TRACK": "true",
+    "FIFTYONE_DEFAULT_DATASET_DIR": str(scratch / "datasets"),
+    "FIFTYONE_MODEL_ZOO_DIR": str(scratch / "zoo"),
+    "FIFTYONE_PLUGINS_DIR": str(scratch / "plugins"),
     "YOLO_CONFIG_DIR": str(scratch / "yolo"),
 }
 time.sleep(3)
@@ -25,6 +42,7 @@ import bson
 import cv2
 import fiftyone as fo
 import fiftyone.core.odm as foo
+
 import fiftyone_mobilesamv2
 from fiftyone_mobilesamv2 import evaluate_proposals, segment_everything, zoo
 from fiftyone_mobilesamv2.curation.promote import promote_to_labels
@@ -57,15 +75,22 @@ results = evaluate_proposals(evaluated, "segmentations", "ground_truth", "ar", p
 found = find_unlabeled_objects(evaluated, "segmentations", "ground_truth", progress=False)
 print(found)
 ids = evaluated.values("segmentations.detections.id", unwind=True)
-tagged = evaluated.match_labels(tags="unlabeled", fields="segmentations").filter_labels("segmentations", fo.ViewField("tags").contains("unlabeled"))
+tagged = evaluated.match_labels(tags="unlabeled", fields="segmentations").filter_labels(
+    "segmentations", fo.ViewField("tags").contains("unlabeled")
+)
 ids = tagged.values("segmentations.detections.id", unwind=True)
 promotion = promote_to_labels(dataset, ids[:1], "segmentations", "ground_truth", label="thing", progress=False)
 print(promotion)
 summary = {
     "version": fiftyone_mobilesamv2.__version__,
-    "labels": {name: [len(s[name].detections) if s[name] else None for s in dataset] for name in ("segmentations", "masks_on_disk", "ground_truth")},
+    "labels": {
+        name: [len(s[name].detections) if s[name] else None for s in dataset]
+        for name in ("segmentations", "masks_on_disk", "ground_truth")
+    },
     "failed": "broken.jpg",
-    "recall": {str(k): results.summary()[k] if k in results.summary() else None for k in results.summary()} if hasattr(results, "summary") else None,
+    "recall": {str(k): results.summary()[k] if k in results.summary() else None for k in results.summary()}
+    if hasattr(results, "summary")
+    else None,
     "report": results.report(),
     "promoted": promotion.promoted,
 }

@@ -11,13 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import (
-    LICENSES,
-    MODELS,
-    SOURCE_URL,
-    PretrainedModel,
-    model_files,
-)
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import LICENSES, MODELS, SOURCE_URL, PretrainedModel, model_files
 from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,14 +15,14 @@ from pycocotools import mask as mask_utils
 from pymongo import UpdateOne
 
 from ..evaluation.average_recall import AREA_RANGES, areas_of
-from ..stored_labels import StoredImage, check_shapes_field, look_at_each
+from ..labels.documents import StoredImage, visit_images
+from ..labels.fields import check_shapes_field
 from .findings import check_images
 from .overlaps import shapes_of
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 # The end of a field's name -> its type, and what the App says of it.
 NUMBERS = {
@@ -55,7 +55,7 @@ class Coverage:
 
 
 def image_coverage(
-    samples: Samples, field: str, use_masks: bool = True, progress: bool | Callable | None = None
+    samples: SampleCollection, field: str, use_masks: bool = True, progress: bool | Callable | None = None
 ) -> Coverage:
     """Stores on each sample how much of the image its objects cover, how many they are and of what size.
 
@@ -83,7 +83,7 @@ def image_coverage(
         segmented = stored.has(field)
         numbers[stored.sample_id] = _measured(stored.labels(field), stored.known_size, use_masks) if segmented else None
 
-    skipped = look_at_each(samples, [field], look, progress)
+    skipped = visit_images(samples, [field], look, progress)
     _store(samples._dataset, field, numbers | {ObjectId(image["id"]): None for image in skipped})
     measured = [found for found in numbers.values() if found is not None]
     means = {}
@@ -93,7 +93,7 @@ def image_coverage(
     return Coverage(len(measured), len(numbers) - len(measured), means, skipped)
 
 
-def check_coverage(samples: Samples, field: str) -> None:
+def check_coverage(samples: SampleCollection, field: str) -> None:
     """Raises ValueError where the objects of a field can't be measured, or something of the user's is in the way."""
     check_images(samples)
     check_shapes_field(samples, field, "objects")

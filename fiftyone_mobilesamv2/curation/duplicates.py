@@ -13,15 +13,14 @@ from bson import ObjectId
 from pymongo import UpdateOne
 
 from ..evaluation.average_recall import Shapes, areas_of, ranking
-from ..evaluation.proposals import RANKINGS
-from ..stored_labels import StoredImage, is_crowd, look_at_each, number_of
+from ..evaluation.ranking import RANKINGS
+from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 DUPLICATE, PART, WHOLE = TAGS = ("duplicate", "part", "whole")
 ATTRIBUTES = {DUPLICATE: "duplicate_of", PART: "part_of"}
@@ -39,7 +38,7 @@ class Duplicates:
         skipped: of each image with a label that can't be used, its id, filepath and cause.
     """
 
-    samples: Samples = field(repr=False)
+    samples: SampleCollection = field(repr=False)
     field: str
     ids: dict[str, list[str]] = field(repr=False)
     skipped: list[dict] = field(repr=False)
@@ -55,7 +54,7 @@ class Duplicates:
 
 
 def find_duplicates(
-    samples: Samples,
+    samples: SampleCollection,
     field: str,
     iou: float = 0.8,
     containment: float = 0.9,
@@ -111,7 +110,7 @@ def find_duplicates(
         for tag, relations in _related(ids, shapes, ranking(scores, len(labels)), iou, containment).items():
             found[tag][stored.sample_id] = relations
 
-    skipped = look_at_each(samples, [field], look, progress)
+    skipped = visit_images(samples, [field], look, progress)
     dataset = samples._dataset
     for name in attributes:
         dataset.add_sample_field(f"{dataset._get_label_field_path(field)[1]}.{name}", fof.StringField)

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
+from ..errors import LabelError
 from ..evaluation.proposals import UNLABELED
-from ..stored_labels import LabelError, StoredImage, check_shapes_field, is_crowd, look_at_each, masks_of, name_of
+from ..labels.documents import StoredImage, is_crowd, name_of, visit_images
+from ..labels.fields import check_shapes_field
+from ..labels.masks import masks_of
 from .findings import check_images
 
 if TYPE_CHECKING:
-    import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 # A key of an annotation -> the attribute of the label that it holds.
 SCORES = {"score": "confidence", "predicted_iou": "predicted_iou", "stability": "stability"}
@@ -51,7 +52,7 @@ class Export:
 
 
 def export_masks(
-    samples: Samples,
+    samples: SampleCollection,
     field: str,
     path: str | PathLike,
     overwrite: bool = False,
@@ -107,7 +108,9 @@ def check_path(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} exists: choose another name, or overwrite it.")
 
 
-def check_export(path: str | PathLike, samples: Samples, field: str, progress: bool | Callable | None = None) -> None:
+def check_export(
+    path: str | PathLike, samples: SampleCollection, field: str, progress: bool | Callable | None = None
+) -> None:
     """Reads a file of :func:`export_masks` with pycocotools and compares all of it with what is stored.
 
     Raises:
@@ -138,13 +141,13 @@ def check_export(path: str | PathLike, samples: Samples, field: str, progress: b
                     f"{', '.join(different)}."
                 )
 
-    look_at_each(samples, [field], look, progress)
+    visit_images(samples, [field], look, progress)
     if (entry := next(entries, None)) is not None:
         raise ValueError(f"{path} has {entry}, which isn't among the samples.")
 
 
 def _write(
-    path: Path, root: Path, samples: Samples, field: str, progress: bool | Callable | None
+    path: Path, root: Path, samples: SampleCollection, field: str, progress: bool | Callable | None
 ) -> tuple[int, int, list[dict]]:
     """Writes the file; returns the numbers of images and annotations, and what was skipped."""
     images: list[dict] = []
@@ -165,7 +168,7 @@ def _write(
                 count += 1
 
         file.write('{"annotations": [')
-        skipped = look_at_each(samples, [field], look, progress)
+        skipped = visit_images(samples, [field], look, progress)
         named = [{"id": id, "name": name} for name, id in categories.items()]
         file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(named)}}}\n')
     return len(images), count, skipped
@@ -192,6 +195,6 @@ def _annotations(stored: StoredImage, field: str) -> list[dict]:
     return annotations
 
 
-def _common_folder(samples: Samples) -> Path:
+def _common_folder(samples: SampleCollection) -> Path:
     """The deepest folder that holds all images."""
     return Path(os.path.commonpath({os.path.dirname(filepath) for filepath in samples.values("filepath")}))

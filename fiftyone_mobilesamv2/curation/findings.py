@@ -11,15 +11,12 @@ import fiftyone.core.labels as fol
 from bson import ObjectId
 from pymongo import UpdateOne
 
-from ..evaluation.proposals import RANKINGS
-from ..stored_labels import (
-    check_shapes_field,
-)
+from ..evaluation.ranking import RANKINGS
+from ..labels.fields import check_shapes_field
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +33,7 @@ def check_options(rank_by: str = "confidence", **shares: float) -> None:
             raise ValueError(f"{name}={share}: more than 0, and at most 1, was expected.")
 
 
-def check_images(samples: Samples) -> None:
+def check_images(samples: SampleCollection) -> None:
     """Raises ValueError unless these are whole images."""
     if samples._is_generated or samples.media_type not in ("image", None):  # None: without samples
         if samples.media_type == "group":
@@ -45,7 +42,7 @@ def check_images(samples: Samples) -> None:
         raise ValueError(f"The view holds {kind}; images were expected: choose the dataset or a view of whole images.")
 
 
-def check_tagged_field(samples: Samples, name: str, role: str, attributes: Iterable[str] = ()) -> None:
+def check_tagged_field(samples: SampleCollection, name: str, role: str, attributes: Iterable[str] = ()) -> None:
     """Raises ValueError unless `name` is a field of lists of labels whose tags, and `attributes`, can be edited."""
     check_shapes_field(samples, name, role)
     kind = samples._get_label_field_type(name)
@@ -87,7 +84,7 @@ def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now:
         dataset._bulk_write(operations, ids=ids, ordered=True)
 
 
-def patches_of(samples: Samples, field_name: str, tag: str, ids: Iterable[str]) -> fo.core.patches.PatchesView:
+def patches_of(samples: SampleCollection, field_name: str, tag: str, ids: Iterable[str]) -> fo.core.patches.PatchesView:
     """The labels `ids`, which have this tag, as patches in this order."""
     # By tag first: making patches by thousands of ids takes ten times as long.
     patches = samples.select_labels(tags=tag, fields=field_name).to_patches(field_name)

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..evaluation.average_recall import Shapes, ious_of
-from ..stored_labels import boxes_of, masks_of
+from ..labels.masks import boxes_of, masks_of
 
 
 def shapes_of(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> Shapes:

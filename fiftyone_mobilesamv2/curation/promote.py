@@ -14,27 +14,16 @@ from bson import ObjectId
 from pycocotools import mask as mask_utils
 from pymongo.errors import DocumentTooLarge, WriteError
 
-from ..stored_labels import (
-    LabelError,
-    MissingError,
-    StoredImage,
-    boxes_of,
-    check_field_name,
-    check_shapes_field,
-    labels_in,
-    look_at_each,
-    masks_of,
-    name_of,
-    stored_images,
-    value_in,
-)
+from ..errors import LabelError, MissingError
+from ..labels.documents import StoredImage, labels_in, name_of, stored_images, value_in, visit_images
+from ..labels.fields import check_field_name, check_shapes_field
+from ..labels.masks import boxes_of, masks_of
 from .findings import LabelIds, check_images, check_tagged_field, retag
 from .unlabeled import DISMISSED, PROMOTED
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 UNLABELED = "unlabeled"  # the tag that `find_unlabeled_objects` gives
 PROMOTED_FROM = "promoted_from"  # the attribute of a label that holds the id of the proposal it was
@@ -60,7 +49,7 @@ class Promotion:
 
 
 def promote_to_labels(
-    samples: Samples,
+    samples: SampleCollection,
     ids: Iterable[str],
     pred_field: str,
     gt_field: str = "ground_truth",
@@ -120,14 +109,14 @@ def promote_to_labels(
         samples_changed += new > 0
 
     try:
-        skipped = look_at_each(view, [pred_field], look, progress)
+        skipped = visit_images(view, [pred_field], look, progress)
     finally:
         _tag(samples, pred_field, labelled, PROMOTED)
     already = sum(map(len, labelled.values())) - promoted
     return Promotion(promoted, already, samples_changed, [id for id in asked if id not in found], skipped)
 
 
-def dismiss(samples: Samples, ids: Iterable[str], pred_field: str) -> int:
+def dismiss(samples: SampleCollection, ids: Iterable[str], pred_field: str) -> int:
     """Gives the proposals with these ids the tag "dismissed" instead of "unlabeled": they are not suggested again.
 
     Arguments as for :func:`promote_to_labels`. Returns how many there were.
@@ -143,7 +132,7 @@ def dismiss(samples: Samples, ids: Iterable[str], pred_field: str) -> int:
     return sum(map(len, found.values()))
 
 
-def check_promotion(samples: Samples, pred_field: str, gt_field: str) -> None:
+def check_promotion(samples: SampleCollection, pred_field: str, gt_field: str) -> None:
     """Raises ValueError where proposals of the one field can't become labels of the other."""
     dataset = samples._root_dataset
     check_images(dataset)
@@ -230,7 +219,7 @@ def _mask(proposal: Mapping, size: tuple[int, int]) -> dict | None:
     return mask
 
 
-def _tag(samples: Samples, pred_field: str, found: LabelIds, tag: str) -> None:
+def _tag(samples: SampleCollection, pred_field: str, found: LabelIds, tag: str) -> None:
     """Gives these proposals the tag, in place of "unlabeled": in the dataset, and in patches of it that are shown."""
     dataset = samples._root_dataset
     retag(dataset, pred_field, tag, {}, found)

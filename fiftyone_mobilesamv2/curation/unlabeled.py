@@ -10,23 +10,16 @@ import numpy as np
 from bson import ObjectId
 
 from ..evaluation.average_recall import areas_of
-from ..evaluation.proposals import RANKINGS
-from ..stored_labels import StoredImage, check_shapes_field, is_crowd, look_at_each, number_of
+from ..evaluation.ranking import RANKINGS
+from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
+from ..labels.fields import check_shapes_field
 from .duplicates import DUPLICATE
-from .findings import (
-    check_images,
-    check_options,
-    check_tagged_field,
-    patches_of,
-    retag,
-    tags_of,
-)
+from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside_any
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 # Tags of proposals that someone has decided on.
 PROMOTED = "promoted"
@@ -48,7 +41,7 @@ class FoundLabels:
         skipped: of each image with a label that can't be used, its id, filepath and cause.
     """
 
-    samples: Samples = field(repr=False)
+    samples: SampleCollection = field(repr=False)
     field: str
     tag: str
     ids: list[str] = field(repr=False)
@@ -66,7 +59,7 @@ class FoundLabels:
 
 
 def find_unlabeled_objects(
-    samples: Samples,
+    samples: SampleCollection,
     pred_field: str,
     gt_field: str = "ground_truth",
     iou: float = 0.5,
@@ -130,7 +123,7 @@ def find_unlabeled_objects(
 
 
 def find_unsupported_labels(
-    samples: Samples,
+    samples: SampleCollection,
     pred_field: str,
     gt_field: str = "ground_truth",
     iou: float = 0.5,
@@ -168,7 +161,7 @@ def find_unsupported_labels(
 
 
 def _found(
-    samples: Samples,
+    samples: SampleCollection,
     field_names: list[str],
     field_name: str,
     find: Callable[[StoredImage], dict[ObjectId, float] | None],
@@ -193,7 +186,7 @@ def _found(
         elif labels:
             found[stored.sample_id] = labels
 
-    skipped = look_at_each(samples, field_names, look, progress)
+    skipped = visit_images(samples, field_names, look, progress)
     retag(samples._dataset, field_name, tag, before, found)
     places = {id: place for labels in found.values() for id, place in labels.items()}
     ids = [str(id) for id in sorted(places, key=places.get)]

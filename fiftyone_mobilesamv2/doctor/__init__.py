@@ -12,7 +12,7 @@ from ..errors import CheckpointError, MobileSAMv2Error
 from ..modeling.checkpoints.catalog import DEMO_MODEL, PretrainedModel, pretrained_model
 from ..modeling.checkpoints.files import fetch_model, local_path, verify_model
 from ..modeling.mobilesamv2 import MobileSAMv2
-from ..zoo import DTYPES
+from ..zoo.config import DTYPES
 from .ground_truth import known_images
 from .machine import machine_checks
 from .picture import picture

@@ -63,7 +63,7 @@ def _version(package: str) -> str:
 def _device(name: str | None) -> str:
     import torch
 
-    from ..modeling.mobilesamv2 import available_devices, usable_device
+    from ..modeling.devices import available_devices, usable_device
 
     device = usable_device(name)
     text = f"Device {device}, of {', '.join(available_devices())}; {torch.get_num_threads()} threads"

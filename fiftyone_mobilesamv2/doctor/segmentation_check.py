@@ -14,9 +14,9 @@ import torch
 from torchvision.ops import box_iou
 
 from ..modeling.grid_prompts import GridFilter
-from ..modeling.image_encoders import PIXEL_MEAN, PIXEL_STD, preprocess
+from ..modeling.image_encoders import PIXEL_MEAN, PIXEL_STD, ImageEmbeddings, preprocess
 from ..modeling.masks import Segmentation, upsample
-from ..modeling.mobilesamv2 import ImageEmbeddings, MobileSAMv2
+from ..modeling.mobilesamv2 import MobileSAMv2
 from ..training.scenes import TEST_SEED, make_scene
 from .ground_truth import KnownImage
 

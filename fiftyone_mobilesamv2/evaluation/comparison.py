@@ -20,8 +20,7 @@ from .proposals import evaluate_proposals
 if TYPE_CHECKING:
     import fiftyone as fo
     import pandas as pd
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 OBJECT_AWARE = "object_aware"
 IMAGES = 16
@@ -75,7 +74,7 @@ class Measurement:
 
 
 def measure(
-    samples: Samples,
+    samples: SampleCollection,
     model: zoo.MobileSAMv2Model,
     field_name: str,
     settings: Mapping[str, object],
@@ -215,13 +214,13 @@ def kept_fields(points_per_side: int) -> tuple[str, str]:
     return f"compare_{OBJECT_AWARE}", f"compare_grid_{points_per_side}"
 
 
-def draw(samples: Samples, images: int) -> fo.DatasetView:
+def draw(samples: SampleCollection, images: int) -> fo.DatasetView:
     """That many of the images at random, the same ones each time; all, where there are fewer."""
     return samples.select(samples.take(images, seed=SEED).values("id"))
 
 
 def compare_promptings(
-    samples: Samples,
+    samples: SampleCollection,
     model: zoo.MobileSAMv2Model,
     points_per_side: int = POINTS_PER_SIDE,
     images: int = IMAGES,

@@ -19,37 +19,20 @@ import numpy as np
 from bson import ObjectId
 from pymongo import UpdateOne
 
-from ..cluster import check_workers, on_cluster
-from ..shards import Shard
-from ..stored_labels import (
-    StoredImage,
-    boxes_of,
-    check_shapes_field,
-    ensure_metadata,
-    is_crowd,
-    look_at_part,
-    masks_of,
-    meet,
-    number_of,
-    tell_skipped,
-)
+from ..labels.documents import StoredImage, ensure_metadata, is_crowd, log_skipped, number_of, visit_shard
+from ..labels.fields import check_shapes_field
+from ..labels.masks import boxes_may_overlap, boxes_of, masks_of
+from ..runs.cluster import check_workers, on_cluster
+from ..runs.shards import Shard
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, ranking
 from .proposal_results import ProposalResults
+from .ranking import RANKINGS
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
-
-# How proposals are ranked -> the attributes whose mean is the score.
-RANKINGS = {
-    "confidence": ("confidence",),
-    "predicted_iou": ("predicted_iou",),
-    "stability": ("stability",),
-    "sam": ("predicted_iou", "stability"),
-}
 UNLABELED = "object"  # of objects without a class, which the App counts by their class
 _FOUND_AT = 0  # the place of IoU 0.5, of "tp" and "fn", in IOU_THRESHOLDS
 _UPDATES_AT_ONCE = 200
@@ -57,7 +40,7 @@ _LABELS_IN_AN_UPDATE = 100  # MongoDB looks for each of them among all labels of
 
 
 def evaluate_proposals(
-    samples: Samples,
+    samples: SampleCollection,
     pred_field: str,
     gt_field: str = "ground_truth",
     eval_key: str | None = None,
@@ -255,7 +238,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
-    def check_fields(self, samples: Samples) -> None:
+    def check_fields(self, samples: SampleCollection) -> None:
         """Raises ValueError where the fields of the configuration can't be compared in these samples."""
         fov.validate_non_grouped_collection(samples)
         config = self.config
@@ -266,7 +249,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         if samples._is_clips or (samples._is_patches and samples._root_dataset.media_type == "video"):
             raise ValueError("Clips, and patches of frames, can't be measured: evaluate the frames of the videos.")
 
-    def _check_names(self, samples: Samples, eval_key: str) -> None:
+    def _check_names(self, samples: SampleCollection, eval_key: str) -> None:
         """That nothing of the user's is where the run is going to store, and at last delete, its own."""
         dataset = samples._root_dataset
         for name in self._label_names(dataset):
@@ -289,22 +272,22 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
-    def _measure(self, samples: Samples, progress: bool | Callable | None) -> None:
+    def _measure(self, samples: SampleCollection, progress: bool | Callable | None) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
         if self.cluster is None:
             total = self._measure_part(samples, progress)
         else:
             total = self._measure_on_cluster(samples, progress)
-        tell_skipped(self._skipped, total)
+        log_skipped(self._skipped, total)
         self._by_id = {str(image.id): image for image in self._images}
 
-    def _measure_part(self, samples: Samples, progress: bool | Callable | None) -> int:
+    def _measure_part(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
         fields = [self.config.pred_field, self.config.gt_field]
-        skipped, total = look_at_part(samples, fields, lambda each: self._images.append(self._measured(each)), progress)
+        skipped, total = visit_shard(samples, fields, lambda each: self._images.append(self._measured(each)), progress)
         self._skipped += skipped
         return total
 
-    def _measure_on_cluster(self, samples: Samples, progress: bool | Callable | None) -> int:
+    def _measure_on_cluster(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
         if samples._is_generated:
             raise ValueError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
         ensure_metadata(samples, progress)
@@ -324,7 +307,11 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         return total
 
     def _results(
-        self, samples: Samples, eval_key: str | None, classes: list[str] | None = None, missing: str | None = None
+        self,
+        samples: SampleCollection,
+        eval_key: str | None,
+        classes: list[str] | None = None,
+        missing: str | None = None,
     ) -> ProposalResults:
         objects = [found for image in self._images for found in image.objects]
         ranks = np.array([found.ranks for found in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
@@ -358,7 +345,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         frequencies = [label.get("frequency") for label in objects]
         shapes = boxes_of(proposals, size), boxes_of(objects, size)
         if config.use_masks:
-            shapes = masks_of(proposals, size, meet(*shapes).any(1)), masks_of(objects, size)
+            shapes = masks_of(proposals, size, boxes_may_overlap(*shapes).any(1)), masks_of(objects, size)
         matches = self._recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
 
         counted = [i for i, ignored in enumerate(crowd) if not ignored]
@@ -388,7 +375,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     # Storing --------------------------------------------------------------------------------------------------------
 
-    def _write(self, samples: Samples, eval_key: str) -> None:
+    def _write(self, samples: SampleCollection, eval_key: str) -> None:
         """Notes on objects, on the proposals that find them and on samples what was found.
 
         The other proposals, most of the labels, stay as they are.
@@ -435,7 +422,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
                 dataset._bulk_write(operations, ids=ids, frames=of_frames)
                 ids, operations = [], []
 
-    def _forget_counts_of_skipped(self, samples: Samples, eval_key: str) -> None:
+    def _forget_counts_of_skipped(self, samples: SampleCollection, eval_key: str) -> None:
         # FiftyOne has stored zeros.
         ends = [f"{eval_key}{end}" for end in ("_tp", "_fp", "_fn")]
         dataset, of_frames = samples._dataset, self._is_of_frames(samples)
@@ -470,7 +457,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         names = [prefix + name for name in (self.config.gt_field, self.config.pred_field)]
         return [name for name in names if dataset.has_field(name)]
 
-    def _is_of_frames(self, samples: Samples) -> bool:
+    def _is_of_frames(self, samples: SampleCollection) -> bool:
         """Whether the labels are of videos' frames there."""
         from_view = self.config.view == "frames" and not samples._is_frames
         return from_view or samples._is_frame_field(self.config.gt_field)
@@ -538,10 +525,10 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             dataset.delete_frame_fields(of_frames)
 
 
-def _measurer(config: ProposalEvaluationConfig) -> Callable[[Samples, Shard], tuple]:
+def _measurer(config: ProposalEvaluationConfig) -> Callable[[SampleCollection, Shard], tuple]:
     """What a worker of a cluster does with each part."""
 
-    def measure(samples: Samples, shard: Shard) -> tuple:
+    def measure(samples: SampleCollection, shard: Shard) -> tuple:
         part, method = shard.of(samples), config.build()
         total = method._measure_part(part, progress=False)
         return method._recall, method._images, method._skipped, total, len(part)
@@ -583,7 +570,7 @@ def _updates(
         values = {}
 
 
-def _datasets(samples: Samples) -> list[fo.Dataset]:
+def _datasets(samples: SampleCollection) -> list[fo.Dataset]:
     """The dataset, and that of a view of patches or frames."""
     root, own = samples._root_dataset, samples._dataset
     return [root] if own is root else [root, own]

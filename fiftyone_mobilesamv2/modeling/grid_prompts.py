@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.ops import nms
 
 from .masks import Segmentation
 
 POINTS_PER_SIDE = 32
 POINTS_PER_BATCH = 64
+MAX_POINTS_PER_SIDE = 256  # low-res logits have no more cells along a side
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class GridFilter:
     pred_iou_thresh: float = 0.88
     stability_score_thresh: float = 0.95
     box_nms_thresh: float = 0.7
+
+    def by_predicted_iou(self, iou: Tensor) -> Tensor:
+        """bool [N], which masks of these predicted IoUs are kept."""
+        return iou > self.pred_iou_thresh if self.pred_iou_thresh > 0 else torch.ones_like(iou, dtype=torch.bool)
+
+    def by_stability(self, stability: np.ndarray) -> np.ndarray:
+        """bool [N], which masks of these stability scores are kept."""
+        threshold = self.stability_score_thresh
+        return stability >= threshold if threshold > 0 else np.ones(len(stability), bool)
 
 
 SAM_GRID_FILTER = GridFilter()

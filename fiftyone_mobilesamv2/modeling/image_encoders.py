@@ -201,6 +201,23 @@ def encoder_config(name: str) -> EncoderConfig:
     return ENCODERS[name]
 
 
+@dataclass(frozen=True)
+class ImageEmbeddings:
+    """Encoded images.
+
+    Attributes:
+        features: [B, C, G, G].
+        original_sizes, input_sizes: (h, w) of each image, and of the resized image in the network input.
+    """
+
+    features: Tensor
+    original_sizes: list[tuple[int, int]]
+    input_sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.original_sizes)
+
+
 def preprocess(image: np.ndarray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
     """An image as the encoders take it.
 

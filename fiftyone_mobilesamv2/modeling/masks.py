@@ -20,14 +20,12 @@ from .rle import rle_from_crop
 # SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
 # automatic mask generator, `stability_score_offset`).
 STABILITY_OFFSET = 1.0
-
 # `upsample` sums four products at each of its two steps, with weights >= 0; a sum of float32 products, whatever their
 # order, is wrong by less than this times the same sum of absolute values: 10 roundings of 2^-24 are its own, 4 those of
 # our weights.
 _ROUNDING = 2**-20
-
 # Pixels of a mask that are looked at one by one: a few KB each, where the whole upsampling takes a few MB.
-_MOST_DOUBTS = 1024
+_MAX_DOUBTS = 1024
 
 
 @dataclass
@@ -182,7 +180,7 @@ def crop_masks(
         mask, possible = values > tolerance, values >= -tolerance
         if np.count_nonzero(mask) != np.count_nonzero(possible):
             y, x = np.nonzero(possible & ~mask)
-            few = len(y) <= _MOST_DOUBTS
+            few = len(y) <= _MAX_DOUBTS
             decided = _decided(logits[i], rows.weights[r][y], columns.weights[c][x]) if few else None
             if decided is None:
                 values = upsample(logits[i : i + 1], image_size, input_size, size)[0, r, c].cpu().numpy()
@@ -215,3 +213,17 @@ def _extent(used: np.ndarray) -> slice | None:
     """The range of the true entries of a bool vector."""
     (indices,) = np.nonzero(used)
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else None
+
+
+def concatenate(parts: Sequence[Segmentation], size: tuple[int, int]) -> Segmentation:
+    """The masks of several segmentations of one image of `size` (h, w), in order."""
+    with_points = bool(parts) and all(part.points is not None for part in parts)
+    return Segmentation(
+        boxes=np.concatenate([np.zeros((0, 4), np.int32), *(part.boxes for part in parts)]),
+        masks=[mask for part in parts for mask in part.masks],
+        confidence=np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in parts)]),
+        predicted_iou=np.concatenate([np.zeros(0, np.float32), *(part.predicted_iou for part in parts)]),
+        stability=np.concatenate([np.zeros(0, np.float32), *(part.stability for part in parts)]),
+        size=size,
+        points=np.concatenate([part.points for part in parts]) if with_points else None,
+    )

@@ -5,22 +5,31 @@ image -> encode (once) -> discover boxes -> decode all prompts of the image agai
 
 from __future__ import annotations
 
-import numbers
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import object_discovery
+from ..modeling import object_discovery
+from .arguments import (
+    check_count,
+    check_images,
+    check_prompting,
+    check_prompts,
+    checked_grid,
+    checked_thresholds,
+    coordinates,
+    points_with_labels,
+)
 from .checkpoints.catalog import pretrained_model
 from .checkpoints.files import fetch_model
 from .checkpoints.loading import load_decoder, load_detector, load_encoder
+from .devices import usable_device
 from .grid_prompts import (
     POINTS_PER_BATCH,
     POINTS_PER_SIDE,
@@ -29,62 +38,14 @@ from .grid_prompts import (
     grid_points,
     suppress_duplicates,
 )
-from .image_encoders import EncoderConfig, encoder_config, preprocess
+from .image_encoders import EncoderConfig, ImageEmbeddings, encoder_config, preprocess
 from .inference import prepare_for_inference
-from .masks import Segmentation, crop_masks
+from .masks import Segmentation, concatenate, crop_masks
 from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
 from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
 
-PROMPTINGS = ("object_aware", "grid")
-MAX_POINTS_PER_SIDE = 256  # low-res logits have no more cells along a side
-
-_FARTHEST = 1e9  # pixels that a prompt may be off: with more, its position would be no number
-
 # Logits of this many prompts exist at a time: 64 x 256 x 256 float32 are 16 MiB, and a grid's three masks each 48.
 _PROMPTS_PER_PASS = POINTS_PER_BATCH
-
-
-@dataclass(frozen=True)
-class ImageEmbeddings:
-    """Encoded images.
-
-    Attributes:
-        features: [B, C, G, G].
-        original_sizes, input_sizes: (h, w) of each image, and of the resized image in the network input.
-    """
-
-    features: Tensor
-    original_sizes: list[tuple[int, int]]
-    input_sizes: list[tuple[int, int]]
-
-    def __len__(self) -> int:
-        return len(self.original_sizes)
-
-
-def available_devices() -> list[str]:
-    """What models can run on here, best first: "cuda", Apple's "mps", "cpu"."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [name for name, is_there in there.items() if is_there]
-
-
-def default_device() -> torch.device:
-    """The best that there is."""
-    return torch.device(available_devices()[0])
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; the best there is for None. Raises ValueError where it can't be used."""
-    if device is None:
-        return default_device()
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).cpu()
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"device must be one that is here ({', '.join(available_devices())}), not {device!r}: "
-            + str(error).partition("\n")[0]
-        ) from error
-    return found
 
 
 class MobileSAMv2(nn.Module):
@@ -200,7 +161,7 @@ class MobileSAMv2(nn.Module):
         Raises:
             ValueError: an image is something else; the message says which one.
         """
-        _check_images(images)
+        check_images(images)
         features, input_sizes = [], []
         with self._timed("encode"):
             # One at a time: kernels are chosen by batch size, and with them the last bits of an embedding. At 1024 px
@@ -232,13 +193,13 @@ class MobileSAMv2(nn.Module):
             RuntimeError: the model has no detector.
             ValueError: an argument is not what it should be; the message names it.
         """
-        thresholds = _checked_thresholds(conf, iou, max_prompts)
+        thresholds = checked_thresholds(conf, iou, max_prompts)
         if self.discovery is None:
             raise RuntimeError(
                 "Object-aware prompting needs a detector and this model was made without one: pass "
                 'detector_checkpoint=..., or use prompting="grid".'
             )
-        _check_images(images)
+        check_images(images)
         with self._timed("discover"):
             return [self.discovery(image, *thresholds) for image in images]
 
@@ -255,10 +216,10 @@ class MobileSAMv2(nn.Module):
         Returns:
             per image, the low-res logits float32 [N, L, L] and predicted IoU float32 [N].
         """
-        _check_count("boxes", boxes, len(embeddings))
+        check_count("boxes", boxes, len(embeddings))
         logits, ious = [], []
         for i, image_boxes in enumerate(boxes):
-            prompts = self._embed(embeddings, i, boxes=_coordinates(i, "boxes", image_boxes, 4))
+            prompts = self._embed(embeddings, i, boxes=coordinates(i, "boxes", image_boxes, 4))
             image_logits, image_iou = self._decode(self._image_side(embeddings, i), prompts)
             logits.append(image_logits[:, 0])
             ious.append(image_iou[:, 0])
@@ -289,13 +250,9 @@ class MobileSAMv2(nn.Module):
         Raises:
             ValueError: an argument is not what it should be; the message names it.
         """
-        if not isinstance(prompting, str) or prompting not in PROMPTINGS:
-            raise ValueError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
-        thresholds = _checked_thresholds(conf, iou, max_prompts)
-        points_per_side = checked_number("points_per_side", points_per_side, 1, MAX_POINTS_PER_SIDE, whole=True)
-        if not isinstance(grid_filter, GridFilter):
-            raise TypeError(f"grid_filter must be a GridFilter, not {type(grid_filter).__name__}.")
-        grid_filter = GridFilter(*(checked_number(name, value, -1, 1) for name, value in vars(grid_filter).items()))
+        thresholds = checked_thresholds(conf, iou, max_prompts)
+        points_per_side, grid_filter = checked_grid(points_per_side, grid_filter)
+        check_prompting(prompting)
         embeddings = self.encode(images)
         if prompting == "grid":
             return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
@@ -329,23 +286,13 @@ class MobileSAMv2(nn.Module):
             ValueError: no prompts, or prompts that don't fit each other or the images.
             TypeError: something is no sequence.
         """
-        _check_images(images)
-        if boxes is None and points is None:
-            raise ValueError("segment_anything needs prompts: boxes, points, or both.")
-        if point_labels is not None and points is None:
-            raise ValueError("point_labels without points.")
-        for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
-            if prompts is not None:
-                _check_count(name, prompts, len(images))
-        for name, prompts in (("points", points), ("point_labels", point_labels)):
-            for i, of_image in enumerate(prompts if prompts is not None else ()):
-                _check_is_sequence(f"Image {i}: {name}", of_image)
+        check_prompts(images, boxes, points, point_labels)
         embeddings = self.encode(images)
         return [
             self._segment_prompted(
                 embeddings,
                 i,
-                None if boxes is None else _coordinates(i, "boxes", boxes[i], 4),
+                None if boxes is None else coordinates(i, "boxes", boxes[i], 4),
                 None if points is None else points[i],
                 None if point_labels is None else point_labels[i],
             )
@@ -362,20 +309,8 @@ class MobileSAMv2(nn.Module):
     ) -> Segmentation:
         if points is None:
             return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
-        points = [_coordinates(index, "points", p, 2) for p in points]
-        if point_labels is None:
-            point_labels = [np.ones(len(p), np.int64) for p in points]
-        expected = f"Image {index}: point_labels must be arrays [P]"
-        point_labels = [np.atleast_1d(_array(expected, labels)) for labels in point_labels]
-        count = len(points if boxes is None else boxes)
-        if len(points) != count or [(len(p),) for p in points] != [labels.shape for labels in point_labels]:
-            raise ValueError(
-                f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
-                f"box; got {count} prompts, {len(points)} arrays of points, {len(point_labels)} of labels."
-            )
-        if not all(labels.dtype.kind in "biuf" and np.isin(labels, (0, 1)).all() for labels in point_labels):
-            raise ValueError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
-        labels = [values.astype(np.int64) for values in point_labels]
+        count = None if boxes is None else len(boxes)
+        points, labels = points_with_labels(index, points, point_labels, count)
         # Prompts with the same number of points have the same number of tokens and are decoded together.
         groups: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(points):
@@ -408,15 +343,10 @@ class MobileSAMv2(nn.Module):
             logits, iou = self._decode(side, prompts[start : start + _PROMPTS_PER_PASS], MULTIMASK)
             of_point = np.repeat(grid[start : start + _PROMPTS_PER_PASS], iou.shape[1], axis=0)
             logits, iou = logits.flatten(0, 1), iou.flatten()
-            good = torch.ones_like(iou, dtype=torch.bool)
-            if grid_filter.pred_iou_thresh > 0:
-                good = iou > grid_filter.pred_iou_thresh
+            good = grid_filter.by_predicted_iou(iou)
             batch = self._crop(embeddings, index, logits[good], iou[good])
             batch.points = of_point[good.cpu().numpy()]
-            keep = batch.areas > 0
-            if grid_filter.stability_score_thresh > 0:
-                keep &= batch.stability >= grid_filter.stability_score_thresh
-            found.append(batch.select(np.flatnonzero(keep)))
+            found.append(batch.select(np.flatnonzero((batch.areas > 0) & grid_filter.by_stability(batch.stability))))
         return suppress_duplicates(concatenate(found, size), grid_filter.box_nms_thresh)
 
     def _segment(
@@ -473,84 +403,3 @@ class MobileSAMv2(nn.Module):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the time would be charged to whoever waits next
         self.seconds[stage] += time.perf_counter() - start
-
-
-def concatenate(parts: Sequence[Segmentation], size: tuple[int, int]) -> Segmentation:
-    """The masks of several segmentations of one image of `size` (h, w), in order."""
-    with_points = bool(parts) and all(part.points is not None for part in parts)
-    return Segmentation(
-        boxes=np.concatenate([np.zeros((0, 4), np.int32), *(part.boxes for part in parts)]),
-        masks=[mask for part in parts for mask in part.masks],
-        confidence=np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in parts)]),
-        predicted_iou=np.concatenate([np.zeros(0, np.float32), *(part.predicted_iou for part in parts)]),
-        stability=np.concatenate([np.zeros(0, np.float32), *(part.stability for part in parts)]),
-        size=size,
-        points=np.concatenate([part.points for part in parts]) if with_points else None,
-    )
-
-
-def checked_number(name: str, value: float, least: float, most: float, whole: bool = False) -> float:
-    """A plain Python number of that value. Raises ValueError unless it is one, from `least` to `most`.
-
-    Args:
-        name: what the message calls it.
-        whole: it has to be a whole one.
-    """
-    kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, not {value!r}.")
-    return int(value) if whole else float(value)
-
-
-def _checked_thresholds(conf: float, iou: float, max_prompts: int) -> tuple[float, float, int]:
-    return (
-        checked_number("conf", conf, 0, 1),
-        checked_number("iou", iou, 0, 1),
-        checked_number("max_prompts", max_prompts, 1, object_discovery.MAX_NMS_CANDIDATES, whole=True),
-    )
-
-
-def _check_images(images: Sequence[np.ndarray]) -> None:
-    _check_is_sequence("images", images)
-    for i, image in enumerate(images):
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
-        if not image.size:
-            raise ValueError(f"Image {i} has no pixels: its shape is {image.shape}.")
-
-
-def _coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
-    """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).numpy()
-    expected = f"Image {index}: {name} must be finite numbers [N, {width}]"
-    array = _array(expected, values)
-    if array.size == 0:
-        return torch.zeros(0, width)
-    array = np.atleast_2d(array)
-    is_good = array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == width
-    if not is_good or not (np.abs(array.astype(np.float64)) <= _FARTHEST).all():
-        raise ValueError(
-            f"{expected}, not an array {array.shape} of {array.dtype}; none may be more than {_FARTHEST:g} pixels off."
-        )
-    return torch.from_numpy(array.astype(np.float32))
-
-
-def _array(expected: str, values: Sequence) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except ValueError as error:  # parts of different lengths
-        raise ValueError(f"{expected}: {error}") from error
-
-
-def _check_is_sequence(name: str, values: Sequence) -> None:
-    if not isinstance(values, Sequence) and not (isinstance(values, np.ndarray | Tensor) and values.ndim):
-        raise TypeError(f"{name} must be a sequence, not {type(values).__name__}.")
-
-
-def _check_count(name: str, prompts: Sequence, images: int) -> None:
-    _check_is_sequence(name, prompts)
-    if len(prompts) != images:
-        raise ValueError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .app_work import CancelWork
 from .compare_prompting import ComparePrompting
 from .evaluate_proposals import EvaluateProposals
 from .export_masks import ExportMasks
@@ -11,7 +12,6 @@ from .find_duplicates import FindDuplicates
 from .find_unlabeled_objects import FindUnlabeledObjects
 from .image_coverage import ImageCoverage
 from .manage_models import ManageModels
-from .operator import CancelWork
 from .promote_to_labels import PromoteToLabels
 from .segment_anything import SegmentAnything
 from .segment_everything import SegmentEverything

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..stored_labels import label_fields
-from .labels import GROUND_TRUTH, use_masks_switch
-from .models import fetch_with_progress, model_choice, runtime_choices
-from .operator import Form, FormError, Operator, Outcome, Progress, code, count
+from ..errors import FormError
+from ..labels.fields import label_fields
+from .app_work import Outcome, Progress
+from .choices import GROUND_TRUTH, fetch_with_progress, model_choice, runtime_choices, use_masks_switch
+from .form import Form, code, count
+from .operator import Operator
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
@@ -42,7 +44,7 @@ class ComparePrompting(Operator):
         self._keep(form, names)
 
     def _ground_truth(self, form: Form, kept: Sequence[str]) -> None:
-        from ..stored_labels import SHAPE_TYPES
+        from ..labels.fields import SHAPE_TYPES
 
         fields = {name: name for name in label_fields(form.samples, SHAPE_TYPES) if name not in kept}
         gt_field = form.choice(
@@ -57,7 +59,8 @@ class ComparePrompting(Operator):
 
     def _keep(self, form: Form, names: Sequence[str]) -> None:
         from ..evaluation.comparison import draw
-        from ..segmentation import check_label_field, labels_there
+        from ..labels.fields import check_label_field
+        from ..runs.plan import labels_there
 
         keep = form.switch("keep", False, "Keep the masks", f"In {' and '.join(names)}, with their evaluations")
         if not keep or form.problems:

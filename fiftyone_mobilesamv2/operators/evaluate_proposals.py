@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING
 from bson import ObjectId
 from fiftyone import ViewField as F
 
-from .labels import (
-    RANKINGS,
-    ground_truth_choice,
-    proposals_choice,
-    skipped_button,
-    skipped_text,
-    use_masks_switch,
-)
-from .operator import Form, Operator, Outcome, Progress, count
+from .app_work import Outcome, Progress
+from .choices import RANKINGS, ground_truth_choice, proposals_choice, skipped_button, skipped_text, use_masks_switch
+from .form import Form, count
+from .operator import Operator
 
 if TYPE_CHECKING:
+    from fiftyone.core.collections import SampleCollection
+
     from ..evaluation.proposal_results import ProposalResults
-    from .operator import Samples
 
 PANEL = "segevery"
 MOST_PROPOSALS = 10_000  # results hold counts for every K up to the largest; a 64x64 grid makes 12,288 masks in all
@@ -36,7 +32,7 @@ class EvaluateProposals(Operator):
 
     def form(self, form: Form) -> None:
         from ..evaluation.proposals import ProposalEvaluationConfig
-        from ..stored_labels import SHAPE_TYPES
+        from ..labels.fields import SHAPE_TYPES
 
         samples = form.target("Measure")
         pred_field = proposals_choice(form, SHAPE_TYPES)
@@ -83,7 +79,7 @@ def whole_numbers(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _outcome(samples: Samples, results: ProposalResults) -> Outcome:
+def _outcome(samples: SampleCollection, results: ProposalResults) -> Outcome:
     config, recall = results.config, results.average_recall
     objects = recall.totals["all"]
     lines = [

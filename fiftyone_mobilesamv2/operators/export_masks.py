@@ -6,8 +6,11 @@ from pathlib import Path
 
 import fiftyone as fo
 
-from .labels import SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, code, count
+from ..errors import FormError
+from .app_work import Outcome, Progress
+from .choices import SHAPES, skipped_button, skipped_text
+from .form import Form, code, count
+from .operator import Operator
 
 
 class ExportMasks(Operator):
@@ -19,7 +22,7 @@ class ExportMasks(Operator):
     def form(self, form: Form) -> None:
         from ..curation.export import check_path
         from ..curation.findings import check_images
-        from ..stored_labels import have_masks
+        from ..labels.fields import have_masks
 
         try:
             samples = form.target("Export")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from .labels import RANKINGS, SHAPES, skipped_button, skipped_text, use_masks_switch
-from .operator import Form, FormError, Operator, Outcome, Progress, count
+from ..errors import FormError
+from .app_work import Outcome, Progress
+from .choices import RANKINGS, SHAPES, skipped_button, skipped_text, use_masks_switch
+from .form import Form, count
+from .operator import Operator
 
 SHOW = {
     "duplicate": "Duplicates: a better label covers the same object",

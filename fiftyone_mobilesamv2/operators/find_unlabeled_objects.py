@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from .labels import (
-    RANKINGS,
-    ground_truth_choice,
-    proposals_choice,
-    skipped_button,
-    skipped_text,
-    use_masks_switch,
-)
-from .operator import Form, FormError, Operator, Outcome, Progress, count
+from ..errors import FormError
+from .app_work import Outcome, Progress
+from .choices import RANKINGS, ground_truth_choice, proposals_choice, skipped_button, skipped_text, use_masks_switch
+from .form import Form, count
+from .operator import Operator
 
 OBJECTS, LABELS = "objects", "labels"
 LOOK_FOR = {

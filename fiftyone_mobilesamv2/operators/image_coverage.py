@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from .labels import SHAPES, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, count
+from ..errors import FormError
+from .app_work import Outcome, Progress
+from .choices import SHAPES, skipped_button, skipped_text
+from .form import Form, count
+from .operator import Operator
 
 
 class ImageCoverage(Operator):
@@ -18,7 +21,7 @@ class ImageCoverage(Operator):
     def form(self, form: Form) -> None:
         from ..curation.coverage import NUMBERS, check_coverage
         from ..curation.findings import check_images
-        from ..stored_labels import have_masks
+        from ..labels.fields import have_masks
 
         try:
             samples = form.target("Measure")

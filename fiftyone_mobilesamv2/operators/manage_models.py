@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from fiftyone.operators import types
 
-from .models import fetch_with_progress
-from .operator import Form, Operator, Outcome, Progress, count
+from .app_work import Outcome, Progress
+from .choices import fetch_with_progress
+from .form import Form, count
+from .operator import Operator
 
 if TYPE_CHECKING:
     from ..modeling.checkpoints import Weights

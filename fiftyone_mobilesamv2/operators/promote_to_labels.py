@@ -6,9 +6,12 @@ import fiftyone as fo
 from bson import ObjectId
 from fiftyone.operators import types
 
-from ..stored_labels import label_fields
-from .labels import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
-from .operator import Form, FormError, Operator, Outcome, Progress, code, count
+from ..errors import FormError
+from ..labels.fields import label_fields
+from .app_work import Outcome, Progress
+from .choices import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
+from .form import Form, code, count
+from .operator import Operator
 
 PROMOTE, DISMISS = "promote", "dismiss"
 VERDICTS = {

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import fiftyone as fo
 
-from ..stored_labels import label_fields
-from .labels import field_of_selected
-from .models import fetch_with_progress, model_choice, runtime_choices
-from .operator import Form, FormError, Operator, Outcome, Progress, cached, count
-from .segment_everything import STORAGES, detections_fields, segmentation_outcome
+from ..errors import FormError
+from ..labels.fields import label_fields
+from .app_work import Outcome, Progress
+from .choices import (
+    STORAGES,
+    detections_fields,
+    fetch_with_progress,
+    field_of_selected,
+    model_choice,
+    runtime_choices,
+    segmentation_outcome,
+)
+from .form import Form, cached, count
+from .operator import Operator
 
 PROMPT_KINDS = (fo.Detections, fo.Keypoints, fo.Detection, fo.Keypoint)
 BOX_KINDS = (fo.Detections, fo.Detection)
@@ -21,7 +30,7 @@ class SegmentAnything(Operator):
     icon = "segment"
 
     def form(self, form: Form) -> None:
-        from ..segmentation import check_label_field, check_prompt_field
+        from ..labels.fields import check_label_field, check_prompt_field
 
         selected = form.ctx.selected_labels
         prompts = "field"
@@ -79,9 +88,9 @@ class SegmentAnything(Operator):
         return field
 
     def _count(self, form: Form, field: str, replace: bool) -> None:
-        from ..segmentation import labels_with_masks
+        from ..runs.plan import count_labels_with_masks
 
-        masks, total = cached(labels_with_masks, form.samples, field)
+        masks, total = cached(count_labels_with_masks, form.samples, field)
         bare = total - masks
         if replace and total > bare:
             form.warn(f"The masks of {count(total - bare, 'label')} in '{field}' will be replaced.")
@@ -96,7 +105,7 @@ class SegmentAnything(Operator):
             form.note(f"{bare:,} of {total:,} labels have no mask yet.")
 
     def _count_masks(self, form: Form, label_field: str, replace: bool) -> None:
-        from ..segmentation import labels_there
+        from ..runs.plan import labels_there
 
         if label_field in detections_fields(form.samples) and not replace:
             there = cached(labels_there, form.samples, label_field)[1]
@@ -104,7 +113,7 @@ class SegmentAnything(Operator):
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo
-        from ..segmentation import segment_anything
+        from ..runs.segment import segment_anything
 
         values = form.values
         fetch_with_progress(values["model"], progress)

@@ -11,16 +11,23 @@ from fiftyone.operators import types
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext
 
-from ..shards import MOST as MOST_PARTS
-from ..shards import Shard
-from ..stored_labels import label_fields
-from .models import fetch_with_progress, model_choice, runtime_choices
-from .operator import MANY_IMAGES, Form, Operator, Outcome, Progress, cached, code, count
+from ..runs.shards import MAX_SHARDS, Shard
+from .app_work import Outcome, Progress
+from .choices import (
+    FAILED,
+    SHOW_SAMPLES,
+    STORAGES,
+    detections_fields,
+    fetch_with_progress,
+    model_choice,
+    runtime_choices,
+    segmentation_outcome,
+)
+from .form import Form, cached, count
+from .operator import MANY_IMAGES, Operator
 
 if TYPE_CHECKING:
-    from ..segmentation_runs import SegmentationRun
-    from ..stored_labels import Samples
-    from ..zoo import MobileSAMv2ModelConfig
+    from ..zoo.config import MobileSAMv2ModelConfig
 
 PROMPTINGS = {
     "object_aware": "Object-aware: find the objects first, then one mask each (fast)",
@@ -29,12 +36,6 @@ PROMPTINGS = {
 EXISTING = {
     "keep": "Skip samples that have masks there already",
     "replace": "Replace what is there",
-}
-FAILED = "Show failed samples"
-SHOW_SAMPLES = "@voxel51/operators/show_samples"
-STORAGES = {
-    "database": "In the database, as far as they fit into a sample's document",
-    "disk": "On disk, as PNG files",
 }
 
 
@@ -55,8 +56,7 @@ class SegmentEverything(Operator):
         )
 
     def form(self, form: Form) -> None:
-        from ..modeling.grid_prompts import POINTS_PER_SIDE
-        from ..modeling.mobilesamv2 import MAX_POINTS_PER_SIDE
+        from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE
         from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 
         form.target("Segment")
@@ -104,7 +104,7 @@ class SegmentEverything(Operator):
             "Parts",
             "More than one: scheduled as so many operations, which 'fiftyone delegated launch' workers share",
             least=1,
-            most=MOST_PARTS,
+            most=MAX_SHARDS,
             whole=True,
         )
         _part(form)
@@ -121,8 +121,9 @@ class SegmentEverything(Operator):
             )
 
     def _label_field(self, form: Form) -> None:
-        from ..segmentation import check_label_field, labels_there
-        from ..segmentation_runs import failed_samples
+        from ..labels.fields import check_label_field
+        from ..runs.plan import labels_there
+        from ..runs.record import failed_samples
 
         samples = form.samples
         prefix = samples._FRAMES_PREFIX if samples.media_type == "video" else ""
@@ -162,7 +163,7 @@ class SegmentEverything(Operator):
             form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
 
     def _check_parameters(self, form: Form) -> None:
-        from ..segmentation import check_same_parameters, parameters_of
+        from ..runs.plan import check_same_parameters, parameters_of
 
         try:
             check_same_parameters(form.samples, form.values["label_field"], parameters_of(_model_config(form)))
@@ -171,7 +172,7 @@ class SegmentEverything(Operator):
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo
-        from ..segmentation import segment_everything
+        from ..runs.segment import segment_everything
 
         values, part = form.values, _part(form)
         if values["num_shards"] > 1 and part is None:
@@ -196,7 +197,7 @@ class SegmentEverything(Operator):
         return segmentation_outcome(run, values.get("existing") == "replace")
 
     def _schedule_parts(self, form: Form) -> Outcome:
-        from ..segmentation import prepare
+        from ..runs.plan import prepare
 
         values, group = form.values, uuid.uuid4().hex
         prepare(form.samples, values["label_field"], _model_config(form), values.get("existing") == "replace")
@@ -228,49 +229,10 @@ def _part(form: Form) -> Shard | None:
         return None
 
 
-def detections_fields(samples: Samples, prefix: str = "") -> list[str]:
-    """Fields that masks can go into."""
-    names = label_fields(samples._root_dataset, (fo.Detections,))
-    return [name for name in names if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
-
-
 def _model_config(form: Form) -> MobileSAMv2ModelConfig:
-    from ..zoo import MobileSAMv2ModelConfig
+    from ..zoo.config import MobileSAMv2ModelConfig
 
     values = form.values
     names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device", "dtype")
     parameters = {name: values[name] for name in names if name in values}
     return MobileSAMv2ModelConfig({"name": values["model"], "masks_on_disk": values["storage"] == "disk", **parameters})
-
-
-def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
-    """The summary of a run of segment_everything or segment_anything."""
-    lines = [
-        f"**{count(run.objects, 'object')} in {count(run.images - run.num_failures, 'image')}**",
-        f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
-    ]
-    if run.cancelled:
-        rest = "The others have the labels that they had" if replaced else "Run it again to go on with the rest"
-        lines.append(f"**Cancelled before the end.** What was stored stays. {rest}.")
-    stages = [f"{name} {seconds:.1f} s" for name, seconds in run.seconds.items() if name != "total"]
-    if stages:
-        lines.append(f"Time: {run.seconds['total']:.1f} s, of which {', '.join(stages)}.")
-    buttons = []
-    if run.failures:
-        first = run.failures[0]
-        lines.append(
-            f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: "
-            f"{code(first.filepath)}: {code(first.error)}"
-        )
-        ids = [failure.sample_id for failure in run.failures]
-        buttons.append((FAILED, SHOW_SAMPLES, {"samples": ids}))
-    result = {
-        "label_field": run.label_field,
-        "images": run.images,
-        "objects": run.objects,
-        "images_per_second": run.images_per_second,
-        "seconds": run.seconds,
-        "cancelled": run.cancelled,
-        "failures": [vars(failure) for failure in run.failures],
-    }
-    return Outcome("\n\n".join(lines), result, buttons=buttons)

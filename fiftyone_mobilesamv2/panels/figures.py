@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ..evaluation.average_recall import AverageRecall
-    from ..segmentation_runs import SegmentationRun
+    from ..runs.record import SegmentationRun
 
 COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # on dark and on white
 _CURVE_POINTS = 100

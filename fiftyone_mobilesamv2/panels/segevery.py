@@ -16,16 +16,15 @@ from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
+from ..labels.fields import label_fields
+from ..panels import figures
 from ..registration import PLUGIN
-from ..stored_labels import label_fields
-from . import figures
 
 if TYPE_CHECKING:
+    from fiftyone.core.collections import SampleCollection
     from fiftyone.operators.executor import ExecutionContext
 
     from ..evaluation.proposal_results import ProposalResults
-
-    Samples = fo.core.collections.SampleCollection
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +198,7 @@ class SegEvery(foo.Panel):
             )
 
     def _add_time(self, panel: types.Object, ctx: ExecutionContext) -> None:
-        from ..segmentation_runs import recorded_runs
+        from ..runs.record import recorded_runs
 
         runs, unknown = {}, []
         for samples, name in _sources(ctx).values():
@@ -246,8 +245,8 @@ def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> N
 
 def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
     """What to do while nothing is measured: in words, and the name of the operator."""
-    from ..segmentation_runs import segmented_fields
-    from ..stored_labels import SHAPE_TYPES
+    from ..labels.fields import SHAPE_TYPES
+    from ..runs.record import segmented_fields
 
     segmented = segmented_fields(dataset)
     others = [name for name in label_fields(dataset, SHAPE_TYPES) if name not in segmented]
@@ -285,9 +284,9 @@ def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults
         return fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
 
 
-def _sources(ctx: ExecutionContext) -> dict[str, tuple[Samples, str]]:
+def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
     """The samples and the field of masks of each evaluation that is shown; without any, of each segmented field."""
-    from ..segmentation_runs import segmented_fields
+    from ..runs.record import segmented_fields
 
     dataset = ctx.dataset
     if keys := _chosen(ctx):
@@ -296,7 +295,7 @@ def _sources(ctx: ExecutionContext) -> dict[str, tuple[Samples, str]]:
     return {name: (dataset, name) for name in segmented_fields(dataset)}
 
 
-def object_counts(samples: Samples, field_name: str) -> list[int]:
+def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
     """The number of labels of each image, or frame, that has any or was found to have none."""
     has_labels, number = _labels(samples, field_name)
     if not samples._is_frame_field(field_name):
@@ -304,14 +303,14 @@ def object_counts(samples: Samples, field_name: str) -> list[int]:
     return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
 
 
-def with_objects(samples: Samples, field_name: str, least: int, most: int) -> fo.DatasetView:
+def with_objects(samples: SampleCollection, field_name: str, least: int, most: int) -> fo.DatasetView:
     """The images, or frames, with at least and at most so many labels."""
     has_labels, number = _labels(samples, field_name)
     match = samples.match_frames if samples._is_frame_field(field_name) else samples.match
     return match(has_labels & (number >= least) & (number <= most))
 
 
-def _labels(samples: Samples, field_name: str) -> tuple[ViewExpression, ViewExpression]:
+def _labels(samples: SampleCollection, field_name: str) -> tuple[ViewExpression, ViewExpression]:
     """Of an image's or frame's document: whether the field has a value, and how many labels it holds."""
     root, is_list = samples._get_label_field_root(field_name)
     name, root = (samples._handle_frame_field(each)[0] for each in (field_name, root))
@@ -321,8 +320,9 @@ def _labels(samples: Samples, field_name: str) -> tuple[ViewExpression, ViewExpr
 
 def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
     """The objects of a group of AverageRecall's that no proposal finds at IoU 0.5."""
+    from ..errors import LabelError
     from ..evaluation.average_recall import AREA_RANGES, FREQUENCIES
-    from ..stored_labels import LabelError, stored_images
+    from ..labels.documents import stored_images
 
     config, missed = results.config, results.missed()
     if group == "all":
@@ -346,7 +346,7 @@ def _areas(labels: list[dict], size: tuple[int, int], config: fo.EvaluationMetho
     """In pixels, as the evaluation took them."""
     from pycocotools import mask as mask_utils
 
-    from ..stored_labels import boxes_of, masks_of
+    from ..labels.masks import boxes_of, masks_of
 
     if config.area_field is not None:
         return [label[config.area_field] for label in labels]

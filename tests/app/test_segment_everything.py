@@ -6,7 +6,7 @@ import time
 import fiftyone as fo
 import pytest
 
-from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2.runs.record import recorded_runs
 
 DEMO = "mobilesamv2-demo-torch"
 TOOLBAR = '[data-item-id="@mobilesamv2/fiftyone_mobilesamv2/segment_everything"]'

@@ -12,7 +12,8 @@ from pycocotools import mask as mask_utils
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.curation import promote
 from fiftyone_mobilesamv2.curation.promote import promote_to_labels
-from fiftyone_mobilesamv2.stored_labels import masks_of, stored_images
+from fiftyone_mobilesamv2.labels.documents import stored_images
+from fiftyone_mobilesamv2.labels.masks import masks_of
 
 
 @pytest.fixture

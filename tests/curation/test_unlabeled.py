@@ -7,15 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiftyone_mobilesamv2.curation import overlaps
-from fiftyone_mobilesamv2.curation.unlabeled import (
-    DISMISSED,
-    PROMOTED,
-    find_unlabeled_objects,
-    find_unsupported_labels,
-)
+from fiftyone_mobilesamv2.curation.unlabeled import DISMISSED, PROMOTED, find_unlabeled_objects, find_unsupported_labels
+from fiftyone_mobilesamv2.errors import Cancelled
 from fiftyone_mobilesamv2.evaluation.average_recall import areas_of
-from fiftyone_mobilesamv2.progress import Cancelled
-from fiftyone_mobilesamv2.stored_labels import masks_of
+from fiftyone_mobilesamv2.labels.masks import masks_of
 
 
 def found_names(result):

@@ -6,9 +6,9 @@ import fiftyone as fo
 import pytest
 
 from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
+from fiftyone_mobilesamv2.errors import Cancelled
 from fiftyone_mobilesamv2.evaluation import comparison
 from fiftyone_mobilesamv2.evaluation.comparison import Comparison, Measurement, compare_promptings, draw, short
-from fiftyone_mobilesamv2.progress import Cancelled
 from fiftyone_mobilesamv2.training.scenes import write_coco
 
 MODEL = "mobilesamv2-demo-torch"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.operators.evaluate_proposals import whole_numbers
-from fiftyone_mobilesamv2.segmentation_runs import SegmentationRun, on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun, on_record
 
 NAME = "evaluate_proposals"
 
@@ -214,8 +214,9 @@ def test_labels_that_cannot_be_used_cost_their_image(plugin, proposed, tmp_path)
 
 
 def test_cancel_stores_nothing(plugin, proposed):
-    from fiftyone_mobilesamv2.operators.operator import Form, Progress
-    from fiftyone_mobilesamv2.progress import Cancelled
+    from fiftyone_mobilesamv2.errors import Cancelled
+    from fiftyone_mobilesamv2.operators.app_work import Progress
+    from fiftyone_mobilesamv2.operators.form import Form
 
     operator = plugin.operators[NAME]
     form = Form(plugin.context(NAME, proposed))

@@ -5,7 +5,7 @@ import torch
 
 from fiftyone_mobilesamv2 import MobileSAMv2
 from fiftyone_mobilesamv2.images import read_image
-from fiftyone_mobilesamv2.stored_labels import masks_of
+from fiftyone_mobilesamv2.labels.masks import masks_of
 
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
 
@@ -240,7 +240,8 @@ def test_document_without_room(plugin, boxed):
 
 def test_label_that_was_changed_meanwhile_gets_no_mask_of_another(boxed, monkeypatch):
     """By someone else, while the model is at work."""
-    from fiftyone_mobilesamv2 import segmentation, zoo
+    from fiftyone_mobilesamv2 import zoo
+    from fiftyone_mobilesamv2.runs import segment as segmentation
 
     boxed.add_sample_field("one", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detection)
     for sample in boxed:

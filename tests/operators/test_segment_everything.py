@@ -9,9 +9,11 @@ from fiftyone import ViewField as F
 from fiftyone.operators.delegated import DelegatedOperationService
 from PIL import Image
 
-from fiftyone_mobilesamv2 import MobileSAMv2, segmentation, segmentation_runs, zoo
+from fiftyone_mobilesamv2 import MobileSAMv2, zoo
 from fiftyone_mobilesamv2.images import read_image
-from fiftyone_mobilesamv2.shards import Shard
+from fiftyone_mobilesamv2.runs import record as segmentation_runs
+from fiftyone_mobilesamv2.runs import segment as segmentation
+from fiftyone_mobilesamv2.runs.shards import Shard
 
 SIZE = {"$bsonSize": "$$ROOT"}
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
@@ -300,7 +302,7 @@ def test_cancel_keeps_what_is_stored(plugin, scenes):
 
 
 def test_closing_the_tab_stops_the_work(plugin, scenes):
-    from fiftyone_mobilesamv2.operators.operator import _running
+    from fiftyone_mobilesamv2.operators.app_work import _running
 
     messages = plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1})
     next(messages)

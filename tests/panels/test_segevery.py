@@ -9,9 +9,10 @@ import pytest
 from bson import json_util
 from fiftyone.operators.executor import ExecutionContext, Executor
 
-from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, segmentation, zoo
+from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
 from fiftyone_mobilesamv2.panels import segevery
-from fiftyone_mobilesamv2.segmentation_runs import recorded_runs
+from fiftyone_mobilesamv2.runs import segment as segmentation
+from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import write_coco
 
 ROOT = Path(__file__).resolve().parents[2]

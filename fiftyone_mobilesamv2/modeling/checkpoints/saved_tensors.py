@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 # That of a ViT-H is 0.1 MB. What a byte of it makes may take 200.
-_LARGEST_PICKLE = 4 * 2**20
-_LONGEST_NAME = 1000
-_MOST_DIMENSIONS = 8
-_MOST_LEFT_OUT = 100  # buffers of a module
+_MAX_PICKLE = 4 * 2**20
+_MAX_NAME = 1000
+_MAX_DIMENSIONS = 8
+_MAX_LEFT_OUT = 100  # buffers of a module
 
 _MODULES = re.compile(r"(torch\.nn\.modules|ultralytics\.(yolo\.)?nn)\.[\w.]+")
 # Of these nothing is kept. In the pickles of ultralytics: `Detect.forward`, which it has as an attribute; the type of
@@ -103,8 +103,8 @@ def read_saved(path: Path) -> object:
             raise ValueError("it is compressed, which torch.save never does")
         if sum(entry.file_size for entry in entries.values()) > path.stat().st_size:
             raise ValueError("its entries claim to be larger than the file")
-        if program.file_size > _LARGEST_PICKLE:
-            raise ValueError(f"its data.pkl has {program.file_size:,} bytes, more than {_LARGEST_PICKLE:,}")
+        if program.file_size > _MAX_PICKLE:
+            raise ValueError(f"its data.pkl has {program.file_size:,} bytes, more than {_MAX_PICKLE:,}")
         byteorder = entries.get(f"{folder}/byteorder")
         if byteorder and archive.read(byteorder) != sys.byteorder.encode():
             raise ValueError("its numbers are in another byte order than this machine's")
@@ -142,8 +142,8 @@ def named_tensors(
     if id(content) in seen:
         return
     seen.add(id(content))
-    if len(prefix) > _LONGEST_NAME:
-        raise ValueError(f"it names something by more than {_LONGEST_NAME:,} characters")
+    if len(prefix) > _MAX_NAME:
+        raise ValueError(f"it names something by more than {_MAX_NAME:,} characters")
     for key, value in content.items():
         if key in left_out:
             continue
@@ -262,7 +262,7 @@ def _tensor(arguments: tuple, dtype: torch.dtype | None = None) -> Tensor | None
     dtype = dtype or storage.dtype
     if dtype is None:  # complex or quantized
         return None
-    if len(size) > _MOST_DIMENSIONS:
+    if len(size) > _MAX_DIMENSIONS:
         raise ValueError(f"it has a tensor of {len(size):,} dimensions")
     flat = torch.frombuffer(storage.content, dtype=dtype) if storage.content else torch.empty(0, dtype=dtype)
     return flat.as_strided(size, stride, offset)  # raises where it would go beyond
@@ -293,7 +293,7 @@ def _dict(arguments: tuple) -> dict:
 def _set(arguments: tuple) -> set | None:
     """Such as the names of a module's buffers that are not to be saved."""
     (items,) = arguments
-    return {item for item in items if isinstance(item, str)} if len(items) <= _MOST_LEFT_OUT else None
+    return {item for item in items if isinstance(item, str)} if len(items) <= _MAX_LEFT_OUT else None
 
 
 def _nothing(arguments: tuple) -> None: ...

@@ -7,16 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .catalog import HubFile, Weights
-from .downloads import (
-    check_online,
-    explain,
-    http_status,
-    hub_metadata,
-    is_sha256,
-    open_url,
-    retried,
-    without_secrets,
-)
+from .downloads import check_online, explain, http_status, hub_metadata, is_sha256, open_url, retried, without_secrets
 
 _NO_HEAD = (403, 405, 501)  # how hosts refuse a HEAD that would answer a GET
 _GONE = (401, 403, 404, 410)  # the hub answers 401 for a repository that is gone, too

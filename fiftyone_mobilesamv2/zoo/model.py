@@ -5,191 +5,45 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import fiftyone as fo
-import fiftyone.core.config as foc
 import fiftyone.core.labels as fol
 import fiftyone.core.models as fom
 import fiftyone.core.utils as fou
-import fiftyone.utils.torch as fout
-import fiftyone.zoo.models as fozm
 import numpy as np
-import torch
 from bson import ObjectId
 
-from .images import read_image
-from .mask_files import MaskFiles
-from .modeling.checkpoints.files import fetch_model
-from .modeling.grid_prompts import POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
-from .modeling.masks import Segmentation
-from .modeling.mobilesamv2 import MAX_POINTS_PER_SIDE, PROMPTINGS, MobileSAMv2, checked_number
-from .modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
-from .segmentation_runs import Failure
-from .stored_labels import serialized
+from ..labels.detections import (
+    _DOCUMENT,
+    DETECTION_BYTES,
+    LABEL,
+    LABEL_BYTES_PER_SAMPLE,
+    Found,
+    _attributes,
+    prompted_detection,
+)
+from ..labels.mask_files import MaskFiles
+from ..labels.masks import serialized
+from ..labels.prompts import keypoint_prompt, labels_of
+from ..modeling.arguments import PROMPTINGS
+from ..modeling.checkpoints.files import fetch_model
+from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
+from ..modeling.masks import Segmentation
+from ..modeling.mobilesamv2 import MobileSAMv2
+from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
+from ..runs.record import Failure
+from .config import DTYPES, MobileSAMv2ModelConfig, mask_folder
+from .reading import ImageGetItem, ImageItem
 
 if TYPE_CHECKING:
     from fiftyone.operators import types
     from fiftyone.operators.executor import ExecutionContext
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-LABEL = "object"
-_DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # what the database holds of every object
-
-# MongoDB takes documents of at most 16,793,600 bytes. The labels of a field get 7 MiB, which leaves room for a second
-# field like it and for the attributes that an evaluation adds.
-LABEL_BYTES_PER_SAMPLE = 7 * 2**20
-DETECTION_BYTES = 600  # of a detection without its mask: names and values of its attributes
-
-_IN_NO_PATH = re.compile("[\0\ud800-\udfff]")  # the latter are bytes that are no UTF-8: no database takes them
-_MOST_STORED = 2**63 - 1  # as a whole number
-
-_LARGEST_BOX = 2  # sides of the image that a box has: a mask of it takes as many pixels; the evaluation takes no more
-
-CHECKPOINTS = ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
-    """Parameters of a :class:`MobileSAMv2Model`; all can be given to `load_zoo_model`.
-
-    Args:
-        name: the zoo model.
-        device (None): "cuda", "mps", "cpu"; None takes what there is, in this order.
-        dtype ("float32"): "float32", "bfloat16" or "float16", for the heavy computation.
-        prompting ("object_aware"): "object_aware", or "grid" for SAM's grid search.
-        confidence_thresh (None): least confidence of a mask. Object-aware, None means the paper's 0.4 of the detector;
-            with the grid or with prompts of your own the confidence is the predicted IoU, and None keeps all.
-        iou (0.9): boxes of the detector that overlap more are the same object.
-        max_prompts (320): most boxes of an image.
-        points_per_side (32): points of the grid along each side.
-        pred_iou_thresh (0.88), stability_score_thresh (0.95): least predicted IoU and stability of the grid's masks;
-            SAM's values, and 0 keeps all.
-        min_area (0): least area of a mask in pixels. A prompt of your own gets its mask whatever the area.
-        max_masks (None): most masks stored for an image, most confident first.
-        masks_on_disk (False): store every mask as a PNG file; else only those that don't fit into the database.
-        mask_dir (None): folder for these files; None: "mobilesamv2_masks" in FiftyOne's `default_dataset_dir`.
-        encoder_checkpoint, decoder_checkpoint, detector_checkpoint (None): files to use instead of the zoo's.
-    """
-
-    def __init__(self, d: dict) -> None:
-        d = self.init(d)
-        read = partial(self.parse_raw, {key: value for key, value in d.items() if value is not None})
-        self.name = read("name", default=None)
-        device = read("device", default=None)
-        self.device = str(device) if isinstance(device, torch.device) else device
-        self.dtype = read("dtype", default="float32")
-        self.prompting = read("prompting", default="object_aware")
-        self.confidence_thresh = read("confidence_thresh", default=None)
-        self.iou = read("iou", default=NMS_IOU)
-        self.max_prompts = read("max_prompts", default=MAX_PROMPTS)
-        self.points_per_side = read("points_per_side", default=POINTS_PER_SIDE)
-        self.pred_iou_thresh = read("pred_iou_thresh", default=SAM_GRID_FILTER.pred_iou_thresh)
-        self.stability_score_thresh = read("stability_score_thresh", default=SAM_GRID_FILTER.stability_score_thresh)
-        self.min_area = read("min_area", default=0)
-        self.max_masks = read("max_masks", default=None)
-        self.masks_on_disk = read("masks_on_disk", default=False)
-        self.mask_dir = read("mask_dir", default=None)
-        for name in CHECKPOINTS:
-            setattr(self, name, read(name, default=None))
-        self.check()
-        if unknown := [key for key in d if key not in vars(self)]:
-            known = [key for key in vars(self) if key not in ("model_name", "model_path")]
-            raise ValueError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
-
-    def check(self) -> None:
-        """Raises ValueError for a parameter that is not what it should be."""
-        for key in ("name", "device", "dtype", "prompting", "mask_dir", *CHECKPOINTS):
-            value = getattr(self, key)
-            is_text = isinstance(value, str) and value and not _IN_NO_PATH.search(value)
-            if not is_text and (value is not None or key == "name"):
-                raise ValueError(f"{key} must be text that can be a name or a path, not {value!r}.")
-        for key, choices in (("prompting", PROMPTINGS), ("dtype", DTYPES)):
-            value = getattr(self, key)
-            if value not in choices:
-                raise ValueError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        if not isinstance(self.masks_on_disk, bool):
-            raise ValueError(f"masks_on_disk must be True or False, not {self.masks_on_disk!r}.")
-        whole = {
-            "max_prompts": (1, MAX_NMS_CANDIDATES),
-            "points_per_side": (1, MAX_POINTS_PER_SIDE),
-            "min_area": (0, _MOST_STORED),
-            "max_masks": (1, _MOST_STORED),
-        }
-        for key, (least, most) in whole.items():
-            if getattr(self, key) is not None:
-                setattr(self, key, checked_number(key, getattr(self, key), least, most, whole=True))
-        for key in ("confidence_thresh", "iou", "pred_iou_thresh", "stability_score_thresh"):
-            if getattr(self, key) is not None:
-                setattr(self, key, checked_number(key, getattr(self, key), 0, 1))
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The files to use instead of the zoo's, by the name of their parameter."""
-        return {name: value for name in CHECKPOINTS if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class ImageItem:
-    """What a data loader's worker hands over: an image and its prompts, or why there is none.
-
-    Attributes:
-        prompted: whether the prompts, and not all objects, are to be segmented.
-        skip_failures: whether an error is to be recorded; otherwise it is raised.
-    """
-
-    sample_id: str | None = None
-    filepath: str | None = None
-    image: np.ndarray | None = None
-    prompts: fol.Label | None = None
-    error: str | None = None
-    prompted: bool = False
-    skip_failures: bool = False
-
-
-class Found(NamedTuple):
-    """The masks of an image, and the prompt of each, if there were prompts."""
-
-    masks: Segmentation
-    prompts: Sequence[fol.Detection | fol.Keypoint] | None = None
-
-
-class ImageGetItem(fout.GetItem):
-    """Reads the image of a sample, and its prompts where a `prompt_field` is mapped.
-
-    Args:
-        field_mapping: may map "prompt_field" to a field of detections or keypoints.
-        skip_failures: hand an unreadable image over as an error of its own. Raised, it would cost its whole batch.
-    """
-
-    def __init__(self, field_mapping: dict | None = None, skip_failures: bool = True) -> None:
-        self.has_prompts = "prompt_field" in (field_mapping or {})
-        self.skip_failures = skip_failures
-        super().__init__(field_mapping=field_mapping)
-
-    @property
-    def required_keys(self) -> list[str]:
-        return ["id", "filepath"] + (["prompt_field"] if self.has_prompts else [])
-
-    def __call__(self, d: dict) -> ImageItem:
-        item = ImageItem(d["id"], d["filepath"], prompted=self.has_prompts, skip_failures=self.skip_failures)
-        try:
-            if self.has_prompts:
-                check_prompts(d["prompt_field"])
-            return replace(item, image=read_image(d["filepath"]), prompts=d.get("prompt_field"))
-        except (OSError, TypeError, ValueError, MemoryError) as error:
-            if not self.skip_failures:
-                raise
-            return replace(item, error=f"{type(error).__name__}: {error}")
 
 
 class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
@@ -432,136 +286,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         return os.path.join(mask_folder(self.config), name[-2:], f"{name}.png")
 
 
-def mask_folder(config: MobileSAMv2ModelConfig) -> str:
-    """Where masks on disk go."""
-    return os.path.abspath(config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks"))
-
-
-def _attributes(found: Segmentation, index: int) -> dict:
-    return {"confidence": float(found.confidence[index]), **mask_attributes(found, index)}
-
-
-def mask_attributes(found: Segmentation, index: int) -> dict:
-    """The attributes that every mask is stored with; the box is relative, [x, y, width, height]."""
-    height, width = found.size
-    x0, y0, x1, y1 = (int(v) for v in found.boxes[index])
-    mask = found.masks[index]
-    return {
-        "bounding_box": [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height],
-        "mask": mask,
-        "predicted_iou": float(found.predicted_iou[index]),
-        "stability": float(found.stability[index]),
-        "area_px": int(np.count_nonzero(mask)),
-    }
-
-
-def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> np.ndarray:
-    """bool: what a mask has inside a relative box [x, y, width, height], in pixels of the box.
-
-    Some may be outside the image. A box without an area has one, at its corner.
-    """
-    (height, width), (x, y, w, h) = found.size, box
-    left, top, right, bottom = round(x * width), round(y * height), round((x + w) * width), round((y + h) * height)
-    cut = np.zeros((max(bottom - top, 1), max(right - left, 1)), bool)
-    mask, (x0, y0, x1, y1) = found.masks[index], found.boxes[index]
-    x0_cut, y0_cut = max(x0, left), max(y0, top)
-    x1_cut, y1_cut = min(x1, left + cut.shape[1]), min(y1, top + cut.shape[0])
-    if x0_cut < x1_cut and y0_cut < y1_cut:
-        inside = mask[y0_cut - y0 : y1_cut - y0, x0_cut - x0 : x1_cut - x0]
-        cut[y0_cut - top : y1_cut - top, x0_cut - left : x1_cut - left] = inside
-    return cut
-
-
-def prompted_detection(
-    prompt: fol.Detection | fol.Keypoint, found: Segmentation, index: int, keep_box: bool = False
-) -> fol.Detection:
-    """The detection that a prompt becomes: its mask, and the prompt's own label, id and attributes.
-
-    Where the decoder finds nothing, the mask is None and a box stays as it was.
-
-    Args:
-        keep_box: a detection keeps its box, and its mask is cut to that.
-    """
-    attributes = mask_attributes(found, index)
-    if keep_box:
-        box = attributes["bounding_box"] = prompt.bounding_box
-        mask = attributes["mask"] = mask_in_box(found, index, box)
-        attributes["area_px"] = int(np.count_nonzero(mask))
-    if isinstance(prompt, fol.Detection):
-        detection = prompt.copy()
-    else:
-        kept = {name: value for name, value in prompt.iter_fields() if name in ("label", "tags", "index")}
-        kept |= {name: value for name, value in prompt.iter_attributes() if name != "sam_labels"}
-        detection = fol.Detection(bounding_box=[0, 0, 0, 0], **kept)
-    detection._id = ObjectId(prompt.id)
-    if not found.masks[index].size:
-        attributes["bounding_box"] = detection.bounding_box
-        attributes["mask"] = None
-    for name, value in attributes.items():
-        detection[name] = value
-    detection.mask_path = None
-    if detection.confidence is None:
-        detection.confidence = attributes["predicted_iou"]
-    return detection
-
-
-def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypoint]:
-    """The single labels of a field of prompts."""
-    if prompts is None:
-        return []
-    if isinstance(prompts, fol.Detections):
-        return prompts.detections
-    return prompts.keypoints if isinstance(prompts, fol.Keypoints) else [prompts]
-
-
-def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
-    """Relative points [P, 2] and their labels [P]: 1 inside the object, 0 outside (the attribute "sam_labels", as with
-    FiftyOne's own SAM; without it all are inside). Points that the image does not show (NaN, or not in 0..1) are left
-    out.
-
-    Raises:
-        ValueError: there is not one label a point, or one is neither 0 nor 1.
-    """
-    points = np.array(keypoint.points, np.float64).reshape(-1, 2)
-    labels = keypoint["sam_labels"] if keypoint.has_field("sam_labels") else None
-    if labels is None:
-        labels = [1] * len(points)
-    if not isinstance(labels, Sequence | np.ndarray) or [v in (0, 1) for v in labels] != [True] * len(points):
-        raise ValueError(
-            f"keypoint {keypoint.id} has sam_labels={labels}: 1, inside the object, or 0, outside, was expected for "
-            f"each of its {len(points)} points"
-        )
-    visible = ((points >= 0) & (points <= 1)).all(1)
-    return points[visible].astype(np.float32), np.array(labels, np.int64)[visible]
-
-
-def check_prompts(prompts: fol.Label | None) -> None:
-    """Raises ValueError for labels that can't be prompts."""
-    if not isinstance(prompts, fol.Detections | fol.Keypoints | fol.Detection | fol.Keypoint | None):
-        raise ValueError(f"prompts must be detections or keypoints, not {type(prompts).__name__}")
-    for prompt in labels_of(prompts):
-        if isinstance(prompt, fol.Detection):
-            if not _is_in_image(prompt.bounding_box):
-                raise ValueError(
-                    f"detection {prompt.id} has no usable bounding box: [x, y, width, height], relative to the image "
-                    f"and at least partly in it, was expected, not {prompt.bounding_box}"
-                )
-        elif not len(keypoint_prompt(prompt)[0]):
-            raise ValueError(f"keypoint {prompt.id} has no point that the image shows")
-
-
-def _is_in_image(box: Sequence[float] | None) -> bool:
-    """Whether a relative box, perhaps without an area, is at least partly in the image."""
-    try:
-        x, y, width, height = map(float, box)
-    except (TypeError, ValueError):
-        return False
-    return 0 <= width <= _LARGEST_BOX and 0 <= height <= _LARGEST_BOX and -width <= x <= 1 and -height <= y <= 1
-
-
 # FiftyOne's interface to a source of zoo models ---------------------------------------------------------------------
-
-
 def download_model(name: str, path: str | None) -> None:
     """Makes sure of a model's files. `path` gets a note of them: FiftyOne takes a model for downloaded if it exists."""
     files = fetch_model(name)

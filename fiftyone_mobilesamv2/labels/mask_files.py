@@ -13,18 +13,17 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import cv2
 import numpy as np
 from bson import ObjectId
 
-_UNCONFIRMED = "unconfirmed"
-_NOTE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24})-(.+)")
-_GONE = ".gone"
+UNCONFIRMED = "unconfirmed"
+NOTE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24})-(.+)")
+GONE = ".gone"
 
 
 class MaskFiles:
@@ -38,8 +37,8 @@ class MaskFiles:
 
     def __init__(self, folder: str, sample_id: str, label_field: str) -> None:
         attempt = str(ObjectId())
-        self._masks = _masks_folder(Path(folder), attempt)
-        self._note = Path(folder) / _UNCONFIRMED / f"{attempt}-{sample_id}-{quote(label_field, safe='')}"
+        self._masks = masks_folder(Path(folder), attempt)
+        self._note = Path(folder) / UNCONFIRMED / f"{attempt}-{sample_id}-{quote(label_field, safe='')}"
         self._count = 0
 
     def add(self, mask: np.ndarray) -> str:
@@ -71,7 +70,7 @@ class MaskFiles:
 
     def discard(self) -> None:
         """The database will never have them."""
-        _remove(self._masks, self._note)
+        remove(self._masks, self._note)
 
 
 def make_folder(path: Path) -> None:
@@ -83,40 +82,11 @@ def make_folder(path: Path) -> None:
         _sync(path.parent)
 
 
-def settle(folder: str, is_mine: Callable[[str, str], bool], is_stored: Callable[[str, str], bool]) -> int:
-    """Deletes what runs that were killed have left: masks that the database doesn't know of.
-
-    Args:
-        folder: of the dataset.
-        is_mine: (id of the sample, field): whether no other run may be writing these just now.
-        is_stored: (id of the sample, name of a folder): whether any labels refer to files in such a folder.
-
-    Returns:
-        of how many images.
-    """
-    notes = Path(folder) / _UNCONFIRMED
-    deleted = 0
-    for note in sorted(notes.iterdir()) if notes.is_dir() else ():
-        match = _NOTE.fullmatch(note.name.removesuffix(_GONE))
-        if match is None or not is_mine(match[2], unquote(match[3])):
-            continue
-        with suppress(FileNotFoundError):  # settled by another run
-            if not note.name.endswith(_GONE):
-                # First this: whoever has only slept is not to store them any more.
-                note = note.rename(note.with_name(note.name + _GONE))
-            if is_stored(match[2], match[1]):
-                note.unlink()
-            else:
-                _remove(_masks_folder(Path(folder), match[1]), note)
-                deleted += 1
-    return deleted
-
-
-def _masks_folder(folder: Path, attempt: str) -> Path:
+def masks_folder(folder: Path, attempt: str) -> Path:
     return folder / attempt[-2:] / attempt  # ids end in a counter: 256 folders that fill evenly
 
 
-def _remove(masks: Path, note: Path) -> None:
+def remove(masks: Path, note: Path) -> None:
     with suppress(FileNotFoundError):
         shutil.rmtree(masks)
     note.unlink(missing_ok=True)  # last: without it nobody would look for the masks again

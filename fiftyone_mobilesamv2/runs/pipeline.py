@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fiftyone.core.fields as fof
 import fiftyone.core.odm as foo
 import fiftyone.core.sample as fos
 import fiftyone.core.utils as fou
@@ -24,29 +23,28 @@ from bson import CodecOptions, ObjectId
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
-from . import database
-from .database import AWAY, first_line, patiently, safely
-from .mask_files import MaskFiles, make_folder, settle
-from .segmentation_runs import SegmentationRun, mask_dirs
-from .stored_labels import StoredImage, stored_images
-from .zoo import Found, ImageItem, MobileSAMv2Model, MobileSAMv2ModelConfig, mask_folder
+from ..labels.detections import Found
+from ..labels.documents import StoredImage, stored_images
+from ..labels.leftovers import settle
+from ..labels.mask_files import MaskFiles, make_folder
+from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
+from ..zoo.model import MobileSAMv2Model
+from ..zoo.reading import ImageItem
+from . import retry as database
+from .record import SegmentationRun, mask_dirs
+from .retry import AWAY, first_line, retry_while_unavailable, with_journaled_writes
+from .updates import Update
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
-
-MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField, "area_px": fof.IntField}
 DELETED = "'{}' was deleted while masks were being stored in it."
-
-# The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
-Update = Callable[[list[dict]], tuple[dict, dict]]
 
 
 def segment_and_store(
-    samples: Samples,
+    samples: SampleCollection,
     model: MobileSAMv2Model,
     field_names: Sequence[str],
     read: Callable[[StoredImage], ImageItem | None],
@@ -102,7 +100,9 @@ def segment_and_store(
         behind.result()
 
 
-def each_once(samples: Samples, field_names: Sequence[str], given_up: threading.Event) -> Iterator[StoredImage]:
+def each_once(
+    samples: SampleCollection, field_names: Sequence[str], given_up: threading.Event
+) -> Iterator[StoredImage]:
     seen = set()  # a view that is sorted by what is written may come across a sample twice
     failed_at, since = -1, 0.0
     while True:
@@ -153,7 +153,9 @@ def _store(
             values["last_modified_at"] = datetime.now(timezone.utc)
             change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
             # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
-            result = patiently(partial(safely(dataset._sample_collection).update_one, *change), given_up)
+            result = retry_while_unavailable(
+                partial(with_journaled_writes(dataset._sample_collection).update_one, *change), given_up
+            )
             # A first try whose answer got lost leaves nothing to do for the second.
             is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, item.sample_id, documents)
         except Exception as error:
@@ -171,8 +173,10 @@ def _store(
         else:
             _discard(files)
     # First this: samples with values in no field can't be reloaded.
-    patiently(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
-    patiently(lambda: fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored), given_up)
+    retry_while_unavailable(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
+    retry_while_unavailable(
+        lambda: fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored), given_up
+    )
 
 
 def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
@@ -193,7 +197,7 @@ def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents
         return False
     root, _ = dataset._get_label_field_root(label_field)
     query = {"_id": ObjectId(sample_id), f"{root}._id": documents[0]["_id"]}
-    return patiently(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
+    return retry_while_unavailable(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
 
 
 @contextmanager
@@ -212,46 +216,7 @@ def _note(run: SegmentationRun, model: MobileSAMv2Model) -> None:
     run.seconds |= model.seconds
 
 
-# Values of samples --------------------------------------------------------------------------------------------------
-
-
-def new_labels(documents: list[dict], label_field: str, replace: bool) -> tuple[dict, dict]:
-    """Where labels are not to be replaced, what someone else has put there meanwhile stays."""
-    labels = {"_cls": "Detections", "detections": documents}
-    return {} if replace else {label_field: None}, {label_field: {"$literal": labels}}
-
-
-def merged_labels(documents: list[dict], label_field: str) -> tuple[dict, dict]:
-    """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
-    others = {
-        "$filter": {
-            "input": {"$ifNull": [f"${label_field}.detections", []]},
-            "cond": {"$not": {"$in": ["$$this._id", [document["_id"] for document in documents]]}},
-        }
-    }
-    labels = {"$concatArrays": [others, {"$literal": documents}]}
-    return {}, {f"{label_field}._cls": "Detections", f"{label_field}.detections": labels}
-
-
-def masks_in_place(documents: list[dict], root: str, is_list: bool) -> tuple[dict, dict]:
-    """Labels are told by id: others may have come and gone since they were read."""
-    ids, masks = [], []
-    for document in documents:
-        if "mask" in document or "mask_path" in document:
-            ids.append(document["_id"])
-            masks.append({name: document.get(name) for name in ("mask", "mask_path", *MASK_ATTRIBUTES)})
-    label = "$$this" if is_list else f"${root}"
-    index = {"$indexOfArray": [ids, f"{label}._id"]}
-    mask = {"$arrayElemAt": [{"$literal": masks}, index]}
-    given = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
-    # Else a label that has become None meanwhile, or a single one that is another now, would be written to.
-    there = {f"{root}._id": {"$in": ids}}
-    return there, {root: {"$map": {"input": f"${root}", "in": given}} if is_list else given}
-
-
 # Masks on disk ------------------------------------------------------------------------------------------------------
-
-
 def check_mask_folder(config: MobileSAMv2ModelConfig) -> None:
     """Raises OSError where masks are to go to disk and can't: at once, and not after a night."""
     if config.masks_on_disk:
@@ -286,8 +251,8 @@ def _is_known(sample_id: str, folder: str) -> bool:
     """
     database = foo.get_db_conn().with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
     query = {"_id": ObjectId(sample_id)}
-    for collection in patiently(lambda: foo.get_db_conn().datasets.distinct("sample_collection_name")):
-        found = patiently(partial(database[collection].find_one, query))
+    for collection in retry_while_unavailable(lambda: foo.get_db_conn().datasets.distinct("sample_collection_name")):
+        found = retry_while_unavailable(partial(database[collection].find_one, query))
         if found is not None and folder.encode() in found.raw:
             return True
     return False

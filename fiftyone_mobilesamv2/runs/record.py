@@ -22,21 +22,18 @@ import fiftyone.core.odm as foo
 import psutil
 from gridfs.errors import NoFile
 
-from .database import PATIENCE, patiently
-from .progress import Cancelled
+from ..errors import Cancelled, FieldBusyError
+from .retry import PATIENCE, retry_while_unavailable
 from .shards import Shard
 
 if TYPE_CHECKING:
     import fiftyone as fo
+    from fiftyone.core.collections import SampleCollection
     from pymongo.collection import Collection
 
-    Samples = fo.core.collections.SampleCollection
-
 logger = logging.getLogger(__name__)
-
 _METHOD = "mobilesamv2"
-_MOST_FAILURES = 1000  # of a run: more tell nothing new
-
+_MAX_FAILURES = 1000  # of a run: more tell nothing new
 # In the database beside FiftyOne's own: all runs, on any machine. What FiftyOne is given is a copy, for users and for
 # clones of the dataset: it can't take records from several processes at once, and while it saves one it has none.
 _COLLECTION = "mobilesamv2.runs"
@@ -44,10 +41,6 @@ _BEAT = 5  # seconds after which a run gives the next sign of life
 # After which one of another machine is taken for dead: longer than it would wait for the database.
 _SILENCE = timedelta(seconds=PATIENCE + 60)
 _CLOCK = 2  # seconds by which the start of a process may seem to change when the clock is set
-
-
-class FieldBusyError(ValueError):
-    """Another run is storing masks in the field."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class SegmentationRun:
         return self.images / self.seconds["total"] if self.seconds.get("total") else 0.0
 
 
-def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
+def recorded_runs(samples: SampleCollection, label_field: str) -> list[SegmentationRun]:
     """The runs that stored masks in this field, oldest first, those that go on among them; none, where it is gone.
 
     The parts of one run are told as one run.
@@ -116,14 +109,14 @@ def recorded_runs(samples: Samples, label_field: str) -> list[SegmentationRun]:
     return [_merged(parts) for parts in groups.values()]
 
 
-def mask_dirs(samples: Samples, label_field: str) -> list[str]:
+def mask_dirs(samples: SampleCollection, label_field: str) -> list[str]:
     """Where runs into this field, and each part of them, may have put masks on disk."""
     query = _of_field(samples._root_dataset, label_field)
-    found = patiently(lambda: _collection().distinct("run.mask_dir", query))
+    found = retry_while_unavailable(lambda: _collection().distinct("run.mask_dir", query))
     return [folder for folder in found if folder is not None]
 
 
-def segmented_fields(samples: Samples) -> list[str]:
+def segmented_fields(samples: SampleCollection) -> list[str]:
     """The fields that masks were made for: not those whose own labels were given masks."""
     dataset = samples._root_dataset
     fields = [dataset.get_run_info(key).config.label_field for key in dataset.list_runs(method=_METHOD)]
@@ -132,7 +125,7 @@ def segmented_fields(samples: Samples) -> list[str]:
     return [name for name in fields if any(run.parameters["prompting"] != name for run in recorded_runs(dataset, name))]
 
 
-def failed_samples(samples: Samples, label_field: str) -> fo.DatasetView:
+def failed_samples(samples: SampleCollection, label_field: str) -> fo.DatasetView:
     """The samples that the last run into this field could not segment: to look at, and to try again alone."""
     runs = recorded_runs(samples, label_field)
     ids = [failure.sample_id for failure in (runs[-1].failures if runs else ()) if failure.sample_id]
@@ -140,7 +133,7 @@ def failed_samples(samples: Samples, label_field: str) -> fo.DatasetView:
 
 
 @contextmanager
-def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
+def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]:
     """Keeps the run on record while it goes on and after, whatever ends it, and other runs out of its field.
 
     Takes `Cancelled` for an end.
@@ -152,11 +145,9 @@ def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
     collection, here = _collection(), _of_field(dataset, run.label_field)
     if collection.find_one(here) is None:  # the dataset is a clone: what its original's record has stays
         for earlier in _copied(dataset, run.label_field):
-            patiently(partial(_write, dataset, earlier, {"ended": True}))
+            retry_while_unavailable(partial(_write, dataset, earlier, {"ended": True}))
     start, ended = time.perf_counter(), threading.Event()
-    signs = threading.Thread(
-        target=_give_signs_of_life, args=(dataset, run, ended), name=f"record-{run.run_id}", daemon=True
-    )
+    signs = threading.Thread(target=_heartbeat, args=(dataset, run, ended), name=f"record-{run.run_id}", daemon=True)
     _going_on.add(run.run_id)
     try:
         _claim(dataset, run)
@@ -172,21 +163,19 @@ def on_record(samples: Samples, run: SegmentationRun) -> Iterator[None]:
             signs.join()
             run.seconds["total"] = time.perf_counter() - start
             if run.images or run.shard is not None:
-                patiently(lambda: _write(dataset, run, {"ended": True}))
+                retry_while_unavailable(lambda: _write(dataset, run, {"ended": True}))
             else:  # one that did nothing is none; but a part may be empty
-                patiently(lambda: collection.delete_one(_id(dataset, run)))
+                retry_while_unavailable(lambda: collection.delete_one(_id(dataset, run)))
             _copy(dataset, run.label_field)
 
 
-def declare_dead(group: str, index: int | None = None) -> None:
+def mark_abandoned(group: str, index: int | None = None) -> None:
     """Says that whoever was at this part, or any, of a run isn't any more: others may take it over at once."""
     query: dict = {"run.shard.group": group} | ({} if index is None else {"run.shard.index": index})
-    patiently(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
+    retry_while_unavailable(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
 
 
 # Runs that go on --------------------------------------------------------------------------------------------------
-
-
 _going_on: set[str] = set()  # in this process
 
 
@@ -196,11 +185,11 @@ def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
     here = _of_field(dataset, run.label_field)
     fields = {**here, "run": _document(run), "owner": _this_process(), "ended": False}
     now = {"$currentDate": {"claimed": True, "seen": True}}
-    patiently(lambda: collection.update_one(mine, {"$set": fields, **now}, upsert=True))
+    retry_while_unavailable(lambda: collection.update_one(mine, {"$set": fields, **now}, upsert=True))
     own = collection.find_one(mine)
     for other in collection.find({**here, "ended": False, "_id": {"$ne": own["_id"]}}):
         is_earlier = (other["claimed"], other["_id"]) < (own["claimed"], own["_id"])
-        if is_earlier and _is_alive(other, own["seen"]) and not _are_parts(_run(other), run):
+        if is_earlier and _is_alive(other, own["seen"]) and not _are_shards_of_one_run(_run(other), run):
             collection.delete_one(mine)
             owner = other["owner"]
             raise FieldBusyError(
@@ -210,7 +199,7 @@ def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
             )
 
 
-def _give_signs_of_life(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event) -> None:
+def _heartbeat(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event) -> None:
     while not ended.wait(_BEAT):
         try:
             sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
@@ -233,7 +222,7 @@ def _is_alive(document: Mapping, now: datetime) -> bool:
         return False
 
 
-def _are_parts(run: SegmentationRun, other: SegmentationRun) -> bool:
+def _are_shards_of_one_run(run: SegmentationRun, other: SegmentationRun) -> bool:
     """Whether they are different parts of the same work."""
     return bool(
         run.shard and other.shard and run.shard.group == other.shard.group and run.shard.index != other.shard.index
@@ -265,8 +254,6 @@ def _namespace() -> str:
 
 
 # Runs that have ended ---------------------------------------------------------------------------------------------
-
-
 def _copy(dataset: fo.Dataset, label_field: str) -> None:
     """Gives FiftyOne a copy of the records, once no run into the field goes on. Failing ends no run: it has ended."""
     collection, key = _collection(), _key(label_field)
@@ -329,7 +316,7 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
 
 
 def _document(run: SegmentationRun) -> dict:
-    failures = [asdict(failure) for failure in run.failures[:_MOST_FAILURES]]
+    failures = [asdict(failure) for failure in run.failures[:_MAX_FAILURES]]
     return asdict(replace(run, failures=[])) | {"failures": failures}
 
 

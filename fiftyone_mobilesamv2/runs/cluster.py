@@ -11,33 +11,26 @@ from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from .modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
-from .modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
+from ..errors import ClusterError
+from ..modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
+from ..modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
 from .shards import Shard
 
 if TYPE_CHECKING:
-    import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
-
 LOCAL = "local"
-PARTS_PER_WORKER = 8  # so that none waits long for the last one
+SHARDS_PER_WORKER = 8  # so that none waits long for the last one
 _TRIES = 3
 _START = 300  # seconds that workers may take
 _VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # what workers take over where it is set
-
 # A function of a part's samples, and of the part, that a worker makes once.
-Work = Callable[["Samples", Shard], object]
-
-
-class ClusterError(RuntimeError):
-    """A cluster can't do the work."""
+Work = Callable[["SampleCollection", Shard], object]
 
 
 def on_cluster(
-    samples: Samples,
+    samples: SampleCollection,
     make_work: Callable[..., Work],
     arguments: tuple,
     group: str,
@@ -73,7 +66,7 @@ def on_cluster(
     try:
         count, resources = _workers(ray, workers)
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
-        num_parts = count * PARTS_PER_WORKER
+        num_parts = count * SHARDS_PER_WORKER
         pending = deque((Shard(index, num_parts, group), 1) for index in range(num_parts))
         collection = _Collection(samples)
         running: dict = {}  # what it will return -> actor, part, tries
@@ -163,7 +156,7 @@ def _workers(ray: object, workers: int | None) -> tuple[int, dict]:
     return count, {"num_cpus": max(1, cpus // math.ceil(count / len(nodes)))}
 
 
-def _environment(samples: Samples, ray: object) -> dict[str, str]:
+def _environment(samples: SampleCollection, ray: object) -> dict[str, str]:
     """Variables of the workers, the address of the database among them."""
     import fiftyone as fo
     import fiftyone.core.odm as foo
@@ -224,11 +217,11 @@ class _Worker:
 class _Collection:
     """A dataset or view, to be loaded in another process."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: SampleCollection) -> None:
         self._dataset = samples._root_dataset.name
         self._stages = samples.view()._serialize()
 
-    def load(self) -> Samples:
+    def load(self) -> SampleCollection:
         import fiftyone as fo
 
         dataset = fo.load_dataset(self._dataset)

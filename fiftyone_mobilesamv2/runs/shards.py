@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING
 
 from bson import ObjectId
 
-from . import database
-from .database import patiently
+from . import retry as database
+from .retry import retry_while_unavailable
 
 if TYPE_CHECKING:
     import fiftyone as fo
-
-    Samples = fo.core.collections.SampleCollection
+    from fiftyone.core.collections import SampleCollection
 
 # Knuth's multiplicative hashing (The Art of Computer Programming, 6.4): 2^32 over the golden ratio. Ids end in a
 # counter of 24 bits, of which labels take numbers, too: samples with three labels each are four apart.
 _FACTOR, _RANGE = 2654435761, 2**32
 _DIGITS = 6  # of an id, hexadecimal: its counter
-MOST = 10_000
+MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class Shard:
     def __post_init__(self) -> None:
         if not isinstance(self.group, str):  # it becomes part of queries
             raise ValueError(f"The group of a part is a text, not {self.group!r}.")
-        if not (1 <= self.count <= MOST and 0 <= self.index < self.count):
+        if not (1 <= self.count <= MAX_SHARDS and 0 <= self.index < self.count):
             raise ValueError(
-                f"Part {self.index} of {self.count}: at most {MOST:,} parts, counted from 0, were expected."
+                f"Part {self.index} of {self.count}: at most {MAX_SHARDS:,} parts, counted from 0, were expected."
             )
 
     def __str__(self) -> str:
         return f"part {self.index + 1} of {self.count}"
 
-    def of(self, samples: Samples) -> fo.DatasetView:
+    def of(self, samples: SampleCollection) -> fo.DatasetView:
         """The samples of this part."""
         collection = samples._root_dataset._sample_collection
 
@@ -59,8 +58,8 @@ class Shard:
             ids = (document["_id"] for document in collection.find({}, {"_id": True}).hint("_id_"))
             return [id for id in ids if self.has(str(id))]
 
-        ids = patiently(mine)
-        if len(ids) <= database.MOST_IDS:
+        ids = retry_while_unavailable(mine)
+        if len(ids) <= database.MAX_IDS:
             return samples.match({"_id": {"$in": ids}})
         # What `has` does, in the database.
         digits = {"$substrBytes": [{"$toString": "$_id"}, 24 - _DIGITS, _DIGITS]}

@@ -15,18 +15,15 @@ if TYPE_CHECKING:
     from pymongo.collection import Collection
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
 # What passes by itself: no server; one that restarts or steps down; one that ran out of the time it was given, or that
 # has carried a write out but not as safely as was asked for.
 AWAY = (ConnectionFailure, ExecutionTimeout, WriteConcernError)
 PATIENCE = 300  # seconds
+MAX_IDS = 800_000  # in a query: 16 MB, MongoDB's limit, at 20 bytes each
 
-MOST_IDS = 800_000  # in a query: 16 MB, MongoDB's limit, at 20 bytes each
 
-
-def patiently(call: Callable[[], T], given_up: threading.Event | None = None) -> T:
+def retry_while_unavailable(call: Callable[[], T], given_up: threading.Event | None = None) -> T:
     """`call()`, again and again for five minutes while the database is away.
 
     Args:
@@ -57,7 +54,7 @@ def patiently(call: Callable[[], T], given_up: threading.Event | None = None) ->
             return found
 
 
-def safely(collection: Collection) -> Collection:
+def with_journaled_writes(collection: Collection) -> Collection:
     """The collection, with writes that are acknowledged only when they are in the journal: MongoDB forgets what was
     written in the last tenth of a second before it is killed.
     """

@@ -1,0 +1,39 @@
+"""What killed processes have left of masks in files: found by their notes, and deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote
+
+from .mask_files import GONE, NOTE, UNCONFIRMED, masks_folder, remove
+
+
+def settle(folder: str, is_mine: Callable[[str, str], bool], is_stored: Callable[[str, str], bool]) -> int:
+    """Deletes what runs that were killed have left: masks that the database doesn't know of.
+
+    Args:
+        folder: of the dataset.
+        is_mine: (id of the sample, field): whether no other run may be writing these just now.
+        is_stored: (id of the sample, name of a folder): whether any labels refer to files in such a folder.
+
+    Returns:
+        of how many images.
+    """
+    notes = Path(folder) / UNCONFIRMED
+    deleted = 0
+    for note in sorted(notes.iterdir()) if notes.is_dir() else ():
+        match = NOTE.fullmatch(note.name.removesuffix(GONE))
+        if match is None or not is_mine(match[2], unquote(match[3])):
+            continue
+        with suppress(FileNotFoundError):  # settled by another run
+            if not note.name.endswith(GONE):
+                # First this: whoever has only slept is not to store them any more.
+                note = note.rename(note.with_name(note.name + GONE))
+            if is_stored(match[2], match[1]):
+                note.unlink()
+            else:
+                remove(masks_folder(Path(folder), match[1]), note)
+                deleted += 1
+    return deleted

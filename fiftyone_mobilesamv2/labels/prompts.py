@@ -1,0 +1,64 @@
+"""Boxes and keypoints -> prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import fiftyone.core.labels as fol
+import numpy as np
+
+_MAX_BOX_SIDES = 2  # sides of the image that a box has: a mask of it takes as many pixels; the evaluation takes no more
+
+
+def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypoint]:
+    """The single labels of a field of prompts."""
+    if prompts is None:
+        return []
+    if isinstance(prompts, fol.Detections):
+        return prompts.detections
+    return prompts.keypoints if isinstance(prompts, fol.Keypoints) else [prompts]
+
+
+def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
+    """Relative points [P, 2] and their labels [P]: 1 inside the object, 0 outside (the attribute "sam_labels", as with
+    FiftyOne's own SAM; without it all are inside). Points that the image does not show (NaN, or not in 0..1) are left
+    out.
+
+    Raises:
+        ValueError: there is not one label a point, or one is neither 0 nor 1.
+    """
+    points = np.array(keypoint.points, np.float64).reshape(-1, 2)
+    labels = keypoint["sam_labels"] if keypoint.has_field("sam_labels") else None
+    if labels is None:
+        labels = [1] * len(points)
+    if not isinstance(labels, Sequence | np.ndarray) or [v in (0, 1) for v in labels] != [True] * len(points):
+        raise ValueError(
+            f"keypoint {keypoint.id} has sam_labels={labels}: 1, inside the object, or 0, outside, was expected for "
+            f"each of its {len(points)} points"
+        )
+    visible = ((points >= 0) & (points <= 1)).all(1)
+    return points[visible].astype(np.float32), np.array(labels, np.int64)[visible]
+
+
+def check_prompts(prompts: fol.Label | None) -> None:
+    """Raises ValueError for labels that can't be prompts."""
+    if not isinstance(prompts, fol.Detections | fol.Keypoints | fol.Detection | fol.Keypoint | None):
+        raise ValueError(f"prompts must be detections or keypoints, not {type(prompts).__name__}")
+    for prompt in labels_of(prompts):
+        if isinstance(prompt, fol.Detection):
+            if not _is_in_image(prompt.bounding_box):
+                raise ValueError(
+                    f"detection {prompt.id} has no usable bounding box: [x, y, width, height], relative to the image "
+                    f"and at least partly in it, was expected, not {prompt.bounding_box}"
+                )
+        elif not len(keypoint_prompt(prompt)[0]):
+            raise ValueError(f"keypoint {prompt.id} has no point that the image shows")
+
+
+def _is_in_image(box: Sequence[float] | None) -> bool:
+    """Whether a relative box, perhaps without an area, is at least partly in the image."""
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        return False
+    return 0 <= width <= _MAX_BOX_SIDES and 0 <= height <= _MAX_BOX_SIDES and -width <= x <= 1 and -height <= y <= 1

@@ -1,0 +1,150 @@
+"""Checks of what callers give to a model."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..modeling import object_discovery
+from .grid_prompts import MAX_POINTS_PER_SIDE, GridFilter
+
+PROMPTINGS = ("object_aware", "grid")
+
+_MAX_COORDINATE = 1e9  # pixels that a prompt may be off: with more, its position would be no number
+
+
+def checked_number(name: str, value: float, least: float, most: float, whole: bool = False) -> float:
+    """A plain Python number of that value. Raises ValueError unless it is one, from `least` to `most`.
+
+    Args:
+        name: what the message calls it.
+        whole: it has to be a whole one.
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, not {value!r}.")
+    return int(value) if whole else float(value)
+
+
+def checked_thresholds(conf: float, iou: float, max_prompts: int) -> tuple[float, float, int]:
+    return (
+        checked_number("conf", conf, 0, 1),
+        checked_number("iou", iou, 0, 1),
+        checked_number("max_prompts", max_prompts, 1, object_discovery.MAX_NMS_CANDIDATES, whole=True),
+    )
+
+
+def check_prompting(prompting: str) -> None:
+    """Raises ValueError unless it is one of PROMPTINGS."""
+    if not isinstance(prompting, str) or prompting not in PROMPTINGS:
+        raise ValueError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
+
+
+def checked_grid(points_per_side: int, grid_filter: GridFilter) -> tuple[int, GridFilter]:
+    """Both as plain numbers. Raises ValueError or TypeError where they are none, or out of range."""
+    points_per_side = checked_number("points_per_side", points_per_side, 1, MAX_POINTS_PER_SIDE, whole=True)
+    if not isinstance(grid_filter, GridFilter):
+        raise TypeError(f"grid_filter must be a GridFilter, not {type(grid_filter).__name__}.")
+    return points_per_side, GridFilter(
+        *(checked_number(name, value, -1, 1) for name, value in vars(grid_filter).items())
+    )
+
+
+def check_images(images: Sequence[np.ndarray]) -> None:
+    _check_is_sequence("images", images)
+    for i, image in enumerate(images):
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
+        if not image.size:
+            raise ValueError(f"Image {i} has no pixels: its shape is {image.shape}.")
+
+
+def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
+    """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    expected = f"Image {index}: {name} must be finite numbers [N, {width}]"
+    array = _array(expected, values)
+    if array.size == 0:
+        return torch.zeros(0, width)
+    array = np.atleast_2d(array)
+    is_good = array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == width
+    if not is_good or not (np.abs(array.astype(np.float64)) <= _MAX_COORDINATE).all():
+        raise ValueError(
+            f"{expected}, not an array {array.shape} of {array.dtype}; none more than {_MAX_COORDINATE:g} pixels off."
+        )
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _array(expected: str, values: Sequence) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # parts of different lengths
+        raise ValueError(f"{expected}: {error}") from error
+
+
+def _check_is_sequence(name: str, values: Sequence) -> None:
+    if not isinstance(values, Sequence) and not (isinstance(values, np.ndarray | Tensor) and values.ndim):
+        raise TypeError(f"{name} must be a sequence, not {type(values).__name__}.")
+
+
+def check_count(name: str, prompts: Sequence, images: int) -> None:
+    _check_is_sequence(name, prompts)
+    if len(prompts) != images:
+        raise ValueError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")
+
+
+def check_prompts(
+    images: Sequence[np.ndarray],
+    boxes: Sequence[Tensor | np.ndarray] | None,
+    points: Sequence[Sequence[np.ndarray]] | None,
+    point_labels: Sequence[Sequence[np.ndarray]] | None,
+) -> None:
+    """Raises ValueError unless there are prompts, one entry for each image; TypeError for no sequence."""
+    check_images(images)
+    if boxes is None and points is None:
+        raise ValueError("segment_anything needs prompts: boxes, points, or both.")
+    if point_labels is not None and points is None:
+        raise ValueError("point_labels without points.")
+    for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
+        if prompts is not None:
+            check_count(name, prompts, len(images))
+    for name, prompts in (("points", points), ("point_labels", point_labels)):
+        for i, of_image in enumerate(prompts if prompts is not None else ()):
+            _check_is_sequence(f"Image {i}: {name}", of_image)
+
+
+def points_with_labels(
+    index: int,
+    points: Sequence[np.ndarray],
+    point_labels: Sequence[np.ndarray] | None,
+    num_boxes: int | None,
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """The points of each prompt of image `index`, float32 [P, 2], and their labels, int64 [P].
+
+    Args:
+        num_boxes: how many boxes the image has as prompts, too; None: none are given.
+
+    Raises:
+        ValueError: numbers don't fit, or a label is neither 0 nor 1.
+    """
+    found = [coordinates(index, "points", p, 2) for p in points]
+    if point_labels is None:
+        point_labels = [np.ones(len(p), np.int64) for p in found]
+    expected = f"Image {index}: point_labels must be arrays [P]"
+    labels = [np.atleast_1d(_array(expected, each)) for each in point_labels]
+    count = len(found) if num_boxes is None else num_boxes
+    if len(found) != count or [(len(p),) for p in found] != [each.shape for each in labels]:
+        raise ValueError(
+            f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
+            f"box; got {count} prompts, {len(found)} arrays of points, {len(labels)} of labels."
+        )
+    if not all(each.dtype.kind in "biuf" and np.isin(each, (0, 1)).all() for each in labels):
+        raise ValueError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
+    return found, [each.astype(np.int64) for each in labels]

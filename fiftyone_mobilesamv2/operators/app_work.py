@@ -1,0 +1,209 @@
+"""An operator's work in the App: in a thread of its own, with a bar and a Cancel button, and a summary at the end."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import fiftyone as fo
+import fiftyone.operators as foo
+from fiftyone.operators import types
+from pymongo.errors import OperationFailure, PyMongoError
+from tqdm import tqdm
+
+from ..errors import Cancelled, MobileSAMv2Error
+from ..registration import PLUGIN
+
+if TYPE_CHECKING:
+    from fiftyone.operators.executor import ExecutionContext
+    from fiftyone.operators.message import GeneratedMessage
+
+logger = logging.getLogger(__name__)
+
+_UNAUTHORIZED = 13  # MongoDB's code for it
+_MAX_MESSAGE = 2000  # characters of a message: MongoDB quotes whole documents
+REFRESH = 0.4  # seconds between two states of the bar in the App
+
+
+@dataclass
+class Outcome:
+    """What an operator has to show.
+
+    Attributes:
+        text: a summary, as Markdown.
+        result: the same for programs, as JSON.
+        view: to open in the App.
+        panel: to open in the App.
+        buttons: (label, URI of an operator, its parameters) below the summary.
+    """
+
+    text: str
+    result: dict
+    view: fo.DatasetView | None = None
+    panel: str | None = None
+    buttons: list[tuple[str, str, dict]] = field(default_factory=list)
+
+
+class Progress:
+    """How far work is: told by it, shown to the user, who may cancel."""
+
+    def __init__(self, show: Callable[[float | None, str], None] = lambda share, label: None) -> None:
+        self._show = show
+        self.share: float | None = None
+        self.label = "Starting"
+        self.cancelled = threading.Event()
+
+    def tell(self, share: float | None, label: str) -> None:
+        """`share` of the work is done, from 0 to 1, None where it isn't known. Raises Cancelled if asked to stop."""
+        self.share, self.label = share, label
+        self._show(share, label)
+        if self.cancelled.is_set():
+            raise Cancelled
+
+    def __call__(self, bar: fo.ProgressBar) -> None:
+        """As FiftyOne's `progress`."""
+        total = bar.total or 0
+        self.tell(bar.iteration / total if total else None, f"{bar.iteration:,} of {total:,} images")
+
+
+class CancelWork(foo.Operator):
+    """What the Cancel button runs."""
+
+    identifier = "cancel"
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        return foo.OperatorConfig(name=self.identifier, label="MobileSAMv2: cancel", unlisted=True, risk_level="low")
+
+    def execute(self, ctx: ExecutionContext) -> dict:
+        work = running.get(str(ctx.params.get("work")))
+        if work is not None:
+            work.progress.cancelled.set()
+        return {"cancelled": work is not None}
+
+
+class Work:
+    """An operator's work in a thread of its own, while the App is told how far it is."""
+
+    def __init__(self, run: Callable[[Progress], Outcome]) -> None:
+        self.id = uuid.uuid4().hex
+        self.progress = Progress()
+        self.finished = threading.Event()
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+        self._run = run
+
+    def start(self) -> None:
+        context = contextvars.copy_context()  # in which FiftyOne keeps whose request this is
+        threading.Thread(target=context.run, args=(self._work,), name=f"mobilesamv2-{self.id}", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            while not _one_at_a_time.acquire(timeout=REFRESH):
+                self.progress.tell(None, "Waiting for other work to end")
+            try:
+                self.outcome = self._run(self.progress)
+            finally:
+                _one_at_a_time.release()
+        except BaseException as error:  # told to the user by the thread that waits
+            self.error = error
+        finally:
+            self.finished.set()
+
+
+running: dict[str, Work] = {}
+# Two models at a time would take each other's cores and memory, and FiftyOne's progress bars of two threads share one
+# capture of what is printed, which the first to end closes.
+_one_at_a_time = threading.Lock()
+
+
+def show_progress(ctx: ExecutionContext, work: Work) -> GeneratedMessage:
+    outputs, progress = types.Object(), work.progress
+    stopping = progress.cancelled.is_set()
+    label = "Stopping after what is being worked on now ..." if stopping else progress.label
+    outputs.float("share", view=types.ProgressView(label=label))
+    if not stopping:
+        cancel = f"{PLUGIN}/{CancelWork.identifier}"
+        outputs.btn("cancel", label="Cancel", on_click=cancel, params={"work": work.id}, variant="outlined")
+        # FiftyOne puts a "Done" below, which closes the dialog until its next state.
+        outputs.str("text", view=types.MarkdownView())
+    text = "This dialog stays until the work is over; closing the tab stops the work."
+    return ctx.ops.show_output(types.Property(outputs).to_json(), {"share": progress.share, "text": text})
+
+
+def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[GeneratedMessage]:
+    outcome, error = work.outcome, work.error
+    was_open = ctx.current_sample is not None
+    if was_open:
+        yield ctx.ops.close_sample()
+        yield ctx.ops.reload_samples()
+    yield ctx.ops.reload_dataset()
+    outputs, text = types.Object(), None
+    if outcome is not None:
+        if outcome.view is not None:
+            yield ctx.ops.clear_selected_samples()
+            yield ctx.ops.set_view(outcome.view)
+        if outcome.panel is not None:
+            if (panel_id := _panel_id(ctx.spaces, outcome.panel)) is None:
+                yield ctx.ops.open_panel(outcome.panel, layout="horizontal")
+            else:  # it has not heard of the result
+                load = f"{PLUGIN}/{outcome.panel}#on_load"
+                yield ctx.trigger(load, {"panel_id": panel_id, "panel_state": {}})
+        outputs.str("text", view=types.MarkdownView())
+        text = outcome.text
+        if was_open:  # FiftyOne keeps what it has once shown of it
+            text += "\n\nThe sample that was open shows this in the grid; opened again, after the page is reloaded."
+        for number, (label, operator, params) in enumerate(outcome.buttons):
+            outputs.btn(f"button_{number}", label=label, on_click=operator, params=params, variant="outlined")
+    elif isinstance(error, Cancelled):
+        outputs.str("text", view=types.MarkdownView())
+        text = f"**{title}** was cancelled. What was stored by then stays."
+    else:
+        if not _explains_itself(error):
+            logger.error("%s failed", title, exc_info=error)
+        outputs.view("error", types.Error(label=f"{title} failed", description=_told(error)))
+    yield ctx.ops.show_output(types.Property(outputs).to_json(), {"text": text})
+
+
+def _explains_itself(error: BaseException) -> bool:
+    """Whether its message says what is wrong and what to do. Others are defects, and are logged with their trace."""
+    return isinstance(error, (ValueError, OSError, PyMongoError, MobileSAMv2Error))
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
+        return f"The database lets this user read only: {str(error).split('{')[0].strip()}. Ask whoever runs it."
+    return str(error)[:_MAX_MESSAGE] if _explains_itself(error) else f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]
+
+
+def _panel_id(space: fo.Space | None, name: str) -> str | None:
+    """Of the open panel of that name, if there is one."""
+    for child in space.children if space is not None else ():
+        found = _panel_id(child, name) if isinstance(child, fo.Space) else child.component_id
+        if found is not None and (isinstance(child, fo.Space) or child.type == name):
+            return found
+    return None
+
+
+def throttled(show: Callable[[float | None, str], None]) -> Callable[[float | None, str], None]:
+    """`show`, at most once a second; the end is always shown."""
+    last = 0.0
+
+    def throttled(share: float | None, label: str) -> None:
+        nonlocal last
+        if share == 1 or time.monotonic() - last >= 1:
+            last = time.monotonic()
+            show(share, label)
+
+    return throttled
+
+
+def advance(bar: tqdm, share: float | None, label: str) -> None:
+    bar.set_description(label, refresh=False)
+    bar.update((share or 0) - bar.n)

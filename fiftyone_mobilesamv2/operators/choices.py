@@ -1,0 +1,192 @@
+"""Inputs that several forms have, and what several summaries say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import fiftyone as fo
+import fiftyone.core.stages as fosg
+from bson import ObjectId
+
+from ..errors import FormError
+from ..labels.fields import SHAPE_TYPES, have_masks, label_fields
+from .app_work import Outcome, Progress
+from .form import Form, code, count
+
+if TYPE_CHECKING:
+    from fiftyone.core.collections import SampleCollection
+
+    from ..runs.record import SegmentationRun
+    from .app_work import Progress
+    from .form import Form
+
+PRECISIONS = {
+    "float32": "float32: exact",
+    "bfloat16": "bfloat16: faster where the processor has it; a few pixels of each outline differ",
+    "float16": "float16: for GPUs without bfloat16",
+}
+
+
+def model_choice(form: Form) -> str:
+    """Which model, with its size, a hint at its speed, and whether its weights are here."""
+    from ..modeling.checkpoints.catalog import DEMO_MODEL, MODELS
+    from ..modeling.checkpoints.files import megabytes_to_download, weights_dir
+
+    missing = {name: megabytes_to_download(name) for name in MODELS}
+    choices = {}
+    for name, entry in MODELS.items():
+        here = "weights are here" if not missing[name] else f"{missing[name]:,} MB to download"
+        choices[name] = f"{name} ({entry.hint}; {here})"
+    # The first click works: what is here already, best first, and photos are what it is for.
+    default = next((name for name in MODELS if not missing[name] and name != DEMO_MODEL), "mobilesamv2-tinyvit-torch")
+    name = form.choice("model", choices, default, "Model")
+    if missing.get(name):
+        form.note(f"{missing[name]:,} MB will be downloaded to {weights_dir()} first, and verified.")
+    elif name == DEMO_MODEL:
+        form.warn("The demo model was trained on synthetic scenes alone: expect little of it on photos.")
+    return name
+
+
+def runtime_choices(form: Form) -> None:
+    """Where the model runs, and how exactly."""
+    from ..modeling.devices import available_devices
+
+    devices = available_devices()
+    names = {"cuda": "GPU (cuda)", "mps": "GPU (mps)", "cpu": "CPU"}
+    form.choice("device", {device: names[device] for device in devices}, devices[0], "Device")
+    form.choice("dtype", PRECISIONS, "float32", "Precision")
+
+
+def fetch_with_progress(name: str, progress: Progress) -> None:
+    """Downloads what the model lacks."""
+    from ..modeling.checkpoints.files import fetch_model
+
+    def report(filename: str, done: int, total: int | None) -> None:
+        size = f" of {total / 1e6:,.0f}" if total else ""
+        progress.tell(done / total if total else None, f"Downloading {filename}: {done / 1e6:,.0f}{size} MB")
+
+    fetch_model(name, progress=report)
+
+
+SHAPES = (fo.Detections, fo.Polylines)
+GROUND_TRUTH = "ground_truth"
+_HIDING = (fosg.FilterLabels, fosg.SelectLabels, fosg.ExcludeLabels, fosg.LimitLabels)
+RANKINGS = {
+    "confidence": "Confidence, the detector's score",
+    "predicted_iou": "IoU that the decoder predicts",
+    "stability": "Stability of the mask",
+    "sam": "SAM's: the mean of predicted IoU and stability",
+}
+
+
+def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
+    """Which field holds what the model found: masks that were made here, if there are any."""
+    from ..runs.record import segmented_fields
+
+    fields = label_fields(form.samples, kinds)
+    likely = [name for name in fields if name.endswith("segmentations")]
+    likely += [name for name in fields if not name.endswith(GROUND_TRUTH)]
+    default = next((name for name in (*segmented_fields(form.samples), *likely) if name in fields), None)
+    if default is None:
+        raise FormError(f"{form.dataset.name} has no field of proposals yet. Run 'Segment everything' first.")
+    return form.label_field("pred_field", kinds, "Proposals", "What 'Segment everything' found", default)
+
+
+def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = SHAPES) -> str:
+    """Which field holds the labels that the proposals are compared with."""
+    prefix = form.samples._FRAMES_PREFIX if pred_field.startswith(form.samples._FRAMES_PREFIX) else ""
+    found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH, pred_field)
+    stages = form.samples.view()._all_stages
+    if any(isinstance(stage, _HIDING) for stage in stages):
+        form.warn("The view may hide some labels of its samples. Only what it shows is compared.")
+    return found
+
+
+def use_masks_switch(form: Form, *field_names: str) -> bool:
+    """Whether masks are compared; where there are none, boxes."""
+    known = label_fields(form.samples, SHAPE_TYPES)
+    without = [name for name in field_names if name in known and not have_masks(form.samples, name)]
+    use_masks = form.switch("use_masks", not without, "Compare masks", "Otherwise bounding boxes")
+    if without:
+        told = f"Labels in {' and '.join(map(repr, without))} have no masks"
+        if use_masks:
+            form.problem(f"{told}: compare boxes. 'Segment from prompts' turns boxes into masks.")
+        else:
+            form.note(f"{told}: boxes are compared. 'Segment from prompts' turns boxes into masks.")
+    return use_masks
+
+
+def field_of_selected(labels: Sequence[Mapping]) -> str:
+    """The field that the labels selected in the App are of. Raises FormError where they are of several, or of none."""
+    ids = [label.get(name) for label in labels for name in ("sample_id", "label_id")]
+    if not all(map(ObjectId.is_valid, ids)) or not all(isinstance(label.get("field"), str) for label in labels):
+        raise FormError("The selected labels are gone. Select others.")
+    fields = sorted({label["field"] for label in labels})
+    if len(fields) > 1:
+        raise FormError(
+            f"The selected labels are of several fields, {', '.join(fields)}. Select labels of one: the sidebar hides "
+            f"the others."
+        )
+    return fields[0]
+
+
+def skipped_text(skipped: Sequence[dict]) -> list[str]:
+    """What a summary says of images that were skipped; nothing if none were."""
+    if not skipped:
+        return []
+    first = skipped[0]
+    return [f"**{count(len(skipped), 'image')} skipped.** The first: {code(first['filepath'])}: {code(first['cause'])}"]
+
+
+def skipped_button(skipped: Sequence[dict]) -> list[tuple[str, str, dict]]:
+    """The button that shows them."""
+    ids = [each["id"] for each in skipped]
+    return [("Show skipped samples", "@voxel51/operators/show_samples", {"samples": ids})] if ids else []
+
+
+FAILED = "Show failed samples"
+SHOW_SAMPLES = "@voxel51/operators/show_samples"
+STORAGES = {
+    "database": "In the database, as far as they fit into a sample's document",
+    "disk": "On disk, as PNG files",
+}
+
+
+def detections_fields(samples: SampleCollection, prefix: str = "") -> list[str]:
+    """Fields that masks can go into."""
+    names = label_fields(samples._root_dataset, (fo.Detections,))
+    return [name for name in names if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
+
+
+def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
+    """The summary of a run of segment_everything or segment_anything."""
+    lines = [
+        f"**{count(run.objects, 'object')} in {count(run.images - run.num_failures, 'image')}**",
+        f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
+    ]
+    if run.cancelled:
+        rest = "The others have the labels that they had" if replaced else "Run it again to go on with the rest"
+        lines.append(f"**Cancelled before the end.** What was stored stays. {rest}.")
+    stages = [f"{name} {seconds:.1f} s" for name, seconds in run.seconds.items() if name != "total"]
+    if stages:
+        lines.append(f"Time: {run.seconds['total']:.1f} s, of which {', '.join(stages)}.")
+    buttons = []
+    if run.failures:
+        first = run.failures[0]
+        lines.append(
+            f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: "
+            f"{code(first.filepath)}: {code(first.error)}"
+        )
+        ids = [failure.sample_id for failure in run.failures]
+        buttons.append((FAILED, SHOW_SAMPLES, {"samples": ids}))
+    result = {
+        "label_field": run.label_field,
+        "images": run.images,
+        "objects": run.objects,
+        "images_per_second": run.images_per_second,
+        "seconds": run.seconds,
+        "cancelled": run.cancelled,
+        "failures": [vars(failure) for failure in run.failures],
+    }
+    return Outcome("\n\n".join(lines), result, buttons=buttons)

@@ -1,0 +1,245 @@
+"""An operator's form as the user has filled it in."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import fiftyone as fo
+from bson import ObjectId
+from fiftyone.operators import types
+from fiftyone.operators.constants import ViewTarget
+
+from ..errors import FormError
+from ..labels.fields import label_fields
+
+if TYPE_CHECKING:
+    from fiftyone.core.collections import SampleCollection
+    from fiftyone.operators.executor import ExecutionContext
+
+T = TypeVar("T")
+
+_MAX_TEXT = 4096  # as the longest path on Linux
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Form:
+    """An operator's form as the user has filled it in: each method adds an input and returns its value.
+
+    Attributes:
+        ctx: FiftyOne's context.
+        values: of all inputs by name, defaults where nothing was given.
+        samples: those to work on, once :meth:`target` was called.
+        problems: what has to be mended before the operator can run.
+    """
+
+    def __init__(self, ctx: ExecutionContext) -> None:
+        self.ctx = ctx
+        self.inputs = types.Object()
+        self.values: dict[str, object] = {}
+        self.samples: SampleCollection | None = None
+        self.problems: list[str] = []
+
+    @property
+    def dataset(self) -> fo.Dataset:
+        return self.ctx.dataset
+
+    @property
+    def size(self) -> int:
+        """How many samples there are to work on."""
+        return cached(len, self.samples)
+
+    def target(self, action: str) -> SampleCollection:
+        """Which samples: the dataset, the view or the selected ones. `action` is what is done to them, as a verb."""
+        if self.ctx.dataset is None:
+            raise FormError("Open a dataset first.")
+        if not all(map(ObjectId.is_valid, self.ctx.selected)):
+            raise FormError("The selected samples are gone. Select others.")
+        target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there
+        if target and target not in ViewTarget.values():  # which FiftyOne would take for the whole dataset
+            raise FormError(f"Target: {_shortened(target)} is none. Choose one of {', '.join(ViewTarget.values())}.")
+        if self.ctx.view._is_generated:  # patches, clips or frames, which the App shows in place of the samples
+            self.note("The whole dataset is worked on, not what this view has made of it.")
+            self.samples = self.dataset
+        else:  # of groups, the slice that the App shows
+            self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
+            self.samples = self.ctx.target_view(require_flat=True)
+        if not self.size:
+            empty = "This dataset has" if not len(self.ctx.dataset) else "The current view has"
+            raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
+        return self.samples
+
+    def number(
+        self,
+        name: str,
+        default: float | None,
+        label: str,
+        description: str | None = None,
+        least: float | None = None,
+        most: float | None = None,
+        whole: bool = False,
+    ) -> float | None:
+        """A number; whole ones may be required. Empty, it is the default."""
+        add = self.inputs.int if whole else self.inputs.float
+        # Limits are checked here, not by FiftyOne, which would not say what is expected.
+        found = add(name, label=label, description=description, default=default)
+        value = self._value(name, default)
+        if value is None:
+            return None
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.maxsize
+        expected = "a whole number" if whole else "a number"
+        if least is not None and most is not None:
+            expected += f" from {least:g} to {most:g}"
+        elif least is not None:
+            expected += f" of at least {least:g}"
+        if (
+            not number
+            or (whole and value != int(value))
+            or (least is not None and value < least)
+            or (most is not None and value > most)
+        ):
+            self._invalid(found, f"{label}: {expected} was expected, not {_shortened(value)}.")
+        elif whole:
+            value = self.values[name] = int(value)
+        return value
+
+    def switch(self, name: str, default: bool, label: str, description: str | None = None) -> bool:
+        """Yes or no."""
+        self.inputs.bool(name, label=label, description=description, default=default, view=types.SwitchView())
+        return bool(self._value(name, default))
+
+    def text(self, name: str, default: str | None, label: str, description: str | None = None) -> str | None:
+        """A line of text."""
+        found = self.inputs.str(name, label=label, description=description, default=default)
+        return self.text_of(found, name, default, label)
+
+    def choice(
+        self,
+        name: str,
+        choices: Mapping[str, str],
+        default: str | None,
+        label: str,
+        description: str | None = None,
+        radio: bool = False,
+    ) -> str | None:
+        """One of `choices`: values and what the user reads."""
+        view = types.RadioGroup() if radio else types.DropdownView()
+        for value, text in choices.items():
+            view.add_choice(value, label=text)
+        found = self.inputs.enum(name, list(choices), label=label, description=description, default=default, view=view)
+        value = self.text_of(found, name, default, label)
+        if value not in choices and not found.invalid:
+            self._invalid(found, f"{label}: {value!r} isn't there (any more). Choose one of {', '.join(choices)}.")
+        return value
+
+    def label_field(
+        self,
+        name: str,
+        kinds: tuple[type, ...],
+        label: str,
+        description: str | None = None,
+        default: str | None = None,
+        without: str | None = None,
+    ) -> str:
+        """One of the fields that hold labels of these kinds, but not the field `without`.
+
+        Raises:
+            FormError: there is none.
+        """
+        found = label_fields(self.samples, kinds)
+        found = [each for each in found if each != without]
+        if not found:
+            names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+            other = f" beside '{without}'" if without else ""
+            raise FormError(f"{label}: {self.dataset.name} has no field of {names}{other}.")
+        return self.choice(
+            name, {each: each for each in found}, default if default in found else found[0], label, description
+        )
+
+    def new_field(self, name: str, default: str, label: str, description: str, known: Sequence[str] = ()) -> str:
+        """The name of a field, which need not exist; `known` are suggested."""
+        view = types.AutocompleteView(allow_clearing=False)
+        for each in dict.fromkeys([default, *known]):
+            view.add_choice(each, label=each)
+        found = self.inputs.str(name, label=label, description=description, default=default, view=view)
+        return self.text_of(found, name, default, label)
+
+    def note(self, text: str) -> None:
+        """Something good to know."""
+        self._message("note", types.Notice(label=text))
+
+    def warn(self, text: str) -> None:
+        """Something to think about before running."""
+        self._message("warning", types.Warning(label=text))
+
+    def problem(self, text: str) -> None:
+        """Something that has to be mended first."""
+        self._invalid(self._message("problem", types.Error(label=text)), text)
+
+    def _message(self, kind: str, view: types.View) -> types.Property:
+        number = sum(name.startswith(f"{kind}_") for name in self.inputs.properties)
+        return self.inputs.view(f"{kind}_{number + 1}", view)  # the App shows the name where it can't execute
+
+    def text_of(self, found: types.Property, name: str, default: str | None, label: str) -> str | None:
+        """The text that was given for the input `found`."""
+        value = self._value(name, default)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self._invalid(found, f"{label}: text was expected, not {_shortened(value)}.")
+        elif len(value) > _MAX_TEXT:
+            self._invalid(found, f"{label}: at most {_MAX_TEXT:,} characters were expected, not {len(value):,}.")
+        elif _CONTROLS.search(value):
+            self._invalid(found, f"{label}: text on one line was expected, not {_shortened(value)}.")
+        else:
+            return value
+        self.values[name] = default  # for the rest of the form
+        return default
+
+    def _value(self, name: str, default: object) -> object:
+        value = self.ctx.params.get(name)
+        self.values[name] = default if value is None or value == "" else value
+        return self.values[name]
+
+    def _invalid(self, found: types.Property, text: str) -> None:
+        self.problems.append(text)
+        found.invalid = True
+        found.error_message = text
+
+
+def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable) -> T:
+    """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
+    dataset = samples._root_dataset
+    collections = [dataset._sample_collection]
+    if dataset._frame_collection is not None:
+        collections.append(dataset._frame_collection)
+    newest = [("last_modified_at", -1)]  # FiftyOne keeps an index of it
+    state = [(c.estimated_document_count(), c.find_one({}, {newest[0][0]: True}, sort=newest)) for c in collections]
+    view = hashlib.sha256(str(samples.view()._serialize(include_uuids=False)).encode()).digest()  # it may list ids
+    key = (compute, args, dataset.name, view, str(state))
+    if key not in _cached:
+        if len(_cached) >= 100:
+            _cached.clear()
+        _cached[key] = compute(samples, *args)
+    return _cached[key]
+
+
+_cached: dict[tuple, object] = {}
+
+
+def code(text: object) -> str:
+    """Markdown that shows a text as it is, whatever is in it."""
+    return "`" + "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'") + "`"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def count(number: int, noun: str) -> str:
+    """Such as "1 image" or "2,000 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

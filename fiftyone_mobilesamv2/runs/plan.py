@@ -1,0 +1,180 @@
+"""What is left for a run to do, and whether it may go on with what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import fiftyone.core.labels as fol
+from bson import ObjectId
+from fiftyone import ViewField as F
+
+from ..labels.fields import check_label_field, declare_label_field, declare_mask_attributes
+from ..modeling.checkpoints.files import weights_sha256
+from ..modeling.object_discovery import CONFIDENCE
+from ..zoo.config import CHECKPOINTS, MobileSAMv2ModelConfig
+from . import retry as database
+from .record import recorded_runs
+from .shards import Shard
+
+if TYPE_CHECKING:
+    from fiftyone.core.collections import SampleCollection
+
+HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a detection
+# Of a model's configuration, what says where it runs and not what it finds.
+_RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
+
+
+def samples_left(
+    samples: SampleCollection, label_field: str, parameters: dict, replace: bool, shard: Shard | None
+) -> SampleCollection:
+    """The samples of a run, or of a part of it, with all that they have: those that it has not done yet."""
+    if shard is not None:
+        samples = shard.of(samples)
+    if samples.view()._stages[shard is not None :]:
+        samples = unfiltered(samples)  # of a dataset all is seen, and nobody lists the ids of millions
+    if not replace:
+        return _without_labels(samples, label_field)
+    since = _replacing_since(samples, label_field, parameters)
+    if since is None or samples.media_type == "video":
+        return samples
+    # Labels that an earlier attempt has put there are younger than it is.
+    older = {"$lt": ObjectId.from_datetime(since)}
+    left = [{label_field: None}, {f"{label_field}.detections": []}, {f"{label_field}.detections.0._id": older}]
+    return samples.match({"$or": left})
+
+
+def _replacing_since(samples: SampleCollection, label_field: str, parameters: dict) -> datetime | None:
+    """When the run began that replaced labels with these parameters and was stopped; None if the last one wasn't."""
+    since = None
+    for run in reversed(recorded_runs(samples, label_field)):
+        if not (run.replace and run.cancelled and not _changed(run.parameters, parameters)):
+            break
+        since = datetime.fromisoformat(run.started)
+    return since
+
+
+def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2ModelConfig, replace: bool) -> None:
+    """Makes the field ready for a run of :func:`segment_everything`.
+
+    FiftyOne loses fields that several processes add at once: before parts of one run are given to workers, this is to
+    be called.
+    """
+    check_label_field(samples, label_field)
+    if not replace:
+        check_same_parameters(samples, label_field, parameters_of(config))
+    declare_label_field(samples._root_dataset, label_field)
+    if samples.media_type != "video":
+        declare_mask_attributes(samples._root_dataset, label_field)
+
+
+def unfiltered(samples: SampleCollection) -> SampleCollection:
+    """The same samples with all that they have: what a view hides is not to be taken for absent."""
+    dataset = samples._root_dataset
+    if samples is dataset or not samples._stages:
+        return dataset
+    if dataset.media_type == "group":
+        dataset = dataset.select_group_slices(_allow_mixed=True)
+    ids = samples.values("id")
+    if len(ids) > database.MAX_IDS:
+        raise ValueError(
+            f"The view has {len(ids):,} samples, and FiftyOne can select at most {database.MAX_IDS:,}. Take all of "
+            f"the dataset, or one part of the view after the other, such as view[:{database.MAX_IDS}]."
+        )
+    return dataset.select(ids)
+
+
+def unsegmented(samples: SampleCollection, label_field: str) -> SampleCollection:
+    """The samples without labels in this field. An image in which nothing was found has labels: none."""
+    return _without_labels(unfiltered(samples), label_field)
+
+
+def _without_labels(samples: SampleCollection, label_field: str) -> SampleCollection:
+    if not samples.has_field(label_field):
+        return samples
+    name, of_frames = samples._handle_frame_field(label_field)
+    if of_frames:
+        return samples.match((F("frames").length() == 0) | (F("frames").filter(F(name) == None).length() > 0))  # noqa: E711
+    return samples.match(F(name) == None)  # noqa: E711
+
+
+def labels_there(samples: SampleCollection, label_field: str) -> tuple[int, int]:
+    """How many samples have labels in this field, and how many labels; also what a view hides."""
+    samples = unfiltered(samples)
+    if not samples.has_field(label_field):
+        return 0, 0
+    return len(samples) - len(unsegmented(samples, label_field)), samples.count(f"{label_field}.detections")
+
+
+def count_labels_with_masks(samples: SampleCollection, field_name: str) -> tuple[int, int]:
+    """How many detections of a field, as far as the view shows them, have masks, and how many there are."""
+    root, _ = samples._get_label_field_root(field_name)
+    return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
+
+
+# Prompts of the dataset ---------------------------------------------------------------------------------------------
+def ids_of_labels_with_masks(samples: SampleCollection, label_field: str) -> dict[str, list[str]]:
+    """By the id of each sample, the ids of its labels that have masks, also of those that the view hides."""
+    labels = unfiltered(samples).filter_labels(label_field, HAS_MASK)
+    return dict(zip(*labels.values(["id", f"{label_field}.detections.id"])))
+
+
+def prompts_left(
+    prompts: Sequence[fol.Detection | fol.Keypoint], in_place: bool, replace: bool, answered: Sequence[str]
+) -> fol.Label | None:
+    """Those of a sample's prompts that have no mask yet; None if there are none."""
+    left = [p for p in prompts if replace or (not _has_mask(p) if in_place else p.id not in answered)]
+    if not left:
+        return None
+    return fol.Keypoints(keypoints=left) if isinstance(left[0], fol.Keypoint) else fol.Detections(detections=left)
+
+
+def _has_mask(detection: fol.Detection) -> bool:
+    return detection.mask is not None or detection.mask_path is not None
+
+
+# What is noted ----------------------------------------------------------------------------------------------------
+def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
+    """What of a model's configuration decides what it finds."""
+    found = {name: value for name, value in vars(config).items() if name not in _RUNTIME}
+    for name in CHECKPOINTS:
+        del found[name]
+    found["weights"] = weights_sha256(config.name, config.files)  # wherever the files are
+    if config.confidence_thresh is None and config.prompting == "object_aware":
+        found["confidence_thresh"] = CONFIDENCE
+    return found
+
+
+def check_same_parameters(samples: SampleCollection, label_field: str, parameters: dict) -> None:
+    """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
+    dataset = samples._root_dataset
+    runs = recorded_runs(dataset, label_field)
+    if not runs:
+        return
+    changed = []
+    for run in reversed(runs):
+        changed = changed or _changed(run.parameters, parameters)
+        if run.replace and not run.cancelled:
+            break
+    if not changed or len(unsegmented(dataset, label_field)) == len(dataset):
+        return
+    raise ValueError(
+        f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
+        f"the same ones; else replace what is there, or choose another field."
+    )
+
+
+def _changed(earlier: dict, parameters: dict) -> list[str]:
+    """What of the parameters is another than that of an earlier run, in words."""
+    return [
+        f"{name} {earlier.get(name)} then, {value} now"
+        for name, value in parameters.items()
+        if not _are_same(earlier.get(name), value)
+    ]
+
+
+def _are_same(then: object, now: object) -> bool:
+    if isinstance(then, dict) and isinstance(now, dict):  # files that aren't here have not been read
+        return all(then[name] == now[name] for name in then.keys() & now.keys())
+    return then == now

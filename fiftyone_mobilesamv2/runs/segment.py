@@ -1,0 +1,266 @@
+"""Running a model over a dataset: what is left to do, and which fields masks go to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+import fiftyone.core.labels as fol
+import fiftyone.core.utils as fou
+from mongoengine.errors import ValidationError
+
+from ..errors import Cancelled, LabelError
+from ..labels.documents import StoredImage
+from ..labels.fields import check_label_field, check_prompt_field, declare_label_field, declare_mask_attributes
+from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
+from ..zoo.model import MobileSAMv2Model
+from ..zoo.reading import ImageGetItem, ImageItem
+from .cluster import check_workers, on_cluster
+from .pipeline import DELETED, check_mask_folder, counted, segment_and_store, settle_leftovers
+from .plan import ids_of_labels_with_masks, parameters_of, prepare, prompts_left, samples_left
+from .record import SegmentationRun, mark_abandoned, on_record, recorded_runs
+from .retry import AWAY, retry_while_unavailable
+from .shards import Shard
+from .updates import masks_in_place, merged_labels, new_labels
+
+if TYPE_CHECKING:
+    from fiftyone.core.collections import SampleCollection
+
+logger = logging.getLogger(__name__)
+_KINDS = {"Detection": fol.Detection, "Keypoint": fol.Keypoint}
+
+
+def segment_everything(
+    samples: SampleCollection,
+    model: MobileSAMv2Model | MobileSAMv2ModelConfig,
+    label_field: str = "segmentations",
+    replace: bool = False,
+    batch_size: int = 8,
+    progress: bool | Callable | None = None,
+    shard: Shard | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
+) -> SegmentationRun:
+    """Stores the masks of all objects of every image, as `apply_model` does, and keeps a record of it in the dataset.
+
+    Whatever ends it (an error, a kill, a full disk), called again with the same arguments it does what is missing.
+    While the database is away it waits for it, up to five minutes.
+
+    Args:
+        samples: a dataset or view of images, or of videos: then `label_field` is one of frames, as "frames.x".
+        model: a model, or its configuration, for it to be loaded here or on each worker.
+        label_field: a new field, or one of detections.
+        replace: replaces the labels of samples that have some. Else these are left as they are, so that a run that was
+            stopped goes on; with it, it starts anew.
+        progress: as everywhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.progress.Cancelled`.
+        shard: only this part of the samples: other processes do the others.
+        cluster: spreads the work over a Ray cluster: "auto" for the one that this machine belongs to, its address, or
+            "local" for processes on this machine; where Ray runs in this process already, any of them is that. Workers
+            read the images by the same paths, and masks on disk go to the same folder, so both have to be where all
+            machines reach them, and so has the database.
+        workers: how many of the cluster; None: one for each GPU, or, without any, for each machine.
+
+    Returns:
+        the run, which `segmentation_runs.recorded_runs` lists from then on, whether it came to its end or not.
+
+    Raises:
+        ValueError: the field can't take masks; or it would go on with masks that were made with other parameters.
+        FieldBusyError: another run is storing masks in the field.
+        OSError: masks go to a disk, and that is full.
+        ClusterError: the cluster can't do it.
+    """
+    config = model if isinstance(model, MobileSAMv2ModelConfig) else _config(model)
+    if not (shard is None or isinstance(shard, Shard)):
+        raise ValueError(f"shard must be a Shard, not {shard!r}.")
+    if shard is not None and cluster is not None:
+        raise ValueError("A part can't be spread over a cluster: give either shard or cluster.")
+    check_workers(cluster, workers)
+    _check_how(replace, batch_size)
+    prepare(samples, label_field, config, replace)
+    if cluster is not None:
+        return _segment_on_cluster(samples, config, label_field, replace, batch_size, progress, cluster, workers)
+    if model is config:
+        model = MobileSAMv2Model(config)
+    parameters = parameters_of(config)
+    todo = samples_left(samples, label_field, parameters, replace, shard)
+    with _recorded(samples, model, label_field, parameters, shard, replace) as run:
+        if samples.media_type != "video":
+            read_image = ImageGetItem()
+
+            def read(image: StoredImage) -> ImageItem:
+                return read_image({"id": str(image.sample_id), "filepath": image.name})
+
+            update = partial(new_labels, label_field=label_field, replace=replace)
+            segment_and_store(todo, model, [], read, update, run, batch_size, progress)
+        elif len(todo):
+            try:  # FiftyOne reads videos frame by frame, one after the other
+                with counted(run, model):
+                    todo.apply_model(model, label_field=label_field, batch_size=batch_size, progress=progress)
+            finally:
+                run.objects = model.num_labels
+            if not samples._root_dataset.has_field(label_field):
+                raise ValueError(DELETED.format(label_field))
+    return run
+
+
+def _segment_on_cluster(
+    samples: SampleCollection,
+    config: MobileSAMv2ModelConfig,
+    label_field: str,
+    replace: bool,
+    batch_size: int,
+    progress: bool | Callable | None,
+    cluster: str,
+    workers: int | None,
+) -> SegmentationRun:
+    run = SegmentationRun(label_field, parameters_of(config), replace=replace, mask_dir=mask_folder(config))
+    dataset, group = samples._root_dataset, run.run_id
+    total = len(samples_left(samples, label_field, run.parameters, replace, None))
+    if not total:
+        with on_record(samples, run):
+            settle_leftovers(dataset, run)
+        return run
+    parameters = {name: value for name, value in vars(config).items() if name not in ("model_name", "model_path")}
+    parameters["mask_dir"] = run.mask_dir  # as it is here, not in each worker's home
+    with fou.ProgressBar(total=total, progress=progress) as bar:
+
+        def so_far() -> SegmentationRun:
+            return next((found for found in recorded_runs(samples, label_field) if found.run_id == group), run)
+
+        def show() -> None:
+            with suppress(*AWAY):  # workers wait for the database; so does this
+                bar.update(max(0, min(so_far().images, total) - bar.iteration))
+
+        parts = on_cluster(
+            samples,
+            _segmenter,
+            (parameters, label_field, replace, batch_size),
+            group,
+            cluster,
+            workers,
+            died=lambda part: mark_abandoned(group, part.index),
+            waiting=show,
+        )
+        try:
+            with suppress(Cancelled), closing(parts):
+                for _ in parts:
+                    pass
+                bar.update(total - bar.iteration)  # of a worker that died the last images are not on record
+        finally:
+            mark_abandoned(group)
+            # Once more, for nothing: it settles what killed workers have left, and gives FiftyOne the record.
+            with on_record(samples, dataclasses.replace(run, run_id=uuid.uuid4().hex)):
+                settle_leftovers(dataset, run)
+            dataset.reload()
+    return retry_while_unavailable(so_far)
+
+
+def _segmenter(
+    parameters: dict, label_field: str, replace: bool, batch_size: int
+) -> Callable[[SampleCollection, Shard], None]:
+    """What a worker of a cluster does with each part."""
+    model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
+
+    def segment(samples: SampleCollection, shard: Shard) -> None:
+        segment_everything(samples, model, label_field, replace, batch_size, progress=False, shard=shard)
+
+    return segment
+
+
+def segment_anything(
+    samples: SampleCollection,
+    model: MobileSAMv2Model,
+    prompt_field: str,
+    label_field: str | None = None,
+    replace: bool = False,
+    batch_size: int = 8,
+    progress: bool | Callable | None = None,
+) -> SegmentationRun:
+    """Turns boxes or keypoints into masks.
+
+    Args:
+        samples: a dataset or view of images; what a view filters out is no prompt.
+        prompt_field: detections or keypoints.
+        label_field: the field for the masks, which have their prompts' labels, ids and attributes. What is there of
+            other prompts stays. None writes masks into the detections of `prompt_field` themselves, which keep their
+            boxes: what lies outside is cut off.
+        replace: also masks that are there already.
+
+    The rest is as with :func:`segment_everything`.
+    """
+    _config(model)
+    _check_how(replace, batch_size)
+    check_prompt_field(samples, prompt_field, in_place=label_field is None)
+    dataset = samples._root_dataset
+    if label_field is not None:
+        check_label_field(samples, label_field)
+        declare_label_field(dataset, label_field)
+    parameters = parameters_of(model.config) | {"prompting": prompt_field}
+    with _recorded(samples, model, label_field or prompt_field, parameters) as run:
+        if label_field is None:
+            root, is_list = dataset._get_label_field_root(prompt_field)
+            update = partial(masks_in_place, root=root, is_list=is_list)
+        else:
+            update = partial(merged_labels, label_field=label_field)
+        declare_mask_attributes(dataset, run.label_field)
+        answered = {} if label_field is None or replace else ids_of_labels_with_masks(samples, label_field)
+        read_prompted = ImageGetItem({"prompt_field": prompt_field})
+
+        def read(image: StoredImage) -> ImageItem | None:
+            item = ImageItem(str(image.sample_id), image.name, prompted=True, skip_failures=True)
+            try:
+                prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
+            except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
+                return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
+            left = prompts_left(prompts, label_field is None, replace, answered.get(item.sample_id) or ())
+            if left is None:
+                return None
+            return read_prompted({"id": item.sample_id, "filepath": item.filepath, "prompt_field": left})
+
+        with fou.SetAttributes(model, keep_boxes=label_field is None):
+            segment_and_store(samples, model, [prompt_field], read, update, run, batch_size, progress)
+    return run
+
+
+def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:
+    # By what it can do: a model of the zoo may be of another copy of this package.
+    if not hasattr(model, "segment_all"):
+        raise ValueError(f"model must be one that `load_zoo_model` gives for a name of this package, not {model!r}.")
+    return model.config
+
+
+def _check_how(replace: bool, batch_size: int) -> None:
+    if not isinstance(replace, bool):  # "no" would replace, too
+        raise ValueError(f"replace must be True or False, not {replace!r}.")
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+
+
+@contextmanager
+def _recorded(
+    samples: SampleCollection,
+    model: MobileSAMv2Model,
+    label_field: str,
+    parameters: dict,
+    shard: Shard | None = None,
+    replace: bool = False,
+) -> Iterator[SegmentationRun]:
+    """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
+    run = SegmentationRun(label_field, parameters, shard=shard, replace=replace, mask_dir=mask_folder(model.config))
+    dataset = samples._root_dataset
+    with on_record(samples, run):
+        check_mask_folder(model.config)
+        settle_leftovers(dataset, run)
+        try:
+            yield run
+        except Cancelled:
+            settle_leftovers(dataset, run)
+            raise
+        settle_leftovers(dataset, run)

@@ -1,0 +1,63 @@
+"""Samples -> images and prompts, in a data loader's workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import fiftyone.core.labels as fol
+import fiftyone.utils.torch as fout
+import numpy as np
+
+from ..images import read_image
+from ..labels.prompts import check_prompts
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """What a data loader's worker hands over: an image and its prompts, or why there is none.
+
+    Attributes:
+        prompted: whether the prompts, and not all objects, are to be segmented.
+        skip_failures: whether an error is to be recorded; otherwise it is raised.
+    """
+
+    sample_id: str | None = None
+    filepath: str | None = None
+    image: np.ndarray | None = None
+    prompts: fol.Label | None = None
+    error: str | None = None
+    prompted: bool = False
+    skip_failures: bool = False
+
+
+class ImageGetItem(fout.GetItem):
+    """Reads the image of a sample, and its prompts where a `prompt_field` is mapped.
+
+    Args:
+        field_mapping: may map "prompt_field" to a field of detections or keypoints.
+        skip_failures: hand an unreadable image over as an error of its own. Raised, it would cost its whole batch.
+    """
+
+    def __init__(self, field_mapping: dict | None = None, skip_failures: bool = True) -> None:
+        self.has_prompts = "prompt_field" in (field_mapping or {})
+        self.skip_failures = skip_failures
+        super().__init__(field_mapping=field_mapping)
+
+    @property
+    def required_keys(self) -> list[str]:
+        return ["id", "filepath"] + (["prompt_field"] if self.has_prompts else [])
+
+    def __call__(self, d: dict) -> ImageItem:
+        item = ImageItem(d["id"], d["filepath"], prompted=self.has_prompts, skip_failures=self.skip_failures)
+        try:
+            if self.has_prompts:
+                check_prompts(d["prompt_field"])
+            return replace(item, image=read_image(d["filepath"]), prompts=d.get("prompt_field"))
+        except (OSError, TypeError, ValueError, MemoryError) as error:
+            if not self.skip_failures:
+                raise
+            return replace(item, error=f"{type(error).__name__}: {error}")
