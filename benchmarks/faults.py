@@ -35,7 +35,7 @@ _DIFFERENT_SCENES = 50  # which repeat
 
 # Children are forked from a process that has imported everything: a kill every second, not every ten.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["fiftyone_mobilesamv2.segmentation"])
+_PROCESSES.set_forkserver_preload(["fiftyone_mobilesamv2.runs.segment"])
 
 
 @dataclass

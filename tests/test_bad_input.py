@@ -20,10 +20,12 @@ from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.images import MAX_SIDE, read_image
+from fiftyone_mobilesamv2.labels.detections import mask_in_box
 from fiftyone_mobilesamv2.labels.masks import masks_of
 from fiftyone_mobilesamv2.modeling.masks import Segmentation
 from fiftyone_mobilesamv2.runs.segment import segment_anything, segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.zoo.reading import ImageGetItem
 
 MODEL = "mobilesamv2-demo-torch"
 MOST_MEMORY = 2e9  # bytes. PIL has 4 for a pixel, and twice that while it turns one: 1.4e9 of the largest image.
@@ -521,7 +523,7 @@ relative_boxes = st.lists(numbers, max_size=5) | st.tuples(*[st.floats(-1, 1)] *
 @settings(max_examples=20, deadline=None)
 def test_any_boxes(model, good, boxes):
     (path, pixels), (other, beside) = good.items()
-    get_item = zoo.ImageGetItem({"prompt_field": "boxes"})
+    get_item = ImageGetItem({"prompt_field": "boxes"})
     item = get_item({"id": "0" * 24, "filepath": path, "prompt_field": detections(boxes)})
     box = [0.2, 0.2, 0.5, 0.5]
     neighbour = get_item({"id": "1" * 24, "filepath": other, "prompt_field": detections([box])})
@@ -562,7 +564,7 @@ def test_mask_in_any_box(place, box, seed):
     left, right = round(box[0] * width), round((box[0] + box[2]) * width)
     top, bottom = round(box[1] * height), round((box[1] + box[3]) * height)
     there = canvas[2 * height + top :, 2 * width + left :][: max(bottom - top, 1), : max(right - left, 1)]
-    np.testing.assert_array_equal(zoo.mask_in_box(found, 0, box), there)
+    np.testing.assert_array_equal(mask_in_box(found, 0, box), there)
 
 
 def test_5000_prompts(dataset, model, good):
@@ -584,4 +586,4 @@ def test_5000_prompts(dataset, model, good):
         detection = crowded.boxes.detections[i]
         assert detection.bounding_box == boxes[i]
         if found.masks[number].size:
-            np.testing.assert_array_equal(detection.mask, zoo.mask_in_box(found, number, boxes[i]))
+            np.testing.assert_array_equal(detection.mask, mask_in_box(found, number, boxes[i]))

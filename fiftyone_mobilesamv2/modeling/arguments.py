@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling import object_discovery
 from .grid_prompts import MAX_POINTS_PER_SIDE, GridFilter
+from .object_discovery import MAX_NMS_CANDIDATES
 
 PROMPTINGS = ("object_aware", "grid")
 
@@ -34,7 +34,7 @@ def checked_thresholds(conf: float, iou: float, max_prompts: int) -> tuple[float
     return (
         checked_number("conf", conf, 0, 1),
         checked_number("iou", iou, 0, 1),
-        checked_number("max_prompts", max_prompts, 1, object_discovery.MAX_NMS_CANDIDATES, whole=True),
+        checked_number("max_prompts", max_prompts, 1, MAX_NMS_CANDIDATES, whole=True),
     )
 
 

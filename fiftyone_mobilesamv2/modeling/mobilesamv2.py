@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..modeling import object_discovery
 from .arguments import (
     check_count,
     check_images,
@@ -41,7 +40,7 @@ from .grid_prompts import (
 from .image_encoders import EncoderConfig, ImageEmbeddings, encoder_config, preprocess
 from .inference import prepare_for_inference
 from .masks import Segmentation, concatenate, crop_masks
-from .object_discovery import CONFIDENCE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
+from .object_discovery import CONFIDENCE, INPUT_SIZE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
 from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
 
 # Logits of this many prompts exist at a time: 64 x 256 x 256 float32 are 16 MiB, and a grid's three masks each 48.
@@ -124,7 +123,7 @@ class MobileSAMv2(nn.Module):
         encoder_checkpoint: str | PathLike,
         decoder_checkpoint: str | PathLike,
         detector_checkpoint: str | PathLike | None = None,
-        detector_size: int = object_discovery.INPUT_SIZE,
+        detector_size: int = INPUT_SIZE,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> MobileSAMv2:

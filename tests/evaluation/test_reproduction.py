@@ -10,6 +10,7 @@ import pytest
 
 from fiftyone_mobilesamv2 import cli, evaluate_proposals, zoo
 from fiftyone_mobilesamv2.evaluation.reproduction import PAPER_AR, PAPER_AR_BY_PROMPTS, Reproduction, reproduce
+from fiftyone_mobilesamv2.labels.detections import LABEL_BYTES_PER_SAMPLE
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene, write_coco
 
 MODEL = "mobilesamv2-demo-torch"
@@ -91,7 +92,7 @@ def test_the_model_is_left_as_it_was(run, model):
     unused = zoo.MobileSAMv2ModelConfig({"name": MODEL, "pred_iou_thresh": 0, "stability_score_thresh": 0})
     expected = vars(unused) | {"device": "cpu"}
     assert {name: vars(model.config)[name] for name in expected} == expected
-    assert model.label_bytes == zoo.LABEL_BYTES_PER_SAMPLE
+    assert model.label_bytes == LABEL_BYTES_PER_SAMPLE
 
 
 def test_figures_are_those_of_evaluate_proposals(run, results):

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2.labels.detections import DETECTION_BYTES
 from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.zoo import model as zoo_model
 
 MODEL = "mobilesamv2-demo-torch"
 FIELD = "segmentations"
@@ -221,7 +223,7 @@ def test_output_dir(filled, model, scenes, tmp_path):
 
 def test_masks_beyond_the_budget_go_to_disk(filled, model, scenes, tmp_path, monkeypatch, caplog):
     filled.apply_model(model, FIELD, num_workers=0)
-    monkeypatch.setattr(zoo, "LABEL_BYTES_PER_SAMPLE", zoo.DETECTION_BYTES * 16 + 1500)
+    monkeypatch.setattr(zoo_model, "LABEL_BYTES_PER_SAMPLE", DETECTION_BYTES * 16 + 1500)
     small = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "masks"))
     with caplog.at_level(logging.INFO):
         filled.limit(1).apply_model(small, "small", num_workers=0)

@@ -15,13 +15,16 @@ import pytest
 from PIL import Image
 from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 
-from fiftyone_mobilesamv2 import mask_files, pipeline, zoo
+from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.errors import Cancelled
+from fiftyone_mobilesamv2.labels import mask_files
+from fiftyone_mobilesamv2.runs import pipeline
 from fiftyone_mobilesamv2.runs import retry as database
 from fiftyone_mobilesamv2.runs.pipeline import each_once
 from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_anything, segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.zoo import reading
 
 MODEL = "mobilesamv2-demo-torch"
 COUNT = 6
@@ -129,8 +132,8 @@ def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
         time.sleep(0.5)
         store_masks(documents, files)
 
-    read_image = zoo.read_image
-    monkeypatch.setattr(zoo, "read_image", counted_read)
+    read_image = reading.read_image
+    monkeypatch.setattr(reading, "read_image", counted_read)
     monkeypatch.setattr(model, "segment_all", counted_segment_all)
     monkeypatch.setattr(model, "store_masks", slow_store_masks)
     segment_everything(images, model, "own", batch_size=1)

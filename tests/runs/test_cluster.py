@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fiftyone_mobilesamv2 import cluster, evaluate_proposals, mask_files, pipeline, zoo
+from fiftyone_mobilesamv2 import evaluate_proposals, zoo
 from fiftyone_mobilesamv2.errors import Cancelled, CheckpointError
+from fiftyone_mobilesamv2.labels import mask_files
+from fiftyone_mobilesamv2.runs import cluster, pipeline
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
 from fiftyone_mobilesamv2.runs import retry as database
 from fiftyone_mobilesamv2.runs.segment import segment_everything
