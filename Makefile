@@ -28,9 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## segment images and open them in the App (IMAGES=folder MODEL=zoo-name)
 	$(PY) -m fiftyone_mobilesamv2.cli quickstart $(if $(IMAGES),--images "$(IMAGES)") $(if $(MODEL),--model "$(MODEL)")
 
-test: setup ## check format and lint, run the tests
+test: setup ## check format, lint and layers, run the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	.venv/bin/lint-imports
 	$(PY) -m pytest
 
 screenshots: setup ## take the README's screenshots of the App anew

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 
 class MobileSAMv2Error(Exception):
@@ -60,3 +61,12 @@ class Cancelled(BaseException):
 
     Not an Exception, so that nothing takes it for the failure of an image, which would be noted and passed over.
     """
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be segmented."""
+
+    sample_id: str | None
+    filepath: str | None
+    error: str

@@ -13,6 +13,7 @@ import fiftyone.core.utils as fou
 import numpy as np
 
 from .. import zoo
+from ..errors import Failure
 from ..modeling.grid_prompts import POINTS_PER_SIDE
 from .average_recall import KS, AverageRecall
 from .proposals import evaluate_proposals
@@ -45,7 +46,7 @@ class Measurement:
     prompts: float
     masks: float
     seconds: dict[str, float]
-    failures: list[zoo.Failure]
+    failures: list[Failure]
 
     @property
     def ms(self) -> float:

@@ -22,7 +22,7 @@ import fiftyone.core.odm as foo
 import psutil
 from gridfs.errors import NoFile
 
-from ..errors import Cancelled, FieldBusyError
+from ..errors import Cancelled, Failure, FieldBusyError
 from .retry import PATIENCE, retry_while_unavailable
 from .shards import Shard
 
@@ -41,15 +41,6 @@ _BEAT = 5  # seconds after which a run gives the next sign of life
 # After which one of another machine is taken for dead: longer than it would wait for the database.
 _SILENCE = timedelta(seconds=PATIENCE + 60)
 _CLOCK = 2  # seconds by which the start of a process may seem to change when the clock is set
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be segmented."""
-
-    sample_id: str | None
-    filepath: str | None
-    error: str
 
 
 @dataclass

@@ -16,6 +16,7 @@ import fiftyone.core.utils as fou
 import numpy as np
 from bson import ObjectId
 
+from ..errors import Failure
 from ..labels.detections import (
     _DOCUMENT,
     DETECTION_BYTES,
@@ -34,7 +35,6 @@ from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE, SAM_GR
 from ..modeling.masks import Segmentation
 from ..modeling.mobilesamv2 import MobileSAMv2
 from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
-from ..runs.record import Failure
 from .config import DTYPES, MobileSAMv2ModelConfig, mask_folder
 from .reading import ImageGetItem, ImageItem
 

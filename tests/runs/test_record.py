@@ -17,7 +17,7 @@ from gridfs import GridFS
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
-from fiftyone_mobilesamv2.errors import Cancelled, FieldBusyError
+from fiftyone_mobilesamv2.errors import Cancelled, Failure, FieldBusyError
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
 from fiftyone_mobilesamv2.runs.record import SegmentationRun, failed_samples, on_record, recorded_runs
@@ -172,7 +172,7 @@ def test_of_many_that_start_at_once_one_goes_on(labeled):
 
 
 def test_parts_are_told_as_one_run(labeled):
-    failures = [segmentation_runs.Failure("a", "a.png", "why")]
+    failures = [Failure("a", "a.png", "why")]
     parts = [part(0), part(1), part(1), part(2)]
     parts[1].failures, parts[1].num_failures = failures, 1
     parts[3].images = 0  # no sample belongs to it
@@ -246,7 +246,7 @@ def test_failed_samples(images, model, tmp_path):
 
 def test_more_failures_than_a_record_takes(labeled, monkeypatch):
     monkeypatch.setattr(segmentation_runs, "_MAX_FAILURES", 3)
-    many = [segmentation_runs.Failure(f"{i}", f"{i}.png", "why") for i in range(5)]
+    many = [Failure(f"{i}", f"{i}.png", "why") for i in range(5)]
     (found,) = start(labeled, run(failures=many, num_failures=5))
     assert found.failures == many[:3] and found.num_failures == 5
 
