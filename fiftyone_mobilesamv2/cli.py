@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .errors import DownloadError, MobileSAMv2Error
+from .errors import ArgumentError, DownloadError, MobileSAMv2Error
+
+if TYPE_CHECKING:
+    import fiftyone as fo
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,16 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("uninstall", help="undo install")
 
     args = parser.parse_args(argv)
-    expected = [ValueError, OSError, MobileSAMv2Error]
     try:
         if args.command == "quickstart":
             from . import quickstart  # here: the rest need not wait for torch
 
             quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
         elif args.command == "segment":
-            from .errors import ClusterError
-
-            expected.append(ClusterError)
             return run_segment(args)
         elif args.command == "models":
             return run_models(args)
@@ -117,9 +117,6 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "reproduce":
             run_reproduce(args)
         elif args.command == "evaluate":
-            from .errors import ClusterError
-
-            expected.append(ClusterError)
             run_evaluate(args)
         else:
             from . import registration
@@ -130,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from pymongo.errors import PyMongoError  # here: help needs no database
 
-        if not isinstance(error, (*expected, PyMongoError)):
+        # Anything else is a bug, and shows where it is.
+        if not isinstance(error, (MobileSAMv2Error, OSError, PyMongoError)):
             raise
         print(f"fiftyone-mobilesamv2: {error}", file=sys.stderr)
         return 1
@@ -142,7 +140,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_segment(args: argparse.Namespace) -> int:
     """Segments a dataset. Returns 1 where images failed, which are listed."""
-    import fiftyone as fo
 
     from .runs.segment import segment_everything
     from .zoo.config import MobileSAMv2ModelConfig
@@ -151,7 +148,7 @@ def run_segment(args: argparse.Namespace) -> int:
     parameters |= {"confidence_thresh": args.confidence, "max_prompts": args.max_prompts}
     parameters |= {"masks_on_disk": args.masks_on_disk, "mask_dir": args.mask_dir}
     run = segment_everything(
-        fo.load_dataset(args.dataset),
+        load_dataset(args.dataset),
         MobileSAMv2ModelConfig({name: value for name, value in parameters.items() if value is not None}),
         args.label_field,
         args.replace,
@@ -240,16 +237,15 @@ def run_reproduce(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Evaluates a dataset, and prints AR@K, beside that of earlier runs where asked for."""
-    import fiftyone as fo
 
     from .evaluation.proposal_results import ProposalResults, comparison_table
     from .evaluation.proposals import evaluate_proposals
 
-    dataset = fo.load_dataset(args.dataset)
+    dataset = load_dataset(args.dataset)
     others = {key: dataset.load_evaluation_results(key) for key in args.compare}
     for key, results in others.items():
         if not isinstance(results, ProposalResults):
-            raise ValueError(f"Evaluation '{key}' of {args.dataset} is none of proposals.")
+            raise ArgumentError(f"Evaluation '{key}' of {args.dataset} is none of proposals.")
     results = evaluate_proposals(
         dataset,
         args.pred_field,
@@ -264,6 +260,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(results.report())
     if others:
         print(f"\n{comparison_table(others | {args.eval_key: results}).to_string(float_format='{:.3f}'.format)}")
+
+
+def load_dataset(name: str) -> fo.Dataset:
+    """The dataset of that name. Raises ArgumentError if there is none."""
+    import fiftyone as fo
+
+    if not fo.dataset_exists(name):
+        raise ArgumentError(f"There is no dataset '{name}'.")
+    return fo.load_dataset(name)
 
 
 def add_cluster(command: argparse.ArgumentParser) -> None:

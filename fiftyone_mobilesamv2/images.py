@@ -11,6 +11,8 @@ from os import PathLike
 import numpy as np
 from PIL import Image, ImageOps
 
+from .errors import ArgumentError
+
 MAX_SIDE = 65_535  # JPEG's limit. Masks are enlarged by a matrix with a row for every pixel of a side.
 
 _STRIP_PIXELS = 2**22  # converted at a time: whole images would be in memory three to five times
@@ -47,7 +49,7 @@ def read_image(path: str | PathLike) -> np.ndarray:
                 pixels[rows] = to_rgb(strip)
             return pixels
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}") from error
+        raise ArgumentError(f"{name} is too large: {error}") from error
     except PermissionError as error:
         raise PermissionError(f"{name} can't be read: permission is denied") from error
     except Exception as error:  # PIL's decoders raise all kinds on files that are damaged in ways they did not foresee
@@ -59,7 +61,7 @@ def _check_is_file(path: str | PathLike, name: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # characters that no path can have
-        raise ValueError(f"{name} can't be the path of a file: {error}") from error
+        raise ArgumentError(f"{name} can't be the path of a file: {error}") from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{name} is a folder")
     if not stat.S_ISREG(mode):  # opening a pipe waits for whoever writes to it; a device may never end

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import zoo
+from .errors import ArgumentError
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
@@ -66,7 +67,7 @@ def find_images(folder: Path) -> list[Path]:
         ValueError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder.")
+        raise ArgumentError(f"{folder} is not a folder.")
     paths = []
     for path in sorted(folder.resolve().rglob("*")):
         if path.suffix.lower() not in _IMAGE_SUFFIXES:
@@ -78,7 +79,7 @@ def find_images(folder: Path) -> list[Path]:
         else:
             paths.append(path)
     if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
+        raise ArgumentError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
     return paths
 
 

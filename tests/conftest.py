@@ -20,7 +20,8 @@ SHARED = ROOT.parent / "shared"
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fiftyone-mobilesamv2-tests-"))
 
-OWN_DATABASE_URI = os.environ.get("FIFTYONE_DATABASE_URI")
+# The user's; of workers of pytest-xdist, which inherit what is set below, the one that their parent was started with.
+OWN_DATABASE_URI = os.environ.setdefault("MOBILESAMV2_TESTS_URI", os.environ.get("FIFTYONE_DATABASE_URI", ""))
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     PORT = probe.getsockname()[1]

@@ -35,7 +35,7 @@ def check_stored(dataset):
 @pytest.mark.slow
 def test_demo_model(photo_dataset):
     model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
-    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2, skip_failures=False)
+    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2)
     assert len(photo_dataset) == 128 and photo_dataset.exists(FIELD).count() == 128
     assert photo_dataset.count(f"{FIELD}.detections") > 128
     check_stored(photo_dataset)
@@ -56,6 +56,6 @@ def test_released_architectures(photo_dataset, seeded, name, encoder):
         decoder_checkpoint=str(seeded.decoder_checkpoint()),
         detector_checkpoint=str(seeded.detector_checkpoint),
     )
-    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2, skip_failures=False)
+    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2)
     assert photo_dataset.exists(FIELD).count() == 128
     check_stored(photo_dataset)

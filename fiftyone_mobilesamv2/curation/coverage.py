@@ -14,7 +14,9 @@ from bson import ObjectId
 from pycocotools import mask as mask_utils
 from pymongo import UpdateOne
 
+from ..errors import ArgumentError
 from ..evaluation.average_recall import AREA_RANGES, areas_of
+from ..fiftyone_internals import add_to_sidebar_group, bulk_write, source_dataset
 from ..labels.documents import StoredImage, visit_images
 from ..labels.fields import check_shapes_field
 from .findings import check_images
@@ -84,7 +86,7 @@ def image_coverage(
         numbers[stored.sample_id] = _measured(stored.labels(field), stored.known_size, use_masks) if segmented else None
 
     skipped = visit_images(samples, [field], look, progress)
-    _store(samples._dataset, field, numbers | {ObjectId(image["id"]): None for image in skipped})
+    _store(source_dataset(samples), field, numbers | {ObjectId(image["id"]): None for image in skipped})
     measured = [found for found in numbers.values() if found is not None]
     means = {}
     for end in NUMBERS:
@@ -99,12 +101,12 @@ def check_coverage(samples: SampleCollection, field: str) -> None:
     check_shapes_field(samples, field, "objects")
     for end in NUMBERS:
         name = f"{field}_{end}"
-        if (there := samples._dataset.get_field(name)) is None:
+        if (there := source_dataset(samples).get_field(name)) is None:
             continue
         if (there.info or {}).get(_MARK) != field:
-            raise ValueError(f"Field '{name}' exists, and isn't from an earlier measurement: rename or delete it.")
+            raise ArgumentError(f"Field '{name}' exists, and isn't from an earlier measurement: rename or delete it.")
         if there.read_only:
-            raise ValueError(f"Field '{name}' of an earlier measurement is read-only: it can't be replaced.")
+            raise ArgumentError(f"Field '{name}' of an earlier measurement is read-only: it can't be replaced.")
 
 
 def _measured(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> dict[str, float | None]:
@@ -127,7 +129,7 @@ def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, dict | No
     """Sets the fields of each sample; None are those of samples without numbers."""
     for end, (kind, description) in NUMBERS.items():
         dataset.add_sample_field(f"{field}_{end}", kind, description=description.format(field), info={_MARK: field})
-    dataset._add_paths_to_sidebar_group([f"{field}_{end}" for end in NUMBERS], "coverage")
+    add_to_sidebar_group(dataset, [f"{field}_{end}" for end in NUMBERS], "coverage")
     now = datetime.now(timezone.utc)
     nothing = dict.fromkeys(NUMBERS)
     for batch in fou.iter_batches(numbers.items(), _UPDATES_AT_ONCE):
@@ -135,4 +137,4 @@ def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, dict | No
         for sample_id, found in batch:
             values = {f"{field}_{end}": value for end, value in (found or nothing).items()}
             operations.append(UpdateOne({"_id": sample_id}, {"$set": {**values, "last_modified_at": now}}))
-        dataset._bulk_write(operations, ids=[sample_id for sample_id, _ in batch])
+        bulk_write(dataset, operations, ids=[sample_id for sample_id, _ in batch])

@@ -14,6 +14,7 @@ from pymongo import UpdateOne
 
 from ..evaluation.average_recall import Shapes, areas_of, ranking
 from ..evaluation.ranking import RANKINGS
+from ..fiftyone_internals import bulk_write, label_path, source_dataset
 from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside
@@ -111,9 +112,9 @@ def find_duplicates(
             found[tag][stored.sample_id] = relations
 
     skipped = visit_images(samples, [field], look, progress)
-    dataset = samples._dataset
+    dataset = source_dataset(samples)
     for name in attributes:
-        dataset.add_sample_field(f"{dataset._get_label_field_path(field)[1]}.{name}", fof.StringField)
+        dataset.add_sample_field(f"{label_path(dataset, field)}.{name}", fof.StringField)
     for tag in TAGS:
         retag(dataset, field, tag, tagged[tag], found[tag])
     for tag, name in ATTRIBUTES.items():
@@ -184,7 +185,7 @@ def _note(
     Args:
         before: by sample and label, the attribute where there is one; `now`: likewise, the relations.
     """
-    path = dataset._get_label_field_path(field_name)[1]
+    path = label_path(dataset, field_name)
     operations, ids = [], []
     for id, had in before.items():
         has = {label: str(relation.to) for label, relation in now.get(id, {}).items()}
@@ -201,7 +202,7 @@ def _note(
             operations.append(UpdateOne(there, {"$set": values}, array_filters=filters))
             ids.append(id)
     if operations:
-        dataset._bulk_write(operations, ids=ids)
+        bulk_write(dataset, operations, ids=ids)
 
 
 def _strongest_first(images: Iterable[Mapping[ObjectId, _Relation]]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from ..errors import LabelError
+from ..errors import ArgumentError, LabelError
 from ..evaluation.proposals import UNLABELED
 from ..labels.documents import StoredImage, is_crowd, name_of, visit_images
 from ..labels.fields import check_shapes_field
@@ -86,7 +86,7 @@ def export_masks(
     path = Path(path)
     check_path(path, overwrite)
     if not len(samples):
-        raise ValueError(f"There are no samples in {samples.name}: nothing was written.")
+        raise ArgumentError(f"There are no samples in {samples.name}: nothing was written.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         aside = Path(folder, path.name)
@@ -101,11 +101,11 @@ def export_masks(
 def check_path(path: Path, overwrite: bool) -> None:
     """Raises ValueError where an export can't go there."""
     if path.suffix != ".json":
-        raise ValueError(f"{path} must end with .json.")
+        raise ArgumentError(f"{path} must end with .json.")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder.")
+        raise ArgumentError(f"{path} is a folder.")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or overwrite it.")
+        raise ArgumentError(f"{path} exists: choose another name, or overwrite it.")
 
 
 def check_export(
@@ -124,26 +124,26 @@ def check_export(
         expected = _annotations(stored, field)
         entry = next(entries, None)
         if entry is None or not Path(stored.name).as_posix().endswith(f"/{entry['file_name']}"):
-            raise ValueError(f"{path} has {entry} where {stored.name} was expected.")
+            raise ArgumentError(f"{path} has {entry} where {stored.name} was expected.")
         if (entry["height"], entry["width"]) != stored.size:
-            raise ValueError(f"{path} has {entry}; (height, width) of {stored.name} are {stored.size}.")
+            raise ArgumentError(f"{path} has {entry}; (height, width) of {stored.name} are {stored.size}.")
         found = coco.imgToAnns[entry["id"]]
         if len(found) != len(expected):
-            raise ValueError(f"{path} has {len(found)} annotations of {stored.name}; {len(expected)} were expected.")
+            raise ArgumentError(f"{path} has {len(found)} annotations of {stored.name}; {len(expected)} were expected.")
         for annotation, label in zip(found, expected):
             written = {**annotation, "category": coco.cats[annotation["category_id"]]["name"]}
             different = [key for key, value in label.items() if written.get(key) != value]
             if mask_utils.area(coco.annToRLE(annotation)) != label["area"]:
                 different.append("area of the mask")
             if different:
-                raise ValueError(
+                raise ArgumentError(
                     f"{path}: annotation {annotation['id']}, of {stored.name}, isn't what is stored: it differs in "
                     f"{', '.join(different)}."
                 )
 
     visit_images(samples, [field], look, progress)
     if (entry := next(entries, None)) is not None:
-        raise ValueError(f"{path} has {entry}, which isn't among the samples.")
+        raise ArgumentError(f"{path} has {entry}, which isn't among the samples.")
 
 
 def _write(

@@ -11,7 +11,9 @@ import fiftyone.core.labels as fol
 from bson import ObjectId
 from pymongo import UpdateOne
 
+from ..errors import ArgumentError
 from ..evaluation.ranking import RANKINGS
+from ..fiftyone_internals import bulk_write, is_generated, label_path, label_type, root_dataset
 from ..labels.fields import check_shapes_field
 
 if TYPE_CHECKING:
@@ -27,32 +29,34 @@ LabelIds = Mapping[ObjectId, Iterable[ObjectId]]
 def check_options(rank_by: str = "confidence", **shares: float) -> None:
     """Raises ValueError unless this is a ranking, and the others, by the names of their arguments, lie in (0, 1]."""
     if rank_by not in RANKINGS:
-        raise ValueError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
+        raise ArgumentError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
     for name, share in shares.items():
         if not 0 < share <= 1:
-            raise ValueError(f"{name}={share}: more than 0, and at most 1, was expected.")
+            raise ArgumentError(f"{name}={share}: more than 0, and at most 1, was expected.")
 
 
 def check_images(samples: SampleCollection) -> None:
     """Raises ValueError unless these are whole images."""
-    if samples._is_generated or samples.media_type not in ("image", None):  # None: without samples
+    if is_generated(samples) or samples.media_type not in ("image", None):  # None: without samples
         if samples.media_type == "group":
-            raise ValueError("Groups can't be worked on as a whole: take a slice, dataset.select_group_slices(...).")
-        kind = "patches or frames" if samples._is_generated else f"media of type '{samples.media_type}'"
-        raise ValueError(f"The view holds {kind}; images were expected: choose the dataset or a view of whole images.")
+            raise ArgumentError("Groups can't be worked on as a whole: take a slice, dataset.select_group_slices(...).")
+        kind = "patches or frames" if is_generated(samples) else f"media of type '{samples.media_type}'"
+        raise ArgumentError(
+            f"The view holds {kind}; images were expected: choose the dataset or a view of whole images."
+        )
 
 
 def check_tagged_field(samples: SampleCollection, name: str, role: str, attributes: Iterable[str] = ()) -> None:
     """Raises ValueError unless `name` is a field of lists of labels whose tags, and `attributes`, can be edited."""
     check_shapes_field(samples, name, role)
-    kind = samples._get_label_field_type(name)
+    kind = label_type(samples, name)
     if not issubclass(kind, (fol.Detections, fol.Polylines)):
-        raise ValueError(f"Field '{name}' holds single labels; lists were expected as {role}.")
-    _, root = samples._get_label_field_path(name)
+        raise ArgumentError(f"Field '{name}' holds single labels; lists were expected as {role}.")
+    root = label_path(samples, name)
     for path in (name, *(f"{root}.{attribute}" for attribute in ("tags", *attributes))):
-        found = samples._root_dataset.get_field(path)
+        found = root_dataset(samples).get_field(path)
         if found is not None and found.read_only:
-            raise ValueError(f"'{path}' is read-only: nothing can be noted on its labels.")
+            raise ArgumentError(f"'{path}' is read-only: nothing can be noted on its labels.")
 
 
 def tags_of(label: Mapping) -> set[str]:
@@ -66,7 +70,7 @@ def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now:
     What changes nothing is not written: storing a sample with its masks is what takes the time.
     """
     # Not by `tag_labels`: where a label's tags are null, FiftyOne 1.22 deletes all labels of the sample whose aren't.
-    root = dataset._get_label_field_path(field_name)[1]
+    root = label_path(dataset, field_name)
     tags = f"{root}.$[label].tags"
     operations, ids = [], []
     for more, less, edit in ((now, before, {"$addToSet": {tags: tag}}), (before, now, {"$pull": {tags: tag}})):
@@ -81,7 +85,7 @@ def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now:
                 ]
                 ids.append(id)
     if operations:
-        dataset._bulk_write(operations, ids=ids, ordered=True)
+        bulk_write(dataset, operations, ids=ids, ordered=True)
 
 
 def patches_of(samples: SampleCollection, field_name: str, tag: str, ids: Iterable[str]) -> fo.core.patches.PatchesView:

@@ -14,7 +14,15 @@ from bson import ObjectId
 from pycocotools import mask as mask_utils
 from pymongo.errors import DocumentTooLarge, WriteError
 
-from ..errors import LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError
+from ..fiftyone_internals import (
+    is_patches_view,
+    label_path,
+    label_type,
+    root_dataset,
+    sample_collection,
+    source_dataset,
+)
 from ..labels.documents import StoredImage, labels_in, name_of, stored_images, value_in, visit_images
 from ..labels.fields import check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
@@ -79,19 +87,19 @@ def promote_to_labels(
     Raises:
         ValueError: a field is missing, read-only or of the wrong type; `label` is empty; or every sample was skipped.
     """
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     check_promotion(samples, pred_field, gt_field)
     if not isinstance(label, str) or not label.strip():
-        raise ValueError(f"label={label!r}: the name of a class was expected.")
+        raise ArgumentError(f"label={label!r}: the name of a class was expected.")
     if not dataset.has_field(gt_field):
         dataset.add_sample_field(gt_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
-    _, attribute = dataset._get_label_field_path(gt_field, PROMOTED_FROM)
+    attribute = label_path(dataset, gt_field, PROMOTED_FROM)
     dataset.add_sample_field(attribute, fof.StringField)
 
     asked = dict.fromkeys(ids)
     shown = samples.select_labels(ids=[id for id in asked if ObjectId.is_valid(id)], fields=pred_field)
-    sample_ids = set(shown.values("sample_id" if samples._is_patches else "id"))
-    label_ids = shown.values(shown._get_label_field_path(pred_field, "id")[1], unwind=True)
+    sample_ids = set(shown.values("sample_id" if is_patches_view(samples) else "id"))
+    label_ids = shown.values(label_path(shown, pred_field, "id"), unwind=True)
     # What a view shows may be incomplete, and what patches show out of date.
     view = dataset.select(sample_ids).select_labels(ids=label_ids, fields=pred_field)
 
@@ -121,7 +129,7 @@ def dismiss(samples: SampleCollection, ids: Iterable[str], pred_field: str) -> i
 
     Arguments as for :func:`promote_to_labels`. Returns how many there were.
     """
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     check_tagged_field(dataset, pred_field, "proposals")
     view = dataset.select_labels(ids=[id for id in ids if ObjectId.is_valid(id)], fields=pred_field)
     found = {
@@ -134,15 +142,15 @@ def dismiss(samples: SampleCollection, ids: Iterable[str], pred_field: str) -> i
 
 def check_promotion(samples: SampleCollection, pred_field: str, gt_field: str) -> None:
     """Raises ValueError where proposals of the one field can't become labels of the other."""
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     check_images(dataset)
     check_shapes_field(samples, pred_field, "proposals")
     check_tagged_field(dataset, pred_field, "proposals")
-    kind = dataset._get_label_field_type(pred_field)
+    kind = label_type(dataset, pred_field)
     if kind is not fol.Detections:
-        raise ValueError(f"Field '{pred_field}' holds {kind.__name__}; Detections were expected as proposals.")
+        raise ArgumentError(f"Field '{pred_field}' holds {kind.__name__}; Detections were expected as proposals.")
     if pred_field == gt_field:
-        raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
+        raise ArgumentError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
     if dataset.has_field(gt_field):
         check_tagged_field(dataset, gt_field, "ground truth", [PROMOTED_FROM])
     else:
@@ -155,9 +163,9 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mappi
     Raises:
         LabelError: one of them can't be made, or they can't be stored. Nothing was stored.
     """
-    kind = dataset._get_label_field_type(gt_field)
-    path, attribute = (dataset._get_label_field_path(gt_field, name)[1] for name in ("", PROMOTED_FROM))
-    collection, query = dataset._sample_collection, {"_id": stored.sample_id}
+    kind = label_type(dataset, gt_field)
+    path, attribute = (label_path(dataset, gt_field, name) for name in ("", PROMOTED_FROM))
+    collection, query = sample_collection(dataset), {"_id": stored.sample_id}
     document = collection.find_one(query, {attribute: True})
     before = {each.get(PROMOTED_FROM) for each in labels_in(document, gt_field)}
     new = [proposal for proposal in proposals if str(proposal["_id"]) not in before]
@@ -221,11 +229,11 @@ def _mask(proposal: Mapping, size: tuple[int, int]) -> dict | None:
 
 def _tag(samples: SampleCollection, pred_field: str, found: LabelIds, tag: str) -> None:
     """Gives these proposals the tag, in place of "unlabeled": in the dataset, and in patches of it that are shown."""
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     retag(dataset, pred_field, tag, {}, found)
     retag(dataset, pred_field, UNLABELED, found, {})
-    if samples._dataset is not dataset and found:
+    if source_dataset(samples) is not dataset and found:
         ids = [str(id) for label_ids in found.values() for id in label_ids]
-        patches = samples._dataset.select_labels(ids=ids, fields=pred_field)
+        patches = source_dataset(samples).select_labels(ids=ids, fields=pred_field)
         patches.tag_labels(tag, label_fields=pred_field)
         patches.untag_labels(UNLABELED, label_fields=pred_field)

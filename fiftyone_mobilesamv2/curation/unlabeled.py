@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from bson import ObjectId
 
+from ..errors import ArgumentError
 from ..evaluation.average_recall import areas_of
 from ..evaluation.ranking import RANKINGS
+from ..fiftyone_internals import source_dataset
 from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
 from ..labels.fields import check_shapes_field
 from .duplicates import DUPLICATE
@@ -187,7 +189,7 @@ def _found(
             found[stored.sample_id] = labels
 
     skipped = visit_images(samples, field_names, look, progress)
-    retag(samples._dataset, field_name, tag, before, found)
+    retag(source_dataset(samples), field_name, tag, before, found)
     places = {id: place for labels in found.values() for id, place in labels.items()}
     ids = [str(id) for id in sorted(places, key=places.get)]
     return FoundLabels(samples, field_name, tag, ids, len(found), left_out, skipped)
@@ -195,4 +197,4 @@ def _found(
 
 def _check_different(pred_field: str, gt_field: str) -> None:
     if pred_field == gt_field:
-        raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
+        raise ArgumentError(f"The proposals and the ground truth are the same field, '{gt_field}'.")

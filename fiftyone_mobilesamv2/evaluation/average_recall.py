@@ -14,6 +14,8 @@ from numbers import Integral
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from ..errors import ArgumentError
+
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 KS = (10, 100, 1000)
 MAX_K = 100_000
@@ -76,7 +78,7 @@ class AverageRecall:
         """Raises ValueError if `ks` are not whole numbers from 1 to 100,000: there is a count for each rank."""
         ks = tuple(ks)
         if not ks or any(isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= MAX_K for k in ks):
-            raise ValueError(f"ks must be whole numbers from 1 to {MAX_K:,}, such as {KS}; got {ks}.")
+            raise ArgumentError(f"ks must be whole numbers from 1 to {MAX_K:,}, such as {KS}; got {ks}.")
         self.ks = tuple(sorted({int(k) for k in ks}))
         self.images = 0
         self.totals = dict.fromkeys(AREA_RANGES, 0)
@@ -121,7 +123,7 @@ class AverageRecall:
 
     def __add__(self, other: AverageRecall) -> AverageRecall:
         if self.ks != other.ks:
-            raise ValueError(f"Parts measured with ks={self.ks} and ks={other.ks} can't be merged.")
+            raise ArgumentError(f"Parts measured with ks={self.ks} and ks={other.ks} can't be merged.")
         merged = AverageRecall(self.ks)
         merged.images = self.images + other.images
         for part in (self, other):
@@ -133,7 +135,7 @@ class AverageRecall:
     def recalls(self, k: int, group: str = "all") -> np.ndarray:
         """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN where there are none."""
         if not 1 <= k <= self.ks[-1]:
-            raise ValueError(f"The {self.ks[-1]} best-ranked proposals were matched; K={k} is not among them.")
+            raise ArgumentError(f"The {self.ks[-1]} best-ranked proposals were matched; K={k} is not among them.")
         found = self.found[group][:, :k].sum(1)
         return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
 
@@ -209,7 +211,7 @@ def ranking(scores: Sequence[float], k: int) -> np.ndarray:
     """
     scores = np.array([np.nan if score is None else score for score in scores], float)
     if bad := int(np.isnan(scores).sum()):
-        raise ValueError(f"{bad} of {len(scores)} scores are missing or NaN")
+        raise ArgumentError(f"{bad} of {len(scores)} scores are missing or NaN")
     return np.argsort(-scores, kind="stable")[:k]
 
 

@@ -21,6 +21,8 @@ import fiftyone.core.labels as fol
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from ..errors import ArgumentError
+
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ class Instances:
     def value(self, entry: Mapping, key: str) -> object:
         """`entry[key]`; raises ValueError where it is missing."""
         if key not in entry:
-            raise ValueError(f"{self.file}: entry {entry.get('id')} has no '{key}'; it has {', '.join(entry)}.")
+            raise ArgumentError(f"{self.file}: entry {entry.get('id')} has no '{key}'; it has {', '.join(entry)}.")
         return entry[key]
 
 
@@ -103,18 +105,18 @@ def read_instances(file: str | PathLike) -> Instances:
         for annotation in content["annotations"]:
             objects[annotation["image_id"]].append(annotation)
             if annotation["image_id"] not in images or annotation["category_id"] not in categories:
-                raise ValueError(
+                raise ArgumentError(
                     f"annotation {annotation['id']} is of image {annotation['image_id']} and category "
                     f"{annotation['category_id']}, and the file doesn't list both: complete 'images' and 'categories', "
                     "or remove the annotation."
                 )
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{file} isn't in COCO's format ({type(error).__name__}: {error}): it must hold 'images', 'annotations' "
             "and 'categories', as the instances_*.json of COCO and lvis_v1_*.json do."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ArgumentError(f"{file}: {error}") from error
     return Instances(file, images, categories, objects)
 
 
@@ -133,7 +135,7 @@ def make_dataset(
     if sample is not None:
         paths = {key: paths[key] for key in sorted(random.Random(seed).sample(existing, sample))}
     if name is not None and fo.dataset_exists(name):
-        raise ValueError(
+        raise ArgumentError(
             f"There is a dataset {name!r} already. Give another name, or delete it: fiftyone.delete_dataset({name!r})."
         )
     dataset = fo.Dataset(name, persistent=name is not None)
@@ -172,7 +174,7 @@ def _samples(instances: Instances, paths: Mapping[int, Path], gt_field: str, emp
         size = instances.value(image, "height"), instances.value(image, "width")
         metadata = fo.ImageMetadata.build_for(str(path))
         if (metadata.height, metadata.width) != size:
-            raise ValueError(
+            raise ArgumentError(
                 f"{path} is {metadata.width}x{metadata.height} pixels, and {instances.file} says {size[1]}x{size[0]}: "
                 "give the images that were annotated, not resized ones."
             )
@@ -192,7 +194,7 @@ def _detection(instances: Instances, annotation: Mapping, size: tuple[int, int])
     try:
         mask = decode_segmentation(annotation.get("segmentation"), size)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{instances.file}: the segmentation of annotation {annotation['id']} must be polygons, [[x, y, x, y, "
             f"...], ...], or RLE of {height} rows and {width} columns ({type(error).__name__}: {error})."
         ) from error
@@ -241,6 +243,6 @@ def decode_segmentation(segmentation: list | Mapping | None, size: tuple[int, in
         # pycocotools returns unset memory for the pixels that uncompressed RLE leaves out.
         uncompressed = isinstance(counts, list)
         if list(segmentation["size"]) != [height, width] or (uncompressed and sum(counts) != height * width):
-            raise ValueError(f"it has size {segmentation['size']}, or counts of another size")
+            raise ArgumentError(f"it has size {segmentation['size']}, or counts of another size")
         rle = mask_utils.frPyObjects(segmentation, height, width) if uncompressed else segmentation
     return mask_utils.decode(rle).astype(bool)

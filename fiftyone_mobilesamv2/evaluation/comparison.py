@@ -13,7 +13,7 @@ import fiftyone.core.utils as fou
 import numpy as np
 
 from .. import zoo
-from ..errors import Failure
+from ..errors import ArgumentError, Failure
 from ..modeling.grid_prompts import POINTS_PER_SIDE
 from .average_recall import KS, AverageRecall
 from .proposals import evaluate_proposals
@@ -102,7 +102,7 @@ def measure(
     Raises:
         ValueError: no image could be segmented, or the ground truth can't be used.
     """
-    with fou.SetAttributes(model.config, **settings), fou.SetAttributes(model, label_bytes=label_bytes):
+    with fou.SetAttributes(model.config, **settings), fou.SetAttributes(model.writer, label_bytes=label_bytes):
         # Without workers: they would be forks of this process, which may be the App's server.
         samples.apply_model(model, field_name, batch_size=batch_size, num_workers=0, progress=progress)
         is_grid = model.config.prompting == "grid"
@@ -110,7 +110,7 @@ def measure(
     failures, seconds, masks = list(model.failures), dict(model.seconds), model.num_labels
     segmented = model.num_images - len(failures)
     if not segmented:
-        raise ValueError(f"No image could be segmented; the first, {failures[0].filepath}: {failures[0].error}")
+        raise ArgumentError(f"No image could be segmented; the first, {failures[0].filepath}: {failures[0].error}")
     recall = None
     if gt_field is not None:
         results = evaluate_proposals(

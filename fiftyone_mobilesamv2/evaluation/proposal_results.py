@@ -10,6 +10,8 @@ import numpy as np
 from bson import ObjectId
 from fiftyone import ViewField as F
 
+from ..errors import ArgumentError
+from ..fiftyone_internals import label_root
 from .average_recall import IOU_THRESHOLDS, AverageRecall
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ class ProposalResults(foud.DetectionResults):
         """
         missed = ~self._found(iou, k)
         states, ranks = (f"{self.config.stored_as}{end}" for end in ("", "_rank"))
-        root, _ = self.samples._get_label_field_root(self.config.gt_field)
+        root, _ = label_root(self.samples, self.config.gt_field)
         if self.has_subset or _threshold_index(iou) or not self.samples.has_field(f"{root}.{ranks}"):
             return self._objects(missed)
         # What is noted on the labels says the same, and MongoDB compares it faster than a long list of ids.
@@ -165,7 +167,7 @@ class ProposalResults(foud.DetectionResults):
             ValueError: they don't measure against the same ground truth.
         """
         if other.config.gt_field != self.config.gt_field or set(other.ytrue_ids) != set(self.ytrue_ids):
-            raise ValueError(
+            raise ArgumentError(
                 f"Runs '{self.key}' and '{other.key}' measure against different objects "
                 f"({len(self.ytrue_ids)} of '{self.config.gt_field}', {len(other.ytrue_ids)} of "
                 f"'{other.config.gt_field}'): evaluate both on the same view."
@@ -179,7 +181,7 @@ class ProposalResults(foud.DetectionResults):
         most = self.config.ks[-1]
         k = most if k is None else k
         if not 1 <= k <= most:
-            raise ValueError(f"k={k}: the {most} best-ranked proposals of an image were matched.")
+            raise ArgumentError(f"k={k}: the {most} best-ranked proposals of an image were matched.")
         ranks = self._ranks[:, _threshold_index(iou)]
         return (ranks >= 0) & (ranks < k)
 
@@ -241,7 +243,7 @@ def _threshold_index(iou: float) -> int:
     """The place of `iou` in `IOU_THRESHOLDS`. Raises ValueError where it is none of them."""
     index = int(np.abs(IOU_THRESHOLDS - iou).argmin())
     if abs(IOU_THRESHOLDS[index] - iou) > 1e-6:
-        raise ValueError(f"iou={iou}: one of {', '.join(f'{t:.2f}' for t in IOU_THRESHOLDS)} was expected.")
+        raise ArgumentError(f"iou={iou}: one of {', '.join(f'{t:.2f}' for t in IOU_THRESHOLDS)} was expected.")
     return index
 
 

@@ -19,6 +19,24 @@ import numpy as np
 from bson import ObjectId
 from pymongo import UpdateOne
 
+from ..errors import ArgumentError
+from ..fiftyone_internals import (
+    FRAMES_PREFIX,
+    bulk_write,
+    delete_empty_sidebar_group,
+    frame_collection,
+    is_clips_view,
+    is_frame_field,
+    is_frames_view,
+    is_generated,
+    is_patches_view,
+    label_root,
+    rename_sidebar_group,
+    root_dataset,
+    sample_collection,
+    source_dataset,
+    split_frame_field,
+)
 from ..labels.documents import StoredImage, ensure_metadata, is_crowd, log_skipped, number_of, visit_shard
 from ..labels.fields import check_shapes_field
 from ..labels.masks import boxes_may_overlap, boxes_of, masks_of
@@ -131,11 +149,11 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         self.view = view
         self.stored_as = stored_as
         if rank_by not in RANKINGS:
-            raise ValueError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
+            raise ArgumentError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
         if iou != IOU_THRESHOLDS[_FOUND_AT]:
-            raise ValueError(f'iou={iou}: "tp" and "fn" are told at 0.5; the results have recall at 0.5 to 0.95.')
+            raise ArgumentError(f'iou={iou}: "tp" and "fn" are told at 0.5; the results have recall at 0.5 to 0.95.')
         if pred_field == gt_field:
-            raise ValueError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
+            raise ArgumentError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
 
     @property
     def method(self) -> str:
@@ -206,8 +224,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         if key is not None:
             self.validate_run(samples, key, overwrite=overwrite)
         self.check_fields(samples)
-        if samples._is_generated:
-            self.config.view = "frames" if samples._is_frames else "patches"
+        if is_generated(samples):
+            self.config.view = "frames" if is_frames_view(samples) else "patches"
         if key is not None:
             self._check_names(samples, key)
         self.config.stored_as = key
@@ -244,17 +262,17 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         config = self.config
         check_shapes_field(samples, config.pred_field, "proposals")
         check_shapes_field(samples, config.gt_field, "ground truth")
-        if samples._is_frame_field(config.pred_field) != samples._is_frame_field(config.gt_field):
-            raise ValueError(f"'{config.pred_field}' and '{config.gt_field}' must both be of frames, or of samples.")
-        if samples._is_clips or (samples._is_patches and samples._root_dataset.media_type == "video"):
-            raise ValueError("Clips, and patches of frames, can't be measured: evaluate the frames of the videos.")
+        if is_frame_field(samples, config.pred_field) != is_frame_field(samples, config.gt_field):
+            raise ArgumentError(f"'{config.pred_field}' and '{config.gt_field}' must both be of frames, or of samples.")
+        if is_clips_view(samples) or (is_patches_view(samples) and root_dataset(samples).media_type == "video"):
+            raise ArgumentError("Clips, and patches of frames, can't be measured: evaluate the frames of the videos.")
 
     def _check_names(self, samples: SampleCollection, eval_key: str) -> None:
         """That nothing of the user's is where the run is going to store, and at last delete, its own."""
-        dataset = samples._root_dataset
+        dataset = root_dataset(samples)
         for name in self._label_names(dataset):
             if dataset.get_field(name).read_only:
-                raise ValueError(f"'{name}' is read-only: nothing can be noted on its labels. Use eval_key=None.")
+                raise ArgumentError(f"'{name}' is read-only: nothing can be noted on its labels. Use eval_key=None.")
         names, attributes = set(self._fields(dataset, eval_key)), set(self._attributes(dataset, eval_key))
         if eval_key in dataset.list_evaluations():
             earlier = dataset.get_evaluation_info(eval_key).config
@@ -263,12 +281,12 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         taken = [name for name in sorted(names) if dataset.has_field(name)]
         if attributes and not taken:
             # Attributes of labels needn't be declared.
-            paths = {dataset._handle_frame_field(name)[0]: name for name in attributes}
-            collection = dataset._frame_collection if self._is_of_frames(dataset) else dataset._sample_collection
+            paths = {split_frame_field(dataset, name)[0]: name for name in attributes}
+            collection = frame_collection(dataset) if self._is_of_frames(dataset) else sample_collection(dataset)
             if collection.find_one({"$or": [{path: {"$exists": True}} for path in paths]}, {"_id": True}):
                 taken = [name for path, name in paths.items() if collection.find_one({path: {"$exists": True}})]
         if taken:
-            raise ValueError(f"'{taken[0]}' exists, and is no earlier evaluation's. Choose another eval_key.")
+            raise ArgumentError(f"'{taken[0]}' exists, and is no earlier evaluation's. Choose another eval_key.")
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
@@ -288,8 +306,8 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         return total
 
     def _measure_on_cluster(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
-        if samples._is_generated:
-            raise ValueError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
+        if is_generated(samples):
+            raise ArgumentError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
         ensure_metadata(samples, progress)
         parts = on_cluster(samples, _measurer, (self.config,), uuid.uuid4().hex, self.cluster, self.workers)
         total = 0
@@ -380,7 +398,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
         The other proposals, most of the labels, stay as they are.
         """
-        dataset, root = samples._dataset, samples._root_dataset
+        dataset, root = source_dataset(samples), root_dataset(samples)
         if dataset is not root:
             self._delete_fields(dataset, eval_key)  # an earlier run's that was deleted in the source alone
             of_frames = self._is_of_frames(root)
@@ -404,14 +422,14 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     def _update(self, dataset: fo.Dataset, eval_key: str, query: Callable[[_Image], dict]) -> None:
         for name, kind in self._fields(dataset, eval_key).items():
-            name, of_frame = dataset._handle_frame_field(name)
+            name, of_frame = split_frame_field(dataset, name)
             (dataset.add_frame_field if of_frame else dataset.add_sample_field)(name, kind)
         of_frames = self._is_of_frames(dataset)
         has_counts = bool(self._count_fields(dataset, eval_key))
         paths = []
         for name in self._label_names(dataset):
-            path, is_list = dataset._get_label_field_root(name)
-            paths.append((dataset._handle_frame_field(path)[0], is_list))
+            path, is_list = label_root(dataset, name)
+            paths.append((split_frame_field(dataset, path)[0], is_list))
         ids: list[ObjectId] = []  # of what is in memory, too, and then reloaded
         operations: list[UpdateOne] = []
         for number, image in enumerate(self._images, 1):
@@ -419,21 +437,21 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             operations += _updates(query(image), image, eval_key, *paths, counts)
             ids.append(query(image).get("_id", image.id))  # a frame has its id in a view of frames as well
             if len(operations) >= _UPDATES_AT_ONCE or number == len(self._images):
-                dataset._bulk_write(operations, ids=ids, frames=of_frames)
+                bulk_write(dataset, operations, ids=ids, frames=of_frames)
                 ids, operations = [], []
 
     def _forget_counts_of_skipped(self, samples: SampleCollection, eval_key: str) -> None:
         # FiftyOne has stored zeros.
         ends = [f"{eval_key}{end}" for end in ("_tp", "_fp", "_fn")]
-        dataset, of_frames = samples._dataset, self._is_of_frames(samples)
+        dataset, of_frames = source_dataset(samples), self._is_of_frames(samples)
         nothing = {"$set": dict.fromkeys(ends)}
         if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self._skipped]:
-            dataset._bulk_write(operations, frames=of_frames)
+            bulk_write(dataset, operations, frames=of_frames)
         if of_frames:
             measured = {str(image.sample_id) for image in self._images}
             empty = [id for id in samples.values("id") if id not in measured]
             if empty:
-                dataset._bulk_write([UpdateOne({"_id": ObjectId(id)}, nothing) for id in empty])
+                bulk_write(dataset, [UpdateOne({"_id": ObjectId(id)}, nothing) for id in empty])
 
     def _counts(self, images: Sequence[_Image]) -> dict[str, float | None]:
         """By the end of the field's name: what `images`, one or those of a video, sum up to."""
@@ -453,33 +471,33 @@ class ProposalEvaluation(foud.DetectionEvaluation):
 
     def _label_names(self, dataset: fo.Dataset) -> list[str]:
         """The fields of objects and proposals in `dataset`, which may be a view's source; only those that exist."""
-        prefix = dataset._FRAMES_PREFIX if self.config.view == "frames" and not dataset._is_frames else ""
+        prefix = FRAMES_PREFIX if self.config.view == "frames" and not is_frames_view(dataset) else ""
         names = [prefix + name for name in (self.config.gt_field, self.config.pred_field)]
         return [name for name in names if dataset.has_field(name)]
 
     def _is_of_frames(self, samples: SampleCollection) -> bool:
         """Whether the labels are of videos' frames there."""
-        from_view = self.config.view == "frames" and not samples._is_frames
-        return from_view or samples._is_frame_field(self.config.gt_field)
+        from_view = self.config.view == "frames" and not is_frames_view(samples)
+        return from_view or is_frame_field(samples, self.config.gt_field)
 
     def _fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
         """Everything that a run stores in `dataset`."""
         return self._count_fields(dataset, eval_key) | self._attributes(dataset, eval_key)
 
     def _count_fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
-        if self.config.view == "patches" and not dataset._is_patches:
+        if self.config.view == "patches" and not is_patches_view(dataset):
             return {}  # counts of patches are none of their samples
         fields = {f"{eval_key}{end}": fof.IntField for end in ("_tp", "_fp", "_fn")}
         fields |= {f"{eval_key}_recall_at_{k}": fof.FloatField for k in self.config.ks}
         if not self._is_of_frames(dataset):
             return fields
-        of_frames = {dataset._FRAMES_PREFIX + name: kind for name, kind in fields.items()}
+        of_frames = {FRAMES_PREFIX + name: kind for name, kind in fields.items()}
         return of_frames if self.config.view == "frames" else fields | of_frames
 
     def _attributes(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
         fields = {}
         for name in self._label_names(dataset):
-            root, _ = dataset._get_label_field_root(name)
+            root, _ = label_root(dataset, name)
             fields |= {
                 f"{root}.{eval_key}": fof.StringField,
                 f"{root}.{eval_key}_id": fof.StringField,
@@ -489,7 +507,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         return fields
 
     def get_fields(self, samples, eval_key, include_custom_metrics=True):
-        fields = list(self._fields(samples._dataset, self.config.stored_as))
+        fields = list(self._fields(source_dataset(samples), self.config.stored_as))
         return fields + (self.get_custom_metric_fields(samples, eval_key) if include_custom_metrics else [])
 
     def rename(self, samples, eval_key, new_eval_key):
@@ -498,7 +516,7 @@ class ProposalEvaluation(foud.DetectionEvaluation):
             names = zip(self._fields(dataset, self.config.stored_as), self._fields(dataset, new_eval_key))
             renamed.append((dataset, {old: new for old, new in names if dataset.has_field(old)}))
             if taken := [new for new in renamed[-1][1].values() if dataset.has_field(new)]:
-                raise ValueError(f"'{taken[0]}' exists; the fields keep the name '{self.config.stored_as}'")
+                raise ArgumentError(f"'{taken[0]}' exists; the fields keep the name '{self.config.stored_as}'")
         for dataset, names in renamed:
             of_samples, of_frames = fou.split_frame_fields(names)
             if of_samples:
@@ -508,13 +526,13 @@ class ProposalEvaluation(foud.DetectionEvaluation):
         self.config.stored_as = new_eval_key
         self.update_run_config(samples, eval_key, self.config)
         self.rename_custom_metrics(samples, eval_key, new_eval_key)
-        samples._rename_sidebar_group(eval_key, new_eval_key)
+        rename_sidebar_group(samples, eval_key, new_eval_key)
 
     def cleanup(self, samples, eval_key):
         for dataset in _datasets(samples):
             self._delete_fields(dataset, self.config.stored_as)
         self.cleanup_custom_metrics(samples, eval_key)
-        samples._delete_empty_sidebar_group(eval_key)
+        delete_empty_sidebar_group(samples, eval_key)
 
     def _delete_fields(self, dataset: fo.Dataset, eval_key: str) -> None:
         names = [name for name in self._fields(dataset, eval_key) if dataset.has_field(name)]
@@ -572,7 +590,7 @@ def _updates(
 
 def _datasets(samples: SampleCollection) -> list[fo.Dataset]:
     """The dataset, and that of a view of patches or frames."""
-    root, own = samples._root_dataset, samples._dataset
+    root, own = root_dataset(samples), source_dataset(samples)
     return [root] if own is root else [root, own]
 
 

@@ -19,6 +19,7 @@ import fiftyone as fo
 import numpy as np
 
 from .. import zoo
+from ..errors import ArgumentError
 from ..modeling.checkpoints.catalog import pretrained_model
 from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES
@@ -281,14 +282,14 @@ def reproduce(
             is to be measured; or no image could be segmented.
     """
     if not 0 <= confidence <= 1:
-        raise ValueError(f"confidence must be between 0 and 1, not {confidence}.")
+        raise ArgumentError(f"confidence must be between 0 and 1, not {confidence}.")
     fields = {}
     if object_aware:
         settings = {"prompting": "object_aware", "max_prompts": MAX_PROMPTS, "confidence_thresh": confidence}
         fields[OBJECT_AWARE] = settings
     fields |= {f"grid_{side}": {"prompting": "grid", "points_per_side": side} for side in grids}
     if not fields:
-        raise ValueError("Nothing to measure: choose object-aware prompting, a grid, or both.")
+        raise ArgumentError("Nothing to measure: choose object-aware prompting, a grid, or both.")
     name = dataset_name(annotations, model)
     _check_replaceable(name)
     dataset = _load_ground_truth(annotations, images, sample, seed)
@@ -336,7 +337,7 @@ def dataset_name(annotations: Path, model: zoo.MobileSAMv2Model) -> str:
 
 def _check_replaceable(name: str) -> None:
     if fo.dataset_exists(name) and _MARK not in fo.load_dataset(name).info:
-        raise ValueError(f"The dataset {name!r} exists and is no reproduction's: rename or delete it.")
+        raise ArgumentError(f"The dataset {name!r} exists and is no reproduction's: rename or delete it.")
 
 
 def _keep(dataset: fo.Dataset, name: str, about: dict) -> None:

@@ -1,8 +1,10 @@
-"""Segmentations -> detections as FiftyOne stores them."""
+"""Segmentations -> detections as FiftyOne stores them: the one writer, of `apply_model`, runs, prompts and videos."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import fiftyone.core.labels as fol
@@ -10,6 +12,10 @@ import numpy as np
 from bson import ObjectId
 
 from ..modeling.masks import Segmentation
+from .mask_files import MaskFiles
+from .masks import serialized
+
+logger = logging.getLogger(__name__)
 
 LABEL = "object"
 _DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # what the database holds of every object
@@ -24,10 +30,6 @@ class Found(NamedTuple):
 
     masks: Segmentation
     prompts: Sequence[fol.Detection | fol.Keypoint] | None = None
-
-
-def _attributes(found: Segmentation, index: int) -> dict:
-    return {"confidence": float(found.confidence[index]), **mask_attributes(found, index)}
 
 
 def mask_attributes(found: Segmentation, index: int) -> dict:
@@ -92,3 +94,92 @@ def prompted_detection(
     if detection.confidence is None:
         detection.confidence = attributes["predicted_iou"]
     return detection
+
+
+@dataclass
+class DetectionWriter:
+    """Writes what was found in an image as documents of detections, with masks in them or in files.
+
+    Attributes:
+        label_bytes: what the labels of an image may take in the database; masks beyond it go to files. With 0 all do.
+        keep_boxes: whether prompted detections keep their boxes, to which their masks are cut; else tight ones.
+    """
+
+    label_bytes: int = LABEL_BYTES_PER_SAMPLE
+    keep_boxes: bool = False
+
+    def documents(self, found: Found, files: MaskFiles) -> list[dict]:
+        """The detections as the database holds them.
+
+        At 320 masks an image FiftyOne's own objects take ten times as long, all of it inside Python's lock, which the
+        model then waits for.
+        """
+        documents = self._without_masks(found)
+        for document, mask, content in self._stored_masks(documents, files):
+            if mask is not None:
+                document["mask"] = content
+        return [document for document, _ in documents]
+
+    def detections(self, found: Found, files: MaskFiles) -> fol.Detections:
+        """The same as FiftyOne's objects, for FiftyOne to store; it compresses masks once more, in its own way."""
+        documents = self._without_masks(found)
+        kept = {id(document): mask for document, mask, _ in self._stored_masks(documents, files)}
+        detections = []
+        for document, _ in documents:
+            detection = fol.Detection.from_dict(document)
+            detection.mask = kept.get(id(document))
+            detections.append(detection)
+        return fol.Detections(detections=detections)
+
+    def _without_masks(self, found: Found) -> list[tuple[dict, np.ndarray | None]]:
+        """Each detection's document, without its mask, and the mask, bool [h, w]."""
+        documents = []
+        for i in range(len(found.masks)):
+            if found.prompts is None:
+                attributes = mask_attributes(found.masks, i)
+                mask = attributes.pop("mask")
+                confidence = float(found.masks.confidence[i])
+                documents.append((_DOCUMENT | {"_id": ObjectId(), "confidence": confidence} | attributes, mask))
+            else:
+                detection = prompted_detection(found.prompts[i], found.masks, i, self.keep_boxes)
+                mask, detection.mask = detection.mask, None
+                documents.append((detection.to_mongo().to_dict(), mask))
+        return documents
+
+    def _stored_masks(
+        self, documents: Sequence[tuple[dict, np.ndarray | None]], files: MaskFiles
+    ) -> list[tuple[dict, np.ndarray | None, bytes]]:
+        """Writes masks to files, from the largest, until the rest fits; these documents get their paths.
+
+        Returns:
+            (document, mask, its bytes in the database) of each with a mask; the mask is None where it is in a file.
+        """
+        with_masks = [(document, mask) for document, mask in documents if mask is not None]
+        contents = [serialized(mask) if self.label_bytes else b"" for _, mask in with_masks]
+        in_files = self._beyond_budget([len(content) for content in contents], len(documents))
+        stored = []
+        for i, ((document, mask), content) in enumerate(zip(with_masks, contents)):
+            if i in in_files:
+                document["mask_path"] = files.add(mask)
+                stored.append((document, None, b""))
+            else:
+                stored.append((document, mask, content))
+        if in_files and self.label_bytes:
+            logger.info(
+                "Stored %d of %d masks of an image in %s: they don't fit into its document",
+                len(in_files),
+                len(with_masks),
+                files.folder,
+            )
+        return stored
+
+    def _beyond_budget(self, mask_bytes: Sequence[int], num_detections: int) -> set[int]:
+        """Which masks go to files."""
+        total = DETECTION_BYTES * num_detections + sum(mask_bytes)
+        beyond: set[int] = set()
+        for i in sorted(range(len(mask_bytes)), key=mask_bytes.__getitem__, reverse=True):
+            if total <= self.label_bytes:
+                break
+            total -= mask_bytes[i]
+            beyond.add(i)
+        return beyond

@@ -12,7 +12,8 @@ import fiftyone.core.utils as fou
 from bson import ObjectId
 from fiftyone import ViewField as F
 
-from ..errors import LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError
+from ..fiftyone_internals import aggregate, is_frame_field, split_frame_field
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
@@ -57,10 +58,10 @@ class StoredImage:
 
 def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iterator[StoredImage]:
     """The images of a collection with these fields of theirs; the frames of its videos if the fields are of frames."""
-    names = [samples._handle_frame_field(name)[0] for name in field_names]
+    names = [split_frame_field(samples, name)[0] for name in field_names]
     keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
-    if not any(samples._is_frame_field(name) for name in field_names):
-        for document in samples._aggregate(pipeline=[{"$project": keep}]):
+    if not any(is_frame_field(samples, name) for name in field_names):
+        for document in aggregate(samples, pipeline=[{"$project": keep}]):
             metadata = document.get("metadata") or {}
             size = metadata.get("height"), metadata.get("width")
             sample_id = document.get("_sample_id", document["_id"])  # of the source, if it is a patch or a frame
@@ -68,7 +69,7 @@ def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iter
         return
     paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
     videos = {ObjectId(id): (path, (h, w) if h and w else None) for id, path, h, w in zip(*samples.values(paths))}
-    for document in samples._aggregate(frames_only=True, post_pipeline=[{"$project": keep}]):
+    for document in aggregate(samples, frames_only=True, post_pipeline=[{"$project": keep}]):
         path, size = videos[document["_sample_id"]]
         yield StoredImage(document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size)
 
@@ -114,7 +115,7 @@ def log_skipped(skipped: Sequence[Mapping], total: int) -> None:
     if skipped:
         told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
         if len(skipped) == total:
-            raise ValueError(f"No image could be used; {told}.")
+            raise ArgumentError(f"No image could be used; {told}.")
         logger.warning("%s. All are in `skipped` of the result.", told)
 
 
@@ -126,7 +127,7 @@ def visit_shard(
 ) -> tuple[list[dict], int]:
     """:func:`visit_images` of a part, of which perhaps no image can be used. Also returns how many images it has."""
     ensure_metadata(samples, progress)
-    of_frames = any(samples._is_frame_field(name) for name in field_names)
+    of_frames = any(is_frame_field(samples, name) for name in field_names)
     total = samples.count("frames") if of_frames else len(samples)
     skipped = []
     with fou.ProgressBar(total=total, progress=progress) as bar:
@@ -134,7 +135,7 @@ def visit_shard(
             try:
                 look(stored)
             except MissingError as error:
-                raise ValueError(f"{stored.name}: {error}.") from error
+                raise ArgumentError(f"{stored.name}: {error}.") from error
             except LabelError as error:
                 skipped.append({"id": str(stored.document["_id"]), "filepath": stored.name, "cause": str(error)})
     return skipped, total

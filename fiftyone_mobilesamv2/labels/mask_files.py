@@ -37,6 +37,7 @@ class MaskFiles:
 
     def __init__(self, folder: str, sample_id: str, label_field: str) -> None:
         attempt = str(ObjectId())
+        self.folder = folder
         self._masks = masks_folder(Path(folder), attempt)
         self._note = Path(folder) / UNCONFIRMED / f"{attempt}-{sample_id}-{quote(label_field, safe='')}"
         self._count = 0
@@ -53,6 +54,11 @@ class MaskFiles:
         self._count += 1
         _write(path, content.tobytes())
         return str(path)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no mask was written."""
+        return not self._count
 
     def are_there(self) -> bool:
         """Whether they are safely on the disk. A run that was taken for dead, but only slept, has lost them."""

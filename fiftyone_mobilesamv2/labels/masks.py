@@ -17,7 +17,7 @@ import fiftyone.core.storage as fos
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ..errors import LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError
 from ..modeling.rle import rle_from_crop
 from .documents import name_of
 
@@ -182,7 +182,7 @@ def _deserialized(stored: bytes) -> np.ndarray:
     """What `fiftyone.core.utils.deserialize_numpy_array` gives, but for the 60 µs of parsing the header each time."""
     data = zlib.decompress(stored)
     if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which numpy writes for headers of up to 64 KB
-        raise ValueError("it is no array in numpy's format")
+        raise ArgumentError("it is no array in numpy's format")
     start = 10 + int.from_bytes(data[8:10], "little")
     shape, fortran_order, dtype = _array_header(data[8:start])
     array = np.frombuffer(data, dtype, math.prod(shape), start)
@@ -193,5 +193,5 @@ def _deserialized(stored: bytes) -> np.ndarray:
 def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
     if dtype.hasobject:
-        raise ValueError("it holds Python objects")
+        raise ArgumentError("it holds Python objects")
     return shape, fortran_order, dtype

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import fiftyone.core.labels as fol
 import numpy as np
 
+from ..errors import ArgumentError
+
 _MAX_BOX_SIDES = 2  # sides of the image that a box has: a mask of it takes as many pixels; the evaluation takes no more
 
 
@@ -32,7 +34,7 @@ def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
     if labels is None:
         labels = [1] * len(points)
     if not isinstance(labels, Sequence | np.ndarray) or [v in (0, 1) for v in labels] != [True] * len(points):
-        raise ValueError(
+        raise ArgumentError(
             f"keypoint {keypoint.id} has sam_labels={labels}: 1, inside the object, or 0, outside, was expected for "
             f"each of its {len(points)} points"
         )
@@ -43,16 +45,16 @@ def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
 def check_prompts(prompts: fol.Label | None) -> None:
     """Raises ValueError for labels that can't be prompts."""
     if not isinstance(prompts, fol.Detections | fol.Keypoints | fol.Detection | fol.Keypoint | None):
-        raise ValueError(f"prompts must be detections or keypoints, not {type(prompts).__name__}")
+        raise ArgumentError(f"prompts must be detections or keypoints, not {type(prompts).__name__}")
     for prompt in labels_of(prompts):
         if isinstance(prompt, fol.Detection):
             if not _is_in_image(prompt.bounding_box):
-                raise ValueError(
+                raise ArgumentError(
                     f"detection {prompt.id} has no usable bounding box: [x, y, width, height], relative to the image "
                     f"and at least partly in it, was expected, not {prompt.bounding_box}"
                 )
         elif not len(keypoint_prompt(prompt)[0]):
-            raise ValueError(f"keypoint {prompt.id} has no point that the image shows")
+            raise ArgumentError(f"keypoint {prompt.id} has no point that the image shows")
 
 
 def _is_in_image(box: Sequence[float] | None) -> bool:

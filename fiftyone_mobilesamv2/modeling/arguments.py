@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .grid_prompts import MAX_POINTS_PER_SIDE, GridFilter
 from .object_discovery import MAX_NMS_CANDIDATES
 
@@ -26,7 +27,7 @@ def checked_number(name: str, value: float, least: float, most: float, whole: bo
     """
     kind = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, not {value!r}.")
+        raise ArgumentError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, not {value!r}.")
     return int(value) if whole else float(value)
 
 
@@ -41,7 +42,7 @@ def checked_thresholds(conf: float, iou: float, max_prompts: int) -> tuple[float
 def check_prompting(prompting: str) -> None:
     """Raises ValueError unless it is one of PROMPTINGS."""
     if not isinstance(prompting, str) or prompting not in PROMPTINGS:
-        raise ValueError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
+        raise ArgumentError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
 
 
 def checked_grid(points_per_side: int, grid_filter: GridFilter) -> tuple[int, GridFilter]:
@@ -59,9 +60,9 @@ def check_images(images: Sequence[np.ndarray]) -> None:
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
+            raise ArgumentError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
         if not image.size:
-            raise ValueError(f"Image {i} has no pixels: its shape is {image.shape}.")
+            raise ArgumentError(f"Image {i} has no pixels: its shape is {image.shape}.")
 
 
 def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
@@ -76,7 +77,7 @@ def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) 
     array = np.atleast_2d(array)
     is_good = array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == width
     if not is_good or not (np.abs(array.astype(np.float64)) <= _MAX_COORDINATE).all():
-        raise ValueError(
+        raise ArgumentError(
             f"{expected}, not an array {array.shape} of {array.dtype}; none more than {_MAX_COORDINATE:g} pixels off."
         )
     return torch.from_numpy(array.astype(np.float32))
@@ -86,7 +87,7 @@ def _array(expected: str, values: Sequence) -> np.ndarray:
     try:
         return np.asarray(values)
     except ValueError as error:  # parts of different lengths
-        raise ValueError(f"{expected}: {error}") from error
+        raise ArgumentError(f"{expected}: {error}") from error
 
 
 def _check_is_sequence(name: str, values: Sequence) -> None:
@@ -97,7 +98,7 @@ def _check_is_sequence(name: str, values: Sequence) -> None:
 def check_count(name: str, prompts: Sequence, images: int) -> None:
     _check_is_sequence(name, prompts)
     if len(prompts) != images:
-        raise ValueError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")
+        raise ArgumentError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")
 
 
 def check_prompts(
@@ -109,9 +110,9 @@ def check_prompts(
     """Raises ValueError unless there are prompts, one entry for each image; TypeError for no sequence."""
     check_images(images)
     if boxes is None and points is None:
-        raise ValueError("segment_anything needs prompts: boxes, points, or both.")
+        raise ArgumentError("segment_anything needs prompts: boxes, points, or both.")
     if point_labels is not None and points is None:
-        raise ValueError("point_labels without points.")
+        raise ArgumentError("point_labels without points.")
     for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
         if prompts is not None:
             check_count(name, prompts, len(images))
@@ -141,10 +142,10 @@ def points_with_labels(
     labels = [np.atleast_1d(_array(expected, each)) for each in point_labels]
     count = len(found) if num_boxes is None else num_boxes
     if len(found) != count or [(len(p),) for p in found] != [each.shape for each in labels]:
-        raise ValueError(
+        raise ArgumentError(
             f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
             f"box; got {count} prompts, {len(found)} arrays of points, {len(labels)} of labels."
         )
     if not all(each.dtype.kind in "biuf" and np.isin(each, (0, 1)).all() for each in labels):
-        raise ValueError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
+        raise ArgumentError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
     return found, [each.astype(np.int64) for each in labels]

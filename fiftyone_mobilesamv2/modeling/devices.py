@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import ArgumentError
+
 
 def available_devices() -> list[str]:
     """What models can run on here, best first: "cuda", Apple's "mps", "cpu"."""
@@ -24,7 +26,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"device must be one that is here ({', '.join(available_devices())}), not {device!r}: "
             + str(error).partition("\n")[0]
         ) from error

@@ -24,6 +24,8 @@ from ultralytics.models.sam.modules.encoders import ImageEncoderViT
 from ultralytics.models.sam.modules.tiny_encoder import TinyViT
 from ultralytics.nn.modules import LayerNorm2d
 
+from ..errors import ArgumentError
+
 # Mean and standard deviation of the RGB values that every released encoder was trained with (0..255).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -197,7 +199,7 @@ def encoder_config(name: str) -> EncoderConfig:
         ValueError: no encoder has that name.
     """
     if name not in ENCODERS:
-        raise ValueError(f"Unknown image encoder {name!r}; choose one of {', '.join(ENCODERS)}.")
+        raise ArgumentError(f"Unknown image encoder {name!r}; choose one of {', '.join(ENCODERS)}.")
     return ENCODERS[name]
 
 

@@ -18,6 +18,8 @@ from ultralytics.models.sam.modules import tiny_encoder
 from ultralytics.models.sam.modules.utils import get_rel_pos
 from ultralytics.nn.modules import Detect
 
+from ..errors import ArgumentError
+
 # A ViT-B's bias of so many rows takes 50 MB.
 _QUERY_ROWS = 4
 
@@ -167,7 +169,7 @@ def prepare_for_inference(module: nn.Module, device: torch.device, dtype: torch.
     wanted = (device.type, dtype)
     prepared = getattr(module, "prepared_for", wanted)
     if prepared != wanted:
-        raise ValueError(f"This {type(module).__name__} was prepared for {prepared}: load another one for {wanted}.")
+        raise ArgumentError(f"This {type(module).__name__} was prepared for {prepared}: load another one for {wanted}.")
     module.prepared_for = wanted
     module.eval().requires_grad_(False)
     fuse_batch_norms(module)

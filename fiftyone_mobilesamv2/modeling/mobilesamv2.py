@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from .arguments import (
     check_count,
     check_images,
@@ -317,7 +318,7 @@ class MobileSAMv2(nn.Module):
         parts: list[Segmentation] = []
         for num_points, members in groups.items():
             if num_points == 0 and boxes is None:
-                raise ValueError(f"Image {index}: prompt {members[0]} has neither a box nor a point.")
+                raise ArgumentError(f"Image {index}: prompt {members[0]} has neither a box nor a point.")
             prompts = self._embed(
                 embeddings,
                 index,

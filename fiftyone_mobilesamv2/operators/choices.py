@@ -10,6 +10,7 @@ import fiftyone.core.stages as fosg
 from bson import ObjectId
 
 from ..errors import FormError
+from ..fiftyone_internals import FRAMES_PREFIX, all_view_stages, root_dataset
 from ..labels.fields import SHAPE_TYPES, have_masks, label_fields
 from .app_work import Outcome, Progress
 from .form import Form, code, count
@@ -95,9 +96,9 @@ def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
 
 def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = SHAPES) -> str:
     """Which field holds the labels that the proposals are compared with."""
-    prefix = form.samples._FRAMES_PREFIX if pred_field.startswith(form.samples._FRAMES_PREFIX) else ""
+    prefix = FRAMES_PREFIX if pred_field.startswith(FRAMES_PREFIX) else ""
     found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH, pred_field)
-    stages = form.samples.view()._all_stages
+    stages = all_view_stages(form.samples.view())
     if any(isinstance(stage, _HIDING) for stage in stages):
         form.warn("The view may hide some labels of its samples. Only what it shows is compared.")
     return found
@@ -155,7 +156,7 @@ STORAGES = {
 
 def detections_fields(samples: SampleCollection, prefix: str = "") -> list[str]:
     """Fields that masks can go into."""
-    names = label_fields(samples._root_dataset, (fo.Detections,))
+    names = label_fields(root_dataset(samples), (fo.Detections,))
     return [name for name in names if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from bson import ObjectId
 from fiftyone import ViewField as F
 
+from ..errors import ArgumentError
+from ..fiftyone_internals import is_frame_field
 from .app_work import Outcome, Progress
 from .choices import RANKINGS, ground_truth_choice, proposals_choice, skipped_button, skipped_text, use_masks_switch
 from .form import Form, count
@@ -75,7 +77,7 @@ def whole_numbers(text: str) -> list[int]:
     parts = re.findall(r"[^\s,;]+", str(text))
     if not parts or not all(part.isdecimal() and 1 <= int(part) <= MOST_PROPOSALS for part in parts):
         expected = f"whole numbers from 1 to {MOST_PROPOSALS:,} were expected, such as '10, 100, 1000'"
-        raise ValueError(f"{expected}, not '{text}'.")
+        raise ArgumentError(f"{expected}, not '{text}'.")
     return sorted({int(part) for part in parts})
 
 
@@ -92,7 +94,7 @@ def _outcome(samples: SampleCollection, results: ProposalResults) -> Outcome:
         "from 0.50 to 0.95 that counts as found.",
     ]
     shown = results.skipped
-    if shown and samples._is_frame_field(config.gt_field):  # of frames, their videos are shown
+    if shown and is_frame_field(samples, config.gt_field):  # of frames, their videos are shown
         frames = F("_id").is_in([ObjectId(each["id"]) for each in shown])
         shown = [{"id": id} for id in samples.match_frames(frames).values("id")]
     metrics = {name: None if math.isnan(value) else value for name, value in results.metrics().items()}

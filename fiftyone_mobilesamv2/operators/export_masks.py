@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fiftyone as fo
 
-from ..errors import FormError
+from ..errors import ArgumentError, FormError
 from .app_work import Outcome, Progress
 from .choices import SHAPES, skipped_button, skipped_text
 from .form import Form, code, count
@@ -39,7 +39,7 @@ class ExportMasks(Operator):
         try:
             path = Path(typed).expanduser()
             if not path.is_absolute():
-                raise ValueError(f"a full path was expected, such as {default}, not {typed}.")
+                raise ArgumentError(f"a full path was expected, such as {default}, not {typed}.")
             form.values["path"] = str(path)
             overwrite = path.exists() and form.switch(
                 "overwrite", False, "Overwrite", "The file exists; it is replaced when the new one is complete"

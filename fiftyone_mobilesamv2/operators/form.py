@@ -14,6 +14,7 @@ from fiftyone.operators import types
 from fiftyone.operators.constants import ViewTarget
 
 from ..errors import FormError
+from ..fiftyone_internals import frame_collection, is_generated, root_dataset, sample_collection, serialized_view
 from ..labels.fields import label_fields
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Form:
         target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there
         if target and target not in ViewTarget.values():  # which FiftyOne would take for the whole dataset
             raise FormError(f"Target: {_shortened(target)} is none. Choose one of {', '.join(ViewTarget.values())}.")
-        if self.ctx.view._is_generated:  # patches, clips or frames, which the App shows in place of the samples
+        if is_generated(self.ctx.view):  # patches, clips or frames, which the App shows in place of the samples
             self.note("The whole dataset is worked on, not what this view has made of it.")
             self.samples = self.dataset
         else:  # of groups, the slice that the App shows
@@ -212,13 +213,13 @@ class Form:
 
 def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable) -> T:
     """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
-    dataset = samples._root_dataset
-    collections = [dataset._sample_collection]
-    if dataset._frame_collection is not None:
-        collections.append(dataset._frame_collection)
+    dataset = root_dataset(samples)
+    collections = [sample_collection(dataset)]
+    if frame_collection(dataset) is not None:
+        collections.append(frame_collection(dataset))
     newest = [("last_modified_at", -1)]  # FiftyOne keeps an index of it
     state = [(c.estimated_document_count(), c.find_one({}, {newest[0][0]: True}, sort=newest)) for c in collections]
-    view = hashlib.sha256(str(samples.view()._serialize(include_uuids=False)).encode()).digest()  # it may list ids
+    view = hashlib.sha256(str(serialized_view(samples, include_uuids=False)).encode()).digest()  # it may list ids
     key = (compute, args, dataset.name, view, str(state))
     if key not in _cached:
         if len(_cached) >= 100:

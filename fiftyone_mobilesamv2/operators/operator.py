@@ -13,7 +13,7 @@ import fiftyone.operators as foo
 from fiftyone.operators import types
 from tqdm import tqdm
 
-from ..errors import FormError
+from ..errors import ArgumentError, FormError
 from .app_work import REFRESH, Outcome, Progress, Work, advance, running, show_outcome, show_progress, throttled
 from .form import Form
 
@@ -110,7 +110,7 @@ class Operator(foo.Operator):
     def execute(self, ctx: ExecutionContext) -> dict | Iterator[GeneratedMessage]:
         form = self._filled(ctx)
         if form.problems:
-            raise ValueError(" ".join(form.problems))
+            raise ArgumentError(" ".join(form.problems))
         if ctx.delegated:
             return self.run(form, Progress(throttled(ctx.set_progress))).result
         if "spaces" not in ctx.request_params:  # which panels are open: only the App tells

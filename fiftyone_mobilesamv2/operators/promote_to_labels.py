@@ -7,6 +7,7 @@ from bson import ObjectId
 from fiftyone.operators import types
 
 from ..errors import FormError
+from ..fiftyone_internals import is_patches_view, label_path
 from ..labels.fields import label_fields
 from .app_work import Outcome, Progress
 from .choices import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
@@ -62,7 +63,7 @@ class PromoteToLabels(Operator):
     def _selection(self, form: Form) -> None:
         """Which proposals: labels that are selected in samples, or patches that are."""
         ctx = form.ctx
-        is_patches = ctx.view._is_patches
+        is_patches = is_patches_view(ctx.view)
         if ctx.selected_labels:
             form.values["pred_field"] = field_of_selected(ctx.selected_labels)
             sample_ids = {label["sample_id"] for label in ctx.selected_labels}
@@ -83,7 +84,7 @@ class PromoteToLabels(Operator):
             return declared
         if not dataset.has_field(gt_field):
             return []
-        return dataset.distinct(dataset._get_label_field_path(gt_field, "label")[1])
+        return dataset.distinct(label_path(dataset, gt_field, "label"))
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..curation.promote import dismiss, promote_to_labels
@@ -119,7 +120,7 @@ class PromoteToLabels(Operator):
 def _shown(form: Form) -> fo.DatasetView | None:
     """The view of patches that is open, without those that have been decided on."""
     view = form.ctx.view
-    if not view._is_patches:
+    if not is_patches_view(view):
         return None
     view.reload()
     return view

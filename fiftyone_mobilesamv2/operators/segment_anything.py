@@ -5,6 +5,7 @@ from __future__ import annotations
 import fiftyone as fo
 
 from ..errors import FormError
+from ..fiftyone_internals import label_root
 from ..labels.fields import label_fields
 from .app_work import Outcome, Progress
 from .choices import (
@@ -82,7 +83,7 @@ class SegmentAnything(Operator):
         if field not in label_fields(form.dataset, PROMPT_KINDS):
             raise gone
         form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)
-        if not form.samples.count(form.dataset._get_label_field_root(field)[0]):
+        if not form.samples.count(label_root(form.dataset, field)[0]):
             raise gone
         form.values["prompt_field"] = field
         return field

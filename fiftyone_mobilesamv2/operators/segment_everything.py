@@ -11,6 +11,7 @@ from fiftyone.operators import types
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext
 
+from ..fiftyone_internals import FRAMES_PREFIX
 from ..runs.shards import MAX_SHARDS, Shard
 from .app_work import Outcome, Progress
 from .choices import (
@@ -126,7 +127,7 @@ class SegmentEverything(Operator):
         from ..runs.record import failed_samples
 
         samples = form.samples
-        prefix = samples._FRAMES_PREFIX if samples.media_type == "video" else ""
+        prefix = FRAMES_PREFIX if samples.media_type == "video" else ""
         known = detections_fields(samples, prefix)
         name = form.new_field(
             "label_field",

@@ -16,6 +16,7 @@ from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
+from ..fiftyone_internals import is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
 from ..panels import figures
 from ..registration import PLUGIN
@@ -298,7 +299,7 @@ def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
 def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
     """The number of labels of each image, or frame, that has any or was found to have none."""
     has_labels, number = _labels(samples, field_name)
-    if not samples._is_frame_field(field_name):
+    if not is_frame_field(samples, field_name):
         return samples.match(has_labels).values(number)
     return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
 
@@ -306,14 +307,14 @@ def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
 def with_objects(samples: SampleCollection, field_name: str, least: int, most: int) -> fo.DatasetView:
     """The images, or frames, with at least and at most so many labels."""
     has_labels, number = _labels(samples, field_name)
-    match = samples.match_frames if samples._is_frame_field(field_name) else samples.match
+    match = samples.match_frames if is_frame_field(samples, field_name) else samples.match
     return match(has_labels & (number >= least) & (number <= most))
 
 
 def _labels(samples: SampleCollection, field_name: str) -> tuple[ViewExpression, ViewExpression]:
     """Of an image's or frame's document: whether the field has a value, and how many labels it holds."""
-    root, is_list = samples._get_label_field_root(field_name)
-    name, root = (samples._handle_frame_field(each)[0] for each in (field_name, root))
+    root, is_list = label_root(samples, field_name)
+    name, root = (split_frame_field(samples, each)[0] for each in (field_name, root))
     has_labels = F(name) != None  # noqa: E711
     return has_labels, F(root).length() if is_list else has_labels.to_int()
 
@@ -367,7 +368,7 @@ def _clicked(ctx: ExecutionContext) -> ProposalResults:
 def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:
     """The objects of a view as patches, where FiftyOne can make some of them."""
     field_name = results.config.gt_field
-    if len(view) and not view._is_generated and not view._is_frame_field(field_name):
+    if len(view) and not is_generated(view) and not is_frame_field(view, field_name):
         view = view.to_patches(field_name)
     _show(ctx, view)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from ..errors import ClusterError
+from ..errors import ArgumentError, ClusterError
+from ..fiftyone_internals import restored_view, root_dataset, serialized_view
 from ..modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
 from ..modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
 from .shards import Shard
@@ -128,13 +129,13 @@ def on_cluster(
 def check_workers(cluster: str | None, workers: int | None) -> None:
     """Raises ValueError where there can't be such a cluster, or so many."""
     if not (cluster is None or (isinstance(cluster, str) and cluster)):
-        raise ValueError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
+        raise ArgumentError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
     if workers is None:
         return
     if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
-        raise ValueError(f"workers must be a whole number of at least 1, not {workers!r}.")
+        raise ArgumentError(f"workers must be a whole number of at least 1, not {workers!r}.")
     if cluster is None:
-        raise ValueError("workers are those of a cluster: say which one, such as cluster='local'.")
+        raise ArgumentError("workers are those of a cluster: say which one, such as cluster='local'.")
 
 
 def _ray() -> object:
@@ -218,11 +219,11 @@ class _Collection:
     """A dataset or view, to be loaded in another process."""
 
     def __init__(self, samples: SampleCollection) -> None:
-        self._dataset = samples._root_dataset.name
-        self._stages = samples.view()._serialize()
+        self._dataset = root_dataset(samples).name
+        self._stages = serialized_view(samples)
 
     def load(self) -> SampleCollection:
         import fiftyone as fo
 
         dataset = fo.load_dataset(self._dataset)
-        return fo.DatasetView._build(dataset, self._stages) if self._stages else dataset
+        return restored_view(dataset, self._stages) if self._stages else dataset

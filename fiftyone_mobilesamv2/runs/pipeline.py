@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fiftyone.core.odm as foo
-import fiftyone.core.sample as fos
 import fiftyone.core.utils as fou
-from bson import CodecOptions, ObjectId
-from bson.raw_bson import RawBSONDocument
+from bson import ObjectId
 from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
+from ..errors import ArgumentError
+from ..fiftyone_internals import dataset_id, label_root, reload_samples, root_dataset, sample_collection
 from ..labels.detections import Found
 from ..labels.documents import StoredImage, stored_images
-from ..labels.leftovers import settle
+from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles, make_folder
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
@@ -68,7 +68,7 @@ def segment_and_store(
     """
     given_up = threading.Event()
     images = each_once(samples, field_names, given_up)
-    store = partial(_store, samples._root_dataset, model, update, run, given_up)
+    store = partial(_store, root_dataset(samples), model, update, run, given_up)
 
     def read_batch() -> list[ImageItem | None]:
         return [read(image) for image in islice(images, batch_size)]
@@ -145,16 +145,15 @@ def _store(
         documents: list[dict] = []
         is_stored = False
         try:
-            documents = model.to_documents(masks)
-            model.store_masks(documents, files)
+            documents = model.writer.documents(masks, files)
             if not files.are_there():
-                raise ValueError("another run has taken this one for dead, and has deleted them")
+                raise ArgumentError("another run has taken this one for dead, and has deleted them")
             condition, values = update(documents)
             values["last_modified_at"] = datetime.now(timezone.utc)
             change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
             # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
             result = retry_while_unavailable(
-                partial(with_journaled_writes(dataset._sample_collection).update_one, *change), given_up
+                partial(with_journaled_writes(sample_collection(dataset)).update_one, *change), given_up
             )
             # A first try whose answer got lost leaves nothing to do for the second.
             is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, item.sample_id, documents)
@@ -174,17 +173,15 @@ def _store(
             _discard(files)
     # First this: samples with values in no field can't be reloaded.
     retry_while_unavailable(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
-    retry_while_unavailable(
-        lambda: fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=stored), given_up
-    )
+    retry_while_unavailable(lambda: reload_samples(dataset, stored), given_up)
 
 
 def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
     """Raises ValueError where someone has deleted the field. Samples with values in none can't be loaded any more."""
-    there = {"_id": dataset._doc.id, "sample_fields.name": label_field}
+    there = {"_id": dataset_id(dataset), "sample_fields.name": label_field}
     if foo.get_db_conn().datasets.find_one(there, {"_id": True}) is None:
-        dataset._sample_collection.update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
-        raise ValueError(DELETED.format(label_field))
+        sample_collection(dataset).update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
+        raise ArgumentError(DELETED.format(label_field))
 
 
 def _discard(files: MaskFiles) -> None:
@@ -195,9 +192,9 @@ def _discard(files: MaskFiles) -> None:
 def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents: Sequence[dict]) -> bool:
     if not documents:
         return False
-    root, _ = dataset._get_label_field_root(label_field)
+    root, _ = label_root(dataset, label_field)
     query = {"_id": ObjectId(sample_id), f"{root}._id": documents[0]["_id"]}
-    return retry_while_unavailable(lambda: dataset._sample_collection.find_one(query, {"_id": True})) is not None
+    return retry_while_unavailable(lambda: sample_collection(dataset).find_one(query, {"_id": True})) is not None
 
 
 @contextmanager
@@ -236,7 +233,7 @@ def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
 
     for folder in mask_dirs(dataset, run.label_field):
         try:
-            images = settle(_dataset_mask_folder(dataset, folder), is_mine, _is_known)
+            images = settle(_dataset_mask_folder(dataset, folder), is_mine, _is_referred_to)
         except OSError as error:  # of an earlier run, perhaps of another user on another machine
             logger.warning("What killed runs may have left in %s could not be deleted: %s", folder, error)
             continue
@@ -244,22 +241,12 @@ def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
             logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
 
 
-def _is_known(sample_id: str, folder: str) -> bool:
-    """Whether this sample, of any dataset, has anything about such a folder.
-
-    Any: a clone has the same samples. Anything: labels may have gone to another field.
-    """
-    database = foo.get_db_conn().with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
-    query = {"_id": ObjectId(sample_id)}
-    for collection in retry_while_unavailable(lambda: foo.get_db_conn().datasets.distinct("sample_collection_name")):
-        found = retry_while_unavailable(partial(database[collection].find_one, query))
-        if found is not None and folder.encode() in found.raw:
-            return True
-    return False
+def _is_referred_to(sample_id: str, folder: str) -> bool:
+    return retry_while_unavailable(partial(is_referred_to, sample_id, folder))
 
 
 def _dataset_mask_folder(dataset: fo.Dataset, mask_dir: str) -> str:
-    return os.path.join(mask_dir, str(dataset._doc.id))
+    return os.path.join(mask_dir, str(dataset_id(dataset)))
 
 
 def _no_room(config: MobileSAMv2ModelConfig, error: OSError) -> OSError:

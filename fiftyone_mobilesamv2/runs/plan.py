@@ -10,6 +10,8 @@ import fiftyone.core.labels as fol
 from bson import ObjectId
 from fiftyone import ViewField as F
 
+from ..errors import ArgumentError
+from ..fiftyone_internals import label_root, root_dataset, select_all_slices, split_frame_field, view_stages
 from ..labels.fields import check_label_field, declare_label_field, declare_mask_attributes
 from ..modeling.checkpoints.files import weights_sha256
 from ..modeling.object_discovery import CONFIDENCE
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a detection
 # Of a model's configuration, what says where it runs and not what it finds.
-_RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir"}
+_RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir", "raise_failures"}
 
 
 def samples_left(
@@ -32,7 +34,7 @@ def samples_left(
     """The samples of a run, or of a part of it, with all that they have: those that it has not done yet."""
     if shard is not None:
         samples = shard.of(samples)
-    if samples.view()._stages[shard is not None :]:
+    if view_stages(samples.view())[shard is not None :]:
         samples = unfiltered(samples)  # of a dataset all is seen, and nobody lists the ids of millions
     if not replace:
         return _without_labels(samples, label_field)
@@ -64,21 +66,21 @@ def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2Mode
     check_label_field(samples, label_field)
     if not replace:
         check_same_parameters(samples, label_field, parameters_of(config))
-    declare_label_field(samples._root_dataset, label_field)
+    declare_label_field(root_dataset(samples), label_field)
     if samples.media_type != "video":
-        declare_mask_attributes(samples._root_dataset, label_field)
+        declare_mask_attributes(root_dataset(samples), label_field)
 
 
 def unfiltered(samples: SampleCollection) -> SampleCollection:
     """The same samples with all that they have: what a view hides is not to be taken for absent."""
-    dataset = samples._root_dataset
-    if samples is dataset or not samples._stages:
+    dataset = root_dataset(samples)
+    if samples is dataset or not view_stages(samples):
         return dataset
     if dataset.media_type == "group":
-        dataset = dataset.select_group_slices(_allow_mixed=True)
+        dataset = select_all_slices(dataset)
     ids = samples.values("id")
     if len(ids) > database.MAX_IDS:
-        raise ValueError(
+        raise ArgumentError(
             f"The view has {len(ids):,} samples, and FiftyOne can select at most {database.MAX_IDS:,}. Take all of "
             f"the dataset, or one part of the view after the other, such as view[:{database.MAX_IDS}]."
         )
@@ -93,7 +95,7 @@ def unsegmented(samples: SampleCollection, label_field: str) -> SampleCollection
 def _without_labels(samples: SampleCollection, label_field: str) -> SampleCollection:
     if not samples.has_field(label_field):
         return samples
-    name, of_frames = samples._handle_frame_field(label_field)
+    name, of_frames = split_frame_field(samples, label_field)
     if of_frames:
         return samples.match((F("frames").length() == 0) | (F("frames").filter(F(name) == None).length() > 0))  # noqa: E711
     return samples.match(F(name) == None)  # noqa: E711
@@ -109,7 +111,7 @@ def labels_there(samples: SampleCollection, label_field: str) -> tuple[int, int]
 
 def count_labels_with_masks(samples: SampleCollection, field_name: str) -> tuple[int, int]:
     """How many detections of a field, as far as the view shows them, have masks, and how many there are."""
-    root, _ = samples._get_label_field_root(field_name)
+    root, _ = label_root(samples, field_name)
     return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
 
 
@@ -148,7 +150,7 @@ def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
 
 def check_same_parameters(samples: SampleCollection, label_field: str, parameters: dict) -> None:
     """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     runs = recorded_runs(dataset, label_field)
     if not runs:
         return
@@ -159,7 +161,7 @@ def check_same_parameters(samples: SampleCollection, label_field: str, parameter
             break
     if not changed or len(unsegmented(dataset, label_field)) == len(dataset):
         return
-    raise ValueError(
+    raise ArgumentError(
         f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
         f"the same ones; else replace what is there, or choose another field."
     )

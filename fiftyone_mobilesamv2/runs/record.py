@@ -23,6 +23,7 @@ import psutil
 from gridfs.errors import NoFile
 
 from ..errors import Cancelled, Failure, FieldBusyError
+from ..fiftyone_internals import dataset_id, reload_list_of_runs, root_dataset
 from .retry import PATIENCE, retry_while_unavailable
 from .shards import Shard
 
@@ -89,7 +90,7 @@ def recorded_runs(samples: SampleCollection, label_field: str) -> list[Segmentat
 
     The parts of one run are told as one run.
     """
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     if not dataset.has_field(label_field):
         return []
     runs = [_run(document) for document in _collection().find(_of_field(dataset, label_field))]
@@ -102,16 +103,16 @@ def recorded_runs(samples: SampleCollection, label_field: str) -> list[Segmentat
 
 def mask_dirs(samples: SampleCollection, label_field: str) -> list[str]:
     """Where runs into this field, and each part of them, may have put masks on disk."""
-    query = _of_field(samples._root_dataset, label_field)
+    query = _of_field(root_dataset(samples), label_field)
     found = retry_while_unavailable(lambda: _collection().distinct("run.mask_dir", query))
     return [folder for folder in found if folder is not None]
 
 
 def segmented_fields(samples: SampleCollection) -> list[str]:
     """The fields that masks were made for: not those whose own labels were given masks."""
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     fields = [dataset.get_run_info(key).config.label_field for key in dataset.list_runs(method=_METHOD)]
-    fields += _collection().distinct("label_field", {"dataset_id": dataset._doc.id})
+    fields += _collection().distinct("label_field", {"dataset_id": dataset_id(dataset)})
     fields = [name for name in dict.fromkeys(fields) if dataset.has_field(name)]
     return [name for name in fields if any(run.parameters["prompting"] != name for run in recorded_runs(dataset, name))]
 
@@ -120,7 +121,7 @@ def failed_samples(samples: SampleCollection, label_field: str) -> fo.DatasetVie
     """The samples that the last run into this field could not segment: to look at, and to try again alone."""
     runs = recorded_runs(samples, label_field)
     ids = [failure.sample_id for failure in (runs[-1].failures if runs else ()) if failure.sample_id]
-    return samples._root_dataset.select(dict.fromkeys(ids))
+    return root_dataset(samples).select(dict.fromkeys(ids))
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]
     Raises:
         FieldBusyError: another one is at the same samples.
     """
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     collection, here = _collection(), _of_field(dataset, run.label_field)
     if collection.find_one(here) is None:  # the dataset is a clone: what its original's record has stays
         for earlier in _copied(dataset, run.label_field):
@@ -254,7 +255,7 @@ def _copy(dataset: fo.Dataset, label_field: str) -> None:
         if not documents or any(_is_alive(document, now) for document in documents) or dataset.deleted:
             return
         runs = sorted(map(_run, documents), key=lambda run: run.started)
-        dataset._doc.reload("runs")  # others may have added some
+        reload_list_of_runs(dataset)  # others may have added some
         if key not in dataset.list_runs():
             dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
         results = dataset.init_run_results(key, runs=[_document(run) for run in runs])
@@ -331,11 +332,11 @@ def _write(dataset: fo.Dataset, run: SegmentationRun, values: dict) -> None:
 
 
 def _id(dataset: fo.Dataset, run: SegmentationRun) -> dict:
-    return {"_id": f"{dataset._doc.id}/{run.run_id}"}  # a clone has the same runs
+    return {"_id": f"{dataset_id(dataset)}/{run.run_id}"}  # a clone has the same runs
 
 
 def _of_field(dataset: fo.Dataset, label_field: str) -> dict:
-    return {"dataset_id": dataset._doc.id, "label_field": label_field}
+    return {"dataset_id": dataset_id(dataset), "label_field": label_field}
 
 
 def _now() -> datetime:

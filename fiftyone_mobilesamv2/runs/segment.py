@@ -16,7 +16,8 @@ import fiftyone.core.labels as fol
 import fiftyone.core.utils as fou
 from mongoengine.errors import ValidationError
 
-from ..errors import Cancelled, LabelError
+from ..errors import ArgumentError, Cancelled, LabelError
+from ..fiftyone_internals import label_root, root_dataset
 from ..labels.documents import StoredImage
 from ..labels.fields import check_label_field, check_prompt_field, declare_label_field, declare_mask_attributes
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
@@ -78,9 +79,9 @@ def segment_everything(
     """
     config = model if isinstance(model, MobileSAMv2ModelConfig) else _config(model)
     if not (shard is None or isinstance(shard, Shard)):
-        raise ValueError(f"shard must be a Shard, not {shard!r}.")
+        raise ArgumentError(f"shard must be a Shard, not {shard!r}.")
     if shard is not None and cluster is not None:
-        raise ValueError("A part can't be spread over a cluster: give either shard or cluster.")
+        raise ArgumentError("A part can't be spread over a cluster: give either shard or cluster.")
     check_workers(cluster, workers)
     _check_how(replace, batch_size)
     prepare(samples, label_field, config, replace)
@@ -105,8 +106,8 @@ def segment_everything(
                     todo.apply_model(model, label_field=label_field, batch_size=batch_size, progress=progress)
             finally:
                 run.objects = model.num_labels
-            if not samples._root_dataset.has_field(label_field):
-                raise ValueError(DELETED.format(label_field))
+            if not root_dataset(samples).has_field(label_field):
+                raise ArgumentError(DELETED.format(label_field))
     return run
 
 
@@ -121,7 +122,7 @@ def _segment_on_cluster(
     workers: int | None,
 ) -> SegmentationRun:
     run = SegmentationRun(label_field, parameters_of(config), replace=replace, mask_dir=mask_folder(config))
-    dataset, group = samples._root_dataset, run.run_id
+    dataset, group = root_dataset(samples), run.run_id
     total = len(samples_left(samples, label_field, run.parameters, replace, None))
     if not total:
         with on_record(samples, run):
@@ -198,14 +199,14 @@ def segment_anything(
     _config(model)
     _check_how(replace, batch_size)
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     if label_field is not None:
         check_label_field(samples, label_field)
         declare_label_field(dataset, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
     with _recorded(samples, model, label_field or prompt_field, parameters) as run:
         if label_field is None:
-            root, is_list = dataset._get_label_field_root(prompt_field)
+            root, is_list = label_root(dataset, prompt_field)
             update = partial(masks_in_place, root=root, is_list=is_list)
         else:
             update = partial(merged_labels, label_field=label_field)
@@ -224,7 +225,7 @@ def segment_anything(
                 return None
             return read_prompted({"id": item.sample_id, "filepath": item.filepath, "prompt_field": left})
 
-        with fou.SetAttributes(model, keep_boxes=label_field is None):
+        with fou.SetAttributes(model.writer, keep_boxes=label_field is None):
             segment_and_store(samples, model, [prompt_field], read, update, run, batch_size, progress)
     return run
 
@@ -232,15 +233,15 @@ def segment_anything(
 def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:
     # By what it can do: a model of the zoo may be of another copy of this package.
     if not hasattr(model, "segment_all"):
-        raise ValueError(f"model must be one that `load_zoo_model` gives for a name of this package, not {model!r}.")
+        raise ArgumentError(f"model must be one that `load_zoo_model` gives for a name of this package, not {model!r}.")
     return model.config
 
 
 def _check_how(replace: bool, batch_size: int) -> None:
     if not isinstance(replace, bool):  # "no" would replace, too
-        raise ValueError(f"replace must be True or False, not {replace!r}.")
+        raise ArgumentError(f"replace must be True or False, not {replace!r}.")
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+        raise ArgumentError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
 
 
 @contextmanager
@@ -254,7 +255,7 @@ def _recorded(
 ) -> Iterator[SegmentationRun]:
     """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
     run = SegmentationRun(label_field, parameters, shard=shard, replace=replace, mask_dir=mask_folder(model.config))
-    dataset = samples._root_dataset
+    dataset = root_dataset(samples)
     with on_record(samples, run):
         check_mask_folder(model.config)
         settle_leftovers(dataset, run)

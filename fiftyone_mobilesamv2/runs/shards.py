@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from bson import ObjectId
 
+from ..errors import ArgumentError
+from ..fiftyone_internals import root_dataset
 from . import retry as database
 from .retry import retry_while_unavailable
 
@@ -40,9 +42,9 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, str):  # it becomes part of queries
-            raise ValueError(f"The group of a part is a text, not {self.group!r}.")
+            raise ArgumentError(f"The group of a part is a text, not {self.group!r}.")
         if not (1 <= self.count <= MAX_SHARDS and 0 <= self.index < self.count):
-            raise ValueError(
+            raise ArgumentError(
                 f"Part {self.index} of {self.count}: at most {MAX_SHARDS:,} parts, counted from 0, were expected."
             )
 
@@ -51,7 +53,7 @@ class Shard:
 
     def of(self, samples: SampleCollection) -> fo.DatasetView:
         """The samples of this part."""
-        collection = samples._root_dataset._sample_collection
+        collection = root_dataset(samples)._sample_collection
 
         def mine() -> list[ObjectId]:
             # Of the index: faster than if the database read every sample and did the same sum.

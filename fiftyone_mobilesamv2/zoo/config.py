@@ -11,6 +11,7 @@ import fiftyone.core.config as foc
 import fiftyone.zoo.models as fozm
 import torch
 
+from ..errors import ArgumentError
 from ..modeling.arguments import PROMPTINGS, checked_number
 from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE, SAM_GRID_FILTER
 from ..modeling.object_discovery import MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
@@ -40,6 +41,7 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         max_masks (None): most masks stored for an image, most confident first.
         masks_on_disk (False): store every mask as a PNG file; else only those that don't fit into the database.
         mask_dir (None): folder for these files; None: "mobilesamv2_masks" in FiftyOne's `default_dataset_dir`.
+        raise_failures (False): raise where an image fails; else it is listed and the rest goes on.
         encoder_checkpoint, decoder_checkpoint, detector_checkpoint (None): files to use instead of the zoo's.
     """
 
@@ -61,12 +63,13 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         self.max_masks = read("max_masks", default=None)
         self.masks_on_disk = read("masks_on_disk", default=False)
         self.mask_dir = read("mask_dir", default=None)
+        self.raise_failures = read("raise_failures", default=False)
         for name in CHECKPOINTS:
             setattr(self, name, read(name, default=None))
         self.check()
         if unknown := [key for key in d if key not in vars(self)]:
             known = [key for key in vars(self) if key not in ("model_name", "model_path")]
-            raise ValueError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
+            raise ArgumentError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
 
     def check(self) -> None:
         """Raises ValueError for a parameter that is not what it should be."""
@@ -74,13 +77,14 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
             value = getattr(self, key)
             is_text = isinstance(value, str) and value and not _IN_NO_PATH.search(value)
             if not is_text and (value is not None or key == "name"):
-                raise ValueError(f"{key} must be text that can be a name or a path, not {value!r}.")
+                raise ArgumentError(f"{key} must be text that can be a name or a path, not {value!r}.")
         for key, choices in (("prompting", PROMPTINGS), ("dtype", DTYPES)):
             value = getattr(self, key)
             if value not in choices:
-                raise ValueError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        if not isinstance(self.masks_on_disk, bool):
-            raise ValueError(f"masks_on_disk must be True or False, not {self.masks_on_disk!r}.")
+                raise ArgumentError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
+        for key in ("masks_on_disk", "raise_failures"):
+            if not isinstance(getattr(self, key), bool):
+                raise ArgumentError(f"{key} must be True or False, not {getattr(self, key)!r}.")
         whole = {
             "max_prompts": (1, MAX_NMS_CANDIDATES),
             "points_per_side": (1, MAX_POINTS_PER_SIDE),

@@ -5,29 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import fiftyone.core.labels as fol
 import fiftyone.core.models as fom
-import fiftyone.core.utils as fou
 import numpy as np
 from bson import ObjectId
 
 from ..errors import Failure
-from ..labels.detections import (
-    _DOCUMENT,
-    DETECTION_BYTES,
-    LABEL,
-    LABEL_BYTES_PER_SAMPLE,
-    Found,
-    _attributes,
-    prompted_detection,
-)
+from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, Found
+from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
-from ..labels.masks import serialized
 from ..labels.prompts import keypoint_prompt, labels_of
 from ..modeling.arguments import PROMPTINGS
 from ..modeling.checkpoints.files import fetch_model
@@ -46,6 +37,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+APPLIED = "apply_model"  # in place of a field's name, which FiftyOne does not tell a model
+SETTLE_AFTER = 86_400  # seconds
+MAX_UNCONFIRMED = 1000  # images whose labels FiftyOne may not have stored yet: many times what it collects
+
+
 class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     """MobileSAMv2 for `apply_model`.
 
@@ -54,13 +50,13 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     label, id and attributes.
 
     An image that can't be read or segmented is logged, listed in :attr:`failures`, and its field is left as it was;
-    the others of its batch are stored. With ``apply_model(..., skip_failures=False)`` it raises.
+    the others of its batch are stored. With the parameter ``raise_failures=True`` it raises; `skip_failures` of
+    `apply_model` does not reach a model.
 
     Attributes:
         failures: the images of the current or last run that were not segmented.
         num_images, num_labels: how many images that run has gone through, and how many objects it has found.
-        keep_boxes: whether prompted detections keep their boxes, to which their masks are cut; else tight ones.
-        label_bytes: what the labels of an image may take in the database; masks beyond it go to disk.
+        writer: how what is found becomes detections.
     """
 
     def __init__(self, config: MobileSAMv2ModelConfig) -> None:
@@ -69,8 +65,8 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.failures: list[Failure] = []
         self.num_images = 0
         self.num_labels = 0
-        self.keep_boxes = False
-        self.label_bytes = 0 if config.masks_on_disk else LABEL_BYTES_PER_SAMPLE
+        self.writer = DetectionWriter(0 if config.masks_on_disk else LABEL_BYTES_PER_SAMPLE)
+        self._unconfirmed: deque[MaskFiles] = deque()
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
@@ -79,9 +75,16 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.num_images = 0
         self.num_labels = 0
         self.model.seconds.clear()
+        self._unconfirmed.clear()
+        # What `apply_model` has not stored a day after it was made, it never will: it was killed.
+        settle(apply_model_folder(self.config), lambda *_: True, is_referred_to, SETTLE_AFTER)
         return self
 
     def __exit__(self, *args: object) -> None:
+        if args[:1] in ((), (None,)):  # FiftyOne has stored all labels by now
+            for files in self._unconfirmed:
+                files.confirm()
+        self._unconfirmed.clear()
         if self.failures:
             logger.warning("%d images were not segmented; model.failures lists them", len(self.failures))
 
@@ -124,8 +127,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         return self.model.device.type == "cuda"
 
     def build_get_item(self, field_mapping: dict | None = None) -> ImageGetItem:
-        # `apply_model` tells nobody whether it skips failures, but its own data loader: this method's caller.
-        return ImageGetItem(field_mapping, bool(sys._getframe(1).f_locals.get("skip_failures", True)))
+        return ImageGetItem(field_mapping, skip_failures=not self.config.raise_failures)
 
     def predict(self, arg: np.ndarray | ImageItem) -> fol.Label | None:
         """Labels of one image; None where it has no prompts. Raises what goes wrong."""
@@ -138,7 +140,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         """
         items = [arg if isinstance(arg, ImageItem) else ImageItem(image=np.asarray(arg)) for arg in args]
         found = self.segment_all(items)
-        return [each and self._attempt(item, self._to_labels, each) for item, each in zip(items, found)]
+        return [each and self._attempt(item, self._to_detections, item, each) for item, each in zip(items, found)]
 
     def segment_all(self, items: Sequence[ImageItem]) -> list[Found | None]:
         """The part of :meth:`predict_all` that takes a model: what is found, before it becomes labels."""
@@ -158,31 +160,20 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         of_good = iter(found)
         return [next(of_good) if item.error is None else None for item in items]
 
-    def to_documents(self, found: Found) -> list[dict]:
-        """The detections as FiftyOne stores them, but for their masks, which are still arrays.
-
-        At 320 masks an image FiftyOne's own objects take ten times as long, all of it inside Python's lock, which the
-        model then waits for.
-        """
-        if found.prompts is None:
-            return [_DOCUMENT | {"_id": ObjectId()} | _attributes(found.masks, i) for i in range(len(found.masks))]
-        documents = []
-        for detection in self._prompted_detections(found):
-            mask, detection.mask = detection.mask, None
-            documents.append(detection.to_mongo().to_dict() | ({} if mask is None else {"mask": mask}))
-        return documents
-
-    def store_masks(self, documents: Sequence[dict], files: MaskFiles) -> None:
-        """Puts the masks of :meth:`to_documents` where they are kept: into the documents, or into files."""
-        with_masks = [document for document in documents if "mask" in document]
-        contents = [serialized(document["mask"]) if self.label_bytes else b"" for document in with_masks]
-        beyond = self._beyond_budget([len(content) for content in contents], len(documents))
-        for i, (document, content) in enumerate(zip(with_masks, contents)):
-            mask = document.pop("mask")
-            if i in beyond:
-                document["mask_path"] = files.add(mask)
-            else:
-                document["mask"] = content
+    def _to_detections(self, item: ImageItem, found: Found) -> fol.Detections:
+        files = MaskFiles(apply_model_folder(self.config), item.sample_id or str(ObjectId()), APPLIED)
+        try:
+            detections = self.writer.detections(found, files)
+        except BaseException:
+            files.discard()
+            raise
+        if item.sample_id is None:  # of an array: whoever gave it knows what becomes of the labels
+            files.confirm()
+        elif not files.is_empty:
+            self._unconfirmed.append(files)
+            if len(self._unconfirmed) > MAX_UNCONFIRMED:
+                self._unconfirmed.popleft().confirm()
+        return detections
 
     def _attempt(self, item: ImageItem, work: Callable[..., T], *args: object) -> T | None:
         """None where it fails, which is recorded, or raised where the item says so."""
@@ -242,51 +233,13 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             found, prompts = found.select(kept), [prompts[i] for i in kept]
         return Found(found, prompts)
 
-    def _to_labels(self, found: Found) -> fol.Detections:
-        if found.prompts is None:
-            detections = [fol.Detection(label=LABEL, **_attributes(found.masks, i)) for i in range(len(found.masks))]
-        else:
-            detections = self._prompted_detections(found)
-        return self._within_budget(fol.Detections(detections=detections))
-
-    def _prompted_detections(self, found: Found) -> list[fol.Detection]:
-        return [prompted_detection(prompt, found.masks, i, self.keep_boxes) for i, prompt in enumerate(found.prompts)]
-
-    def _within_budget(self, labels: fol.Detections) -> fol.Detections:
-        with_masks = [detection for detection in labels.detections if detection.mask is not None]
-        # zlib makes 1.28 bits per pixel of noise, and the array has a header: a bound that costs nothing.
-        bound = sum(detection.mask.size / 6 + 200 for detection in with_masks)
-        if DETECTION_BYTES * len(labels.detections) + bound > self.label_bytes:
-            sizes = [len(fou.serialize_numpy_array(detection.mask)) for detection in with_masks]
-            for i in self._beyond_budget(sizes, len(labels.detections)):
-                with_masks[i].export_mask(self._mask_path(), update=True)
-        return labels
-
-    def _beyond_budget(self, mask_bytes: Sequence[int], num_detections: int) -> set[int]:
-        """Which masks go to disk: the largest, until the rest fits into the sample's document."""
-        total = DETECTION_BYTES * num_detections + sum(mask_bytes)
-        beyond: set[int] = set()
-        for i in sorted(range(len(mask_bytes)), key=mask_bytes.__getitem__, reverse=True):
-            if total <= self.label_bytes:
-                break
-            total -= mask_bytes[i]
-            beyond.add(i)
-        if beyond and self.label_bytes:
-            logger.info(
-                "Stored %d of %d masks of an image in %s: they don't fit into its document",
-                len(beyond),
-                len(mask_bytes),
-                mask_folder(self.config),
-            )
-        return beyond
-
-    def _mask_path(self) -> str:
-        name = str(ObjectId())  # and not the detection's, which may have a file that is needed until this one is stored
-        # Ids end in a counter: 256 folders that fill evenly.
-        return os.path.join(mask_folder(self.config), name[-2:], f"{name}.png")
-
 
 # FiftyOne's interface to a source of zoo models ---------------------------------------------------------------------
+def apply_model_folder(config: MobileSAMv2ModelConfig) -> str:
+    """Where masks in files go that `apply_model` stores: with those of any dataset, for a model is told of none."""
+    return os.path.join(mask_folder(config), APPLIED)
+
+
 def download_model(name: str, path: str | None) -> None:
     """Makes sure of a model's files. `path` gets a note of them: FiftyOne takes a model for downloaded if it exists."""
     files = fetch_model(name)

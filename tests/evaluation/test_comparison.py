@@ -85,9 +85,9 @@ def test_figures_are_those_of_the_model_and_the_evaluation(scenes, model, as_it_
 
 
 def test_the_model_is_left_as_it_was(scenes, model, as_it_was):
-    before = dict(vars(model.config)), model.label_bytes
+    before = dict(vars(model.config)), model.writer.label_bytes
     compare_promptings(scenes, model, SIDE, images=1)
-    assert (vars(model.config), model.label_bytes) == before
+    assert (vars(model.config), model.writer.label_bytes) == before
 
 
 def test_without_ground_truth(scenes, model, as_it_was):

@@ -92,7 +92,7 @@ def test_the_model_is_left_as_it_was(run, model):
     unused = zoo.MobileSAMv2ModelConfig({"name": MODEL, "pred_iou_thresh": 0, "stability_score_thresh": 0})
     expected = vars(unused) | {"device": "cpu"}
     assert {name: vars(model.config)[name] for name in expected} == expected
-    assert model.label_bytes == LABEL_BYTES_PER_SAMPLE
+    assert model.writer.label_bytes == LABEL_BYTES_PER_SAMPLE
 
 
 def test_figures_are_those_of_evaluate_proposals(run, results):

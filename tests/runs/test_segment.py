@@ -18,6 +18,7 @@ from pymongo.errors import ExecutionTimeout, OperationFailure, WriteConcernError
 from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.errors import Cancelled
 from fiftyone_mobilesamv2.labels import mask_files
+from fiftyone_mobilesamv2.labels.leftovers import settle
 from fiftyone_mobilesamv2.runs import pipeline
 from fiftyone_mobilesamv2.runs import retry as database
 from fiftyone_mobilesamv2.runs.pipeline import each_once
@@ -116,7 +117,7 @@ def test_samples_in_memory_are_up_to_date(images, model):
 
 def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
     """Two batches at most are read, or segmented, and not stored; and all are stored in order."""
-    segment_all, store_masks = model.segment_all, model.store_masks
+    segment_all, write = model.segment_all, model.writer.documents
     read, calls = [], []
 
     def counted_read(path):
@@ -128,14 +129,14 @@ def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
         calls.append((len(read), in_database))
         return segment_all(items)
 
-    def slow_store_masks(documents, files):
+    def write_slowly(found, files):
         time.sleep(0.5)
-        store_masks(documents, files)
+        return write(found, files)
 
     read_image = reading.read_image
     monkeypatch.setattr(reading, "read_image", counted_read)
     monkeypatch.setattr(model, "segment_all", counted_segment_all)
-    monkeypatch.setattr(model, "store_masks", slow_store_masks)
+    monkeypatch.setattr(model.writer, "documents", write_slowly)
     segment_everything(images, model, "own", batch_size=1)
     assert len(calls) == COUNT
     for segmented, (num_read, num_stored) in enumerate(calls):
@@ -227,17 +228,18 @@ def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkey
 
 
 def at_the_fourth_image(model, act, monkeypatch, after=False):
-    store_masks, calls = model.store_masks, []
+    write, calls = model.writer.documents, []
 
-    def store_and_act(documents, files):
-        calls.append(documents)
+    def write_and_act(found, files):
+        calls.append(found)
         if len(calls) == 4 and not after:
             act()
-        store_masks(documents, files)
+        documents = write(found, files)
         if len(calls) == 4 and after:
             act()
+        return documents
 
-    monkeypatch.setattr(model, "store_masks", store_and_act)
+    monkeypatch.setattr(model.writer, "documents", write_and_act)
 
 
 def mask_files_of(folder):
@@ -454,7 +456,7 @@ def test_run_that_was_taken_for_dead_stores_nothing_without_its_files(images, tm
     folder = str(tmp_path / str(images._doc.id))
 
     def settle_meanwhile():
-        assert mask_files.settle(folder, lambda *note: True, lambda *note: False) == 1
+        assert settle(folder, lambda *note: True, lambda *note: False) == 1
 
     at_the_fourth_image(model, settle_meanwhile, monkeypatch, after=True)
     run = segment_everything(images, model, "own", batch_size=2)

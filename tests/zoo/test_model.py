@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
-from fiftyone_mobilesamv2.labels.detections import DETECTION_BYTES
+from fiftyone_mobilesamv2.labels.detections import DETECTION_BYTES, Found
+from fiftyone_mobilesamv2.labels.mask_files import MaskFiles
+from fiftyone_mobilesamv2.modeling.masks import Segmentation
 from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
@@ -144,7 +146,7 @@ def test_mixed_kinds_of_files_lie_where_the_app_shows_the_object(dataset, model,
     Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
     paths = sorted(tmp_path.iterdir())
     dataset.add_samples([fo.Sample(str(path)) for path in paths])
-    dataset.apply_model(model, FIELD, batch_size=5, num_workers=0, skip_failures=False)
+    dataset.apply_model(model, FIELD, batch_size=5, num_workers=0)
     found = {Path(sample.filepath).stem: sample[FIELD] for sample in dataset}
 
     turned = np.ascontiguousarray(np.rot90(scenes[0].image, -1))
@@ -188,10 +190,12 @@ def test_a_bad_file_costs_its_own_sample_alone(filled, model, files, tmp_path, c
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_failures_raise_where_they_are_not_skipped(filled, model, files, num_workers):
+def test_failures_raise_where_they_are_to(filled, model, files, num_workers):
+    """`skip_failures` of `apply_model` does not reach a model: that has a parameter of its own."""
     Path(files[1]).write_text("no image")
+    strict = zoo.load_model(MODEL, device="cpu", raise_failures=True)
     with pytest.raises(Exception, match=r"scene1\.png"):
-        filled.apply_model(model, FIELD, batch_size=3, num_workers=num_workers, skip_failures=False)
+        filled.apply_model(strict, FIELD, batch_size=3, num_workers=num_workers, skip_failures=False)
     filled.apply_model(model, FIELD, batch_size=3, num_workers=num_workers)
     assert sum(sample[FIELD] is not None for sample in filled) == 5
 
@@ -241,14 +245,11 @@ def test_a_document_stays_below_mongodbs_limit(filled, tmp_path):
     """Two fields of 150 noise masks of 640x640, 9.8 MB compressed each."""
     rng = np.random.default_rng(0)
     model = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "masks"))
-    noise = fo.Detections(
-        detections=[
-            fo.Detection(label="object", bounding_box=[0, 0, 1, 1], mask=rng.random((640, 640)) > 0.5)
-            for _ in range(150)
-        ]
-    )
+    ones = np.ones(150, np.float32)
+    masks = [rng.random((640, 640)) > 0.5 for _ in range(150)]
+    noise = Segmentation(np.tile([0, 0, 640, 640], (150, 1)), masks, ones, ones, ones, (640, 640))
     sample = filled.first()
-    sample[FIELD] = model._within_budget(noise)
+    sample[FIELD] = model.writer.detections(Found(noise), MaskFiles(str(tmp_path / "masks"), sample.id, FIELD))
     sample.save()
     sample["second"] = sample[FIELD].copy()
     sample.save()

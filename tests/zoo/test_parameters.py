@@ -60,6 +60,7 @@ ALLOWED = {
     "points_per_side": lambda v: is_number(v, 1, 256, whole=True),
     "min_area": lambda v: is_number(v, 0, 2**63 - 1, whole=True),
     "max_masks": lambda v: is_number(v, 1, 2**63 - 1, whole=True),
+    "raise_failures": lambda v: isinstance(v, bool),
     "masks_on_disk": lambda v: isinstance(v, bool),
     "prompting": lambda v: isinstance(v, str) and v in ("object_aware", "grid"),
     "dtype": lambda v: isinstance(v, str) and v in ("float32", "bfloat16", "float16"),
@@ -258,4 +259,4 @@ def test_options_of_segment(dataset, tmp_path, capsys, option, texts, words):
 @any_fixture
 def test_names_of_datasets(mongod, capsys, name):
     for arguments in (["segment", "--model", MODEL, "--", name], ["evaluate", "--", name, "proposals"]):
-        assert refused(capsys, arguments) == f"fiftyone-mobilesamv2: Dataset {name} not found\n"
+        assert refused(capsys, arguments) == f"fiftyone-mobilesamv2: There is no dataset '{name}'.\n"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ...errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -301,7 +303,7 @@ def pretrained_model(name: str) -> PretrainedModel:
     'sam_vit_h'
     """
     if name not in MODELS:
-        raise ValueError(f"Unknown model {name!r}; choose one of {', '.join(MODELS)}.")
+        raise ArgumentError(f"Unknown model {name!r}; choose one of {', '.join(MODELS)}.")
     return MODELS[name]
 
 

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...errors import CheckpointError
+from ...errors import ArgumentError, CheckpointError
 from ..image_encoders import encoder_config
 from ..prompt_guided_decoder import PromptGuidedDecoder
 from .saved_tensors import SavedModule, named_tensors, read_saved
@@ -135,7 +135,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
     def check_unique(pairs: list[tuple[str, object]]) -> None:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("its header has a name twice")
+            raise ArgumentError("its header has a name twice")
 
     with path.open("rb") as file:
         json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=check_unique)
