@@ -18,7 +18,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from ..errors import ArgumentError, LabelError
-from ..evaluation.proposals import UNLABELED
+from ..evaluation.run_fields import NO_CLASS
 from ..labels.documents import StoredImage, is_crowd, name_of, visit_images
 from ..labels.fields import check_shapes_field
 from ..labels.masks import masks_of
@@ -180,7 +180,7 @@ def _annotations(stored: StoredImage, field: str) -> list[dict]:
     annotations = []
     for label, mask in zip(labels, masks_of(labels, stored.known_size)):
         annotation = {
-            "category": label.get("label") or UNLABELED,
+            "category": label.get("label") or NO_CLASS,
             "segmentation": {"size": list(mask["size"]), "counts": mask["counts"].decode()},
             "area": int(mask_utils.area(mask)),
             "bbox": mask_utils.toBbox(mask).tolist(),

@@ -109,12 +109,9 @@ class MobileSAMv2(nn.Module):
         """
         model = pretrained_model(name)
         device = usable_device(device)  # before anything is downloaded
+        paths = fetch_model(name, skip=files) | files
         return cls.from_checkpoints(
-            encoder=model.encoder,
-            detector_size=model.detector_size,
-            device=device,
-            dtype=dtype,
-            **(fetch_model(name, skip=files) | files),
+            model.encoder, **paths, detector_size=model.detector_size, device=device, dtype=dtype
         )
 
     @classmethod
@@ -288,16 +285,12 @@ class MobileSAMv2(nn.Module):
         """
         check_prompts(images, boxes, points, point_labels)
         embeddings = self.encode(images)
-        return [
-            self._segment_prompted(
-                embeddings,
-                i,
-                None if boxes is None else coordinates(i, "boxes", boxes[i], 4),
-                None if points is None else points[i],
-                None if point_labels is None else point_labels[i],
-            )
-            for i in range(len(images))
-        ]
+        found = []
+        for i in range(len(images)):
+            of_image = [None if prompts is None else prompts[i] for prompts in (points, point_labels)]
+            image_boxes = None if boxes is None else coordinates(i, "boxes", boxes[i], 4)
+            found.append(self._segment_prompted(embeddings, i, image_boxes, *of_image))
+        return found
 
     def _segment_prompted(
         self,
