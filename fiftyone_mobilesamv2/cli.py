@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     segment.add_argument("--label-field", default="segmentations", help="where the masks go")
     segment.add_argument("--replace", action="store_true", help="replace the labels that are there; else these stay")
     segment.add_argument("--prompting", choices=("object_aware", "grid"), default="object_aware")
-    segment.add_argument("--confidence", type=float, help="the detector's least score of an object; the paper's is 0.4")
-    segment.add_argument("--max-prompts", type=positive, default=320, help="most objects to look for in an image")
+    segment.add_argument("--confidence", type=float, help="minimum score of an object; the paper uses 0.4")
+    segment.add_argument(
+        "--max-prompts", type=positive, default=320, help="maximum number of objects to look for in an image"
+    )
     segment.add_argument("--batch-size", type=positive, default=8)
     segment.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
     segment.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     reproduce.add_argument(
         "--no-grid-filters", action="store_true", help="keep the grid's masks of any predicted IoU and stability"
     )
-    reproduce.add_argument("--confidence", type=float, default=0.4, help="the detector's least score of a prompt")
+    reproduce.add_argument("--confidence", type=float, default=0.4, help="minimum score of a prompt")
     reproduce.add_argument("--sample", type=positive, default=100, help="how many images to draw at random, at most")
     reproduce.add_argument("--seed", type=int, default=0, help="of the draw")
     reproduce.add_argument("--batch-size", type=positive, default=4)
@@ -245,7 +247,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     others = {key: dataset.load_evaluation_results(key) for key in args.compare}
     for key, results in others.items():
         if not isinstance(results, ProposalResults):
-            raise ArgumentError(f"Evaluation '{key}' of {args.dataset} is none of proposals.")
+            raise ArgumentError(f"Evaluation '{key}' of {args.dataset} is not an evaluation of proposals.")
     results = evaluate_proposals(
         dataset,
         args.pred_field,

@@ -64,7 +64,7 @@ def _check_is_file(path: str | PathLike, name: str) -> None:
         raise ArgumentError(f"{name} can't be the path of a file: {error}") from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{name} is a folder")
-    if not stat.S_ISREG(mode):  # opening a pipe waits for whoever writes to it; a device may never end
+    if not stat.S_ISREG(mode):  # opening a pipe waits for a writer; a device may never end
         raise OSError(f"{name} is no regular file")
 
 

@@ -87,7 +87,7 @@ def find_duplicates(
 
     Raises:
         ValueError: the field is missing, of the wrong type or read-only; a mask is missing, or a score that others of
-            the image have; a threshold or ranking is none; or every image had to be skipped.
+            the image have; a threshold or ranking is not valid; or every image had to be skipped.
     """
     check_images(samples)
     check_options(rank_by, iou=iou, containment=containment)

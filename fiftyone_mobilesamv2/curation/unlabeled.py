@@ -100,7 +100,7 @@ def find_unlabeled_objects(
 
     Raises:
         ValueError: a field is missing, of the wrong type or read-only; a mask or a score is missing; a threshold or
-            ranking is none; or every image had to be skipped.
+            ranking is not valid; or every image had to be skipped.
     """
     check_images(samples)
     check_options(rank_by, iou=iou, max_inside=max_inside)

@@ -58,7 +58,7 @@ def _write(tile: np.ndarray, text: str, box: np.ndarray) -> None:
 
 
 def _masks(found: Segmentation) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Least confident first, so that the most confident are on top."""
+    """In order of confidence, so that the most confident are on top."""
     return [
         (found.masks[i], found.boxes[i]) for i in np.argsort(found.confidence, kind="stable") if found.masks[i].size
     ]

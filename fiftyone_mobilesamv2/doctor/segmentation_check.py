@@ -24,12 +24,12 @@ from .ground_truth import KnownImage
 # not be had where this was written: they lie far above the trivial answers (0.40 and 0.42) and below what is reported
 # of SAM's masks from boxes.
 MIN_IOU = 0.6  # mean IoU of masks from boxes
-MARGIN = 0.1  # by which that exceeds the better trivial answer
-MAX_BELOW_KNOWN = 0.03  # by which it may be below what the catalog knows of the model
+MARGIN = 0.1  # how much that exceeds the better trivial answer
+MAX_BELOW_KNOWN = 0.03  # how far it may be below what the catalog knows of the model
 MIN_FOUND = 0.5  # share of the known objects that discovery finds
 MIN_AGREEMENT = 0.5  # share of object-aware masks that the grid finds, too
-MAX_BETTER = 0.05  # by which masks of an image in another form may be better
-MAX_FINGERPRINT = 0.05  # standard deviations by which the embedding may differ from the known one
+MAX_BETTER = 0.05  # how much better masks of an image in another form may be
+MAX_FINGERPRINT = 0.05  # standard deviations that the embedding may differ from the known one
 SAME = 0.5  # IoU from which on two boxes or masks are of the same object
 
 GRID = 16  # points per side

@@ -240,7 +240,7 @@ def comparison_table(runs: Mapping[str, ProposalResults]) -> pd.DataFrame:
 
 
 def _threshold_index(iou: float) -> int:
-    """The place of `iou` in `IOU_THRESHOLDS`. Raises ValueError where it is none of them."""
+    """The index of `iou` in `IOU_THRESHOLDS`. Raises ValueError if it is not one of them."""
     index = int(np.abs(IOU_THRESHOLDS - iou).argmin())
     if abs(IOU_THRESHOLDS[index] - iou) > 1e-6:
         raise ArgumentError(f"iou={iou}: one of {', '.join(f'{t:.2f}' for t in IOU_THRESHOLDS)} was expected.")

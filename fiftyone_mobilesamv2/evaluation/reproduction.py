@@ -106,7 +106,7 @@ class Reproduction:
                 ours = recall.recalls(most).mean()
                 add("AR@1000 by sampling", f"{most} boxes", "all", ours, PAPER_AR_BY_PROMPTS[most])
             for most, paper in PAPER_AR_BY_PROMPTS.items():
-                add("AR@1000 by the most prompts allowed", str(most), "all", recall.recalls(most).mean(), paper)
+                add("AR@1000 by the maximum number of prompts", str(most), "all", recall.recalls(most).mean(), paper)
             encoder = self.about["encoder"]
             ours = recall.metrics()["AR@1000"]
             add("AR@1000 by encoder", encoder, "all", ours, PAPER_AR_BY_ENCODER.get(encoder))
@@ -271,7 +271,7 @@ def reproduce(
         output: the folder for `reproduction.json` and `reproduction.png`.
         object_aware: whether to measure it.
         grids: points per side of each grid to measure.
-        confidence: the detector's least score of a box that becomes a prompt.
+        confidence: the detector's minimum score of a box that becomes a prompt.
         sample: how many images to draw at random, at most.
         seed: of the draw.
         batch_size: images that are segmented together.

@@ -205,7 +205,7 @@ class RunFields:
 
     def _count_fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
         if self.config.view == "patches" and not is_patches_view(dataset):
-            return {}  # counts of patches are none of their samples
+            return {}  # counts of patches say nothing about their samples
         fields = {f"{eval_key}{end}": fof.IntField for end in ("_tp", "_fp", "_fn")}
         fields |= {f"{eval_key}_recall_at_{k}": fof.FloatField for k in self.config.ks}
         if not self._is_of_frames(dataset):

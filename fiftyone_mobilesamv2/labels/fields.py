@@ -39,7 +39,7 @@ def label_fields(samples: SampleCollection, kinds: tuple[type, ...]) -> list[str
 
 
 def have_masks(samples: SampleCollection, field_name: str) -> bool:
-    """Whether labels of the field have masks, or are polygons, as far as the first one tells."""
+    """Whether labels of the field have masks, or are polygons, judged by the first one."""
     samples = source_dataset(samples)  # what a view selects is not worth waiting for
     path, of_frames = split_frame_field(samples, label_path(samples, field_name))
     first = [{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}]

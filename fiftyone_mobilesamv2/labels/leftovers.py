@@ -39,7 +39,7 @@ def settle(
             if min_age and time.time() - note.stat().st_mtime < min_age:
                 continue
             if not note.name.endswith(GONE):
-                # First this: whoever has only slept is not to store them any more.
+                # First this: a process that only slept must not store them any more.
                 note = note.rename(note.with_name(note.name + GONE))
             if is_stored(match[2], match[1]):
                 note.unlink()

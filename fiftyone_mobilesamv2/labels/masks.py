@@ -101,7 +101,7 @@ def _polygons_mask(label: Mapping, size: tuple[int, int]) -> dict:
     if not polygons:
         raise LabelError(f"{name_of(label)} has no polygon of at least 3 points")
     if not np.isfinite(np.concatenate(polygons)).all():
-        raise LabelError(f"{name_of(label)} has points that are no numbers")
+        raise LabelError(f"{name_of(label)} has non-finite points")
     return mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
 
 
@@ -144,7 +144,7 @@ def _stored_mask(label: Mapping) -> np.ndarray:
         raise LabelError(f"{name_of(label)} has a mask of shape {mask.shape}: two dimensions were expected")
     if mask.dtype != bool:
         if not (mask >= 0).all():
-            raise LabelError(f"{name_of(label)} has a mask with values that are negative or no numbers")
+            raise LabelError(f"{name_of(label)} has a mask with negative or non-finite values")
         mask = mask > 0
     return np.ascontiguousarray(mask)
 

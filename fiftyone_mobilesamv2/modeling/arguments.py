@@ -46,7 +46,7 @@ def check_prompting(prompting: str) -> None:
 
 
 def checked_grid(points_per_side: int, grid_filter: GridFilter) -> tuple[int, GridFilter]:
-    """Both as plain numbers. Raises ValueError or TypeError where they are none, or out of range."""
+    """Both as plain numbers. Raises ValueError or TypeError where they are not numbers or out of range."""
     points_per_side = checked_number("points_per_side", points_per_side, 1, MAX_POINTS_PER_SIDE, whole=True)
     if not isinstance(grid_filter, GridFilter):
         raise TypeError(f"grid_filter must be a GridFilter, not {type(grid_filter).__name__}.")

@@ -25,8 +25,8 @@ class GridFilter:
     """What is kept of the grid's masks; the defaults are SAM's.
 
     Attributes:
-        pred_iou_thresh: least predicted IoU; 0 or less keeps all.
-        stability_score_thresh: least stability score; 0 or less keeps all.
+        pred_iou_thresh: minimum predicted IoU; 0 or less keeps all.
+        stability_score_thresh: minimum stability score; 0 or less keeps all.
         box_nms_thresh: IoU of boxes above which the mask with the lower predicted IoU goes.
     """
 

@@ -184,7 +184,7 @@ class MobileSAMv2(nn.Module):
 
         Args:
             images: uint8 RGB arrays [H, W, 3].
-            conf: least confidence. iou: boxes that overlap more are the same object. max_prompts: most boxes an image.
+            conf: minimum confidence. iou: boxes that overlap more are the same object. max_prompts: maximum per image.
 
         Raises:
             RuntimeError: the model has no detector.
@@ -394,5 +394,5 @@ class MobileSAMv2(nn.Module):
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # else the time would be charged to whoever waits next
+            torch.cuda.synchronize(self.device)  # else the next stage would be charged for it
         self.seconds[stage] += time.perf_counter() - start

@@ -84,7 +84,7 @@ def boxes_from_raw(
     Args:
         raw: [4 + 1 or more, anchors], the detector's output: cx, cy, w, h in network pixels, score, ...
         network_size: (h, w) of the network input. size: (h, w) of the image.
-        conf, iou, max_prompts: least score, NMS threshold, most boxes kept.
+        conf, iou, max_prompts: minimum score, NMS threshold, maximum number of boxes.
     """
     candidates = raw[:5].T.float()
     candidates = candidates[candidates[:, 4] > conf]

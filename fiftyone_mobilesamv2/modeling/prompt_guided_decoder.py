@@ -258,7 +258,7 @@ class PromptGuidedDecoder(nn.Module):
         )
 
     def _first_layer(self, side: ImageSide, tokens: Tensor) -> Tensor:
-        """Layer 0 as far as it concerns the prompt tokens [N, T, C]: the image is the same for all of them."""
+        """The part of layer 0 that concerns the prompt tokens [N, T, C]: the image is the same for all of them."""
         layer = self.mask_decoder.transformer.layers[0]
         queries = layer.norm1(_attend(layer.self_attn, tokens, tokens, tokens))
         attention = layer.cross_attn_token_to_image

@@ -178,7 +178,7 @@ def _explains_itself(error: BaseException) -> bool:
 
 def _told(error: BaseException) -> str:
     if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
-        return f"The database lets this user read only: {str(error).split('{')[0].strip()}. Ask whoever runs it."
+        return f"The database lets this user read only: {str(error).split('{')[0].strip()}. Ask its administrator."
     return str(error)[:_MAX_MESSAGE] if _explains_itself(error) else f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]
 
 

@@ -149,7 +149,7 @@ def skipped_button(skipped: Sequence[dict]) -> list[tuple[str, str, dict]]:
 FAILED = "Show failed samples"
 SHOW_SAMPLES = "@voxel51/operators/show_samples"
 STORAGES = {
-    "database": "In the database, as far as they fit into a sample's document",
+    "database": "In the database; masks that don't fit go to disk",
     "disk": "On disk, as PNG files",
 }
 

@@ -34,7 +34,7 @@ class ComparePrompting(Operator):
             check_images(samples)
         except ValueError as error:
             raise FormError(str(error)) from error
-        form.number("images", IMAGES, "Images", "Drawn at random, the same ones each time", least=1, whole=True)
+        form.number("images", IMAGES, "Images", "Drawn at random, the same ones each time", min=1, whole=True)
         model_choice(form)
         grid = form.choice("grid", GRIDS, "32", "Grid", "SAM's search, three masks for each of its points")
         form.switch("filters", True, "SAM's filters", "Off, all masks of the grid count, however unsure")

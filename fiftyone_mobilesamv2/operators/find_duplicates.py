@@ -36,9 +36,9 @@ class FindDuplicates(Operator):
                 check_tagged_field(samples, name, "labels to compare", ATTRIBUTES.values())
             except ValueError as error:
                 form.problem(str(error))
-        form.number("iou", 0.8, "IoU", "From which two labels are duplicates", least=0.01, most=1)
+        form.number("iou", 0.8, "IoU", "From which two labels are duplicates", min=0.01, max=1)
         form.number(
-            "containment", 0.9, "Share inside", "From which a label inside a larger one is a part", least=0.01, most=1
+            "containment", 0.9, "Share inside", "From which a label inside a larger one is a part", min=0.01, max=1
         )
         form.choice(
             "rank_by",

@@ -37,19 +37,19 @@ class FindUnlabeledObjects(Operator):
                 check_tagged_field(samples, gt_field if look_for == LABELS else pred_field, "labels to tag")
             except ValueError as error:
                 form.problem(str(error))
-        form.number("iou", 0.5, "IoU", "From which a proposal and a label are the same object", least=0.01, most=1)
+        form.number("iou", 0.5, "IoU", "From which a proposal and a label are the same object", min=0.01, max=1)
         if look_for == OBJECTS:
             form.number(
                 "max_inside",
                 0.7,
                 "Share inside labels",
                 "From which on a proposal counts as a part of what is labeled",
-                least=0.01,
-                most=1,
+                min=0.01,
+                max=1,
             )
             form.choice("rank_by", RANKINGS, "confidence", "Score", "By which the surest come first")
-            form.number("min_score", 0, "Lowest score", "Of proposals to look at", least=0)
-            form.number("min_area", 0, "Smallest area", "Of proposals to look at, in pixels", least=0, whole=True)
+            form.number("min_score", 0, "Lowest score", "Of proposals to look at", min=0)
+            form.number("min_area", 0, "Minimum mask area (pixels)", "Smaller proposals are ignored", min=0, whole=True)
         use_masks_switch(form, pred_field, gt_field)
 
     def run(self, form: Form, progress: Progress) -> Outcome:

@@ -61,7 +61,9 @@ class Form:
             raise FormError("The selected samples are gone. Select others.")
         target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there
         if target and target not in ViewTarget.values():  # which FiftyOne would take for the whole dataset
-            raise FormError(f"Target: {_shortened(target)} is none. Choose one of {', '.join(ViewTarget.values())}.")
+            raise FormError(
+                f"{_shortened(target)} is not a valid target: choose one of {', '.join(ViewTarget.values())}."
+            )
         if is_generated(self.ctx.view):  # patches, clips or frames, which the App shows in place of the samples
             self.note("The whole dataset is worked on, not what this view has made of it.")
             self.samples = self.dataset
@@ -79,8 +81,8 @@ class Form:
         default: float | None,
         label: str,
         description: str | None = None,
-        least: float | None = None,
-        most: float | None = None,
+        min: float | None = None,
+        max: float | None = None,
         whole: bool = False,
     ) -> float | None:
         """A number; whole ones may be required. Empty, it is the default."""
@@ -92,15 +94,15 @@ class Form:
             return None
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.maxsize
         expected = "a whole number" if whole else "a number"
-        if least is not None and most is not None:
-            expected += f" from {least:g} to {most:g}"
-        elif least is not None:
-            expected += f" of at least {least:g}"
+        if min is not None and max is not None:
+            expected += f" from {min:g} to {max:g}"
+        elif min is not None:
+            expected += f" of at least {min:g}"
         if (
             not number
             or (whole and value != int(value))
-            or (least is not None and value < least)
-            or (most is not None and value > most)
+            or (min is not None and value < min)
+            or (max is not None and value > max)
         ):
             self._invalid(found, f"{label}: {expected} was expected, not {_shortened(value)}.")
         elif whole:

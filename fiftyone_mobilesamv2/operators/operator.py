@@ -38,7 +38,7 @@ class Operator(foo.Operator):
         title: what the App calls it.
         description: what it is for.
         icon: the name of its icon.
-        risk: FiftyOne's risk level, by which assistants decide whether to ask first.
+        risk: FiftyOne's risk level: assistants ask first where it is high.
     """
 
     identifier: str

@@ -74,7 +74,7 @@ class SegmentAnything(Operator):
             form.problem(str(error))
         model_choice(form)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
-        form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
+        form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
         runtime_choices(form)
 
     def _field_of_selected(self, form: Form) -> str:

@@ -68,44 +68,44 @@ class SegmentEverything(Operator):
             form.number(
                 "max_prompts",
                 MAX_PROMPTS,
-                "Most prompts",
-                "Most objects to look for in an image",
-                least=1,
-                most=MAX_NMS_CANDIDATES,
+                "Maximum prompts",
+                "Maximum number of objects to look for in an image",
+                min=1,
+                max=MAX_NMS_CANDIDATES,
                 whole=True,
             )
             form.number(
                 "confidence_thresh",
                 CONFIDENCE,
-                "Least confidence",
-                "How sure the detector has to be; lower finds more objects, and more that are none",
-                least=0,
-                most=1,
+                "Minimum confidence",
+                "Lower finds more objects and more false ones",
+                min=0,
+                max=1,
             )
-            form.number("iou", NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", least=0, most=1)
+            form.number("iou", NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", min=0, max=1)
         else:
             side = form.number(
                 "points_per_side",
                 POINTS_PER_SIDE,
                 "Points per side",
                 "Of the grid over an image",
-                least=1,
-                most=MAX_POINTS_PER_SIDE,
+                min=1,
+                max=MAX_POINTS_PER_SIDE,
                 whole=True,
             )
             if not form.problems:
                 form.note(f"{side**2:,} prompts an image, three masks each, most of which are thrown away.")
-        form.number("min_area", 0, "Smallest area", "Of a mask, in pixels; 0 keeps all", least=0, whole=True)
+        form.number("min_area", 0, "Minimum mask area (pixels)", "0 keeps all", min=0, whole=True)
         form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
-        form.number("batch_size", 1, "Batch size", "Images at a time, by which the bar moves", least=1, whole=True)
+        form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
         runtime_choices(form)
         form.number(
             "num_shards",
             1,
-            "Parts",
-            "More than one: scheduled as so many operations, which 'fiftyone delegated launch' workers share",
-            least=1,
-            most=MAX_SHARDS,
+            "Jobs",
+            "Split into N scheduled jobs, run by 'fiftyone delegated launch' workers",
+            min=1,
+            max=MAX_SHARDS,
             whole=True,
         )
         _part(form)

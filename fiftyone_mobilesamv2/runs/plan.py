@@ -110,7 +110,7 @@ def labels_there(samples: SampleCollection, label_field: str) -> tuple[int, int]
 
 
 def count_labels_with_masks(samples: SampleCollection, field_name: str) -> tuple[int, int]:
-    """How many detections of a field, as far as the view shows them, have masks, and how many there are."""
+    """How many detections of a field, of those that the view shows, have masks, and how many there are."""
     root, _ = label_root(samples, field_name)
     return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
 

@@ -41,7 +41,7 @@ _COLLECTION = "mobilesamv2.runs"
 _BEAT = 5  # seconds after which a run gives the next sign of life
 # After which one of another machine is taken for dead: longer than it would wait for the database.
 _SILENCE = timedelta(seconds=PATIENCE + 60)
-_CLOCK = 2  # seconds by which the start of a process may seem to change when the clock is set
+_CLOCK = 2  # seconds that the start of a process may seem to change by when the clock is set
 
 
 @dataclass
@@ -156,13 +156,13 @@ def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]
             run.seconds["total"] = time.perf_counter() - start
             if run.images or run.shard is not None:
                 retry_while_unavailable(lambda: _write(dataset, run, {"ended": True}))
-            else:  # one that did nothing is none; but a part may be empty
+            else:  # a run without images is not recorded; but a shard may be empty
                 retry_while_unavailable(lambda: collection.delete_one(_id(dataset, run)))
             _copy(dataset, run.label_field)
 
 
 def mark_abandoned(group: str, index: int | None = None) -> None:
-    """Says that whoever was at this part, or any, of a run isn't any more: others may take it over at once."""
+    """Marks one shard of a run, or all, as abandoned: other workers may take it over at once."""
     query: dict = {"run.shard.group": group} | ({} if index is None else {"run.shard.index": index})
     retry_while_unavailable(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
 
@@ -196,7 +196,9 @@ def _heartbeat(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event
         try:
             sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
             _collection().update_one(_id(dataset, run), sign)
-        except Exception as error:  # the next one may get through, and whoever stores masks tells what is wrong
+        except (
+            Exception
+        ) as error:  # the next one may get through, and the thread that stores masks reports what is wrong
             logger.debug("No sign of life: %s", error)
 
 

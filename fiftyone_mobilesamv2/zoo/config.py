@@ -30,15 +30,15 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         device (None): "cuda", "mps", "cpu"; None takes what there is, in this order.
         dtype ("float32"): "float32", "bfloat16" or "float16", for the heavy computation.
         prompting ("object_aware"): "object_aware", or "grid" for SAM's grid search.
-        confidence_thresh (None): least confidence of a mask. Object-aware, None means the paper's 0.4 of the detector;
+        confidence_thresh (None): minimum confidence of a mask. None means the paper's 0.4 of the detector if object-aware;
             with the grid or with prompts of your own the confidence is the predicted IoU, and None keeps all.
         iou (0.9): boxes of the detector that overlap more are the same object.
-        max_prompts (320): most boxes of an image.
+        max_prompts (320): maximum number of boxes in an image.
         points_per_side (32): points of the grid along each side.
-        pred_iou_thresh (0.88), stability_score_thresh (0.95): least predicted IoU and stability of the grid's masks;
+        pred_iou_thresh (0.88), stability_score_thresh (0.95): minimum predicted IoU and stability of the grid's masks;
             SAM's values, and 0 keeps all.
-        min_area (0): least area of a mask in pixels. A prompt of your own gets its mask whatever the area.
-        max_masks (None): most masks stored for an image, most confident first.
+        min_area (0): minimum area of a mask in pixels. A prompt of your own gets its mask whatever the area.
+        max_masks (None): maximum number of masks stored for an image, most confident first.
         masks_on_disk (False): store every mask as a PNG file; else only those that don't fit into the database.
         mask_dir (None): folder for these files; None: "mobilesamv2_masks" in FiftyOne's `default_dataset_dir`.
         raise_failures (False): raise where an image fails; else it is listed and the rest goes on.

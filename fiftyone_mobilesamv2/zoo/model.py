@@ -167,7 +167,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         except BaseException:
             files.discard()
             raise
-        if item.sample_id is None:  # of an array: whoever gave it knows what becomes of the labels
+        if item.sample_id is None:  # of an array: the caller decides what becomes of the labels
             files.confirm()
         elif not files.is_empty:
             self._unconfirmed.append(files)
@@ -272,10 +272,10 @@ def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
         "confidence_thresh",
         min=0,
         max=1,
-        label="Least confidence",
+        label="Minimum confidence",
         description=f"Of the detector; {CONFIDENCE} where empty",
     )
-    inputs.int("max_prompts", min=1, max=MAX_NMS_CANDIDATES, default=MAX_PROMPTS, label="Most objects an image")
+    inputs.int("max_prompts", min=1, max=MAX_NMS_CANDIDATES, default=MAX_PROMPTS, label="Maximum objects per image")
     inputs.float(
         "iou", min=0, max=1, default=NMS_IOU, label="NMS IoU", description="Boxes that overlap more are one object"
     )
@@ -287,7 +287,7 @@ def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
         label="Grid points per side",
         description="grid only",
     )
-    for name, label in (("pred_iou_thresh", "Least predicted IoU"), ("stability_score_thresh", "Least stability")):
+    for name, label in (("pred_iou_thresh", "Minimum predicted IoU"), ("stability_score_thresh", "Minimum stability")):
         inputs.float(
             name,
             min=0,
@@ -296,8 +296,8 @@ def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
             label=label,
             description="grid only; 0 keeps all",
         )
-    inputs.int("min_area", min=0, default=0, label="Smallest area", description="Of a mask, in pixels; 0 keeps all")
-    inputs.int("max_masks", min=1, label="Most masks stored an image", description="All where empty")
+    inputs.int("min_area", min=0, default=0, label="Minimum mask area (pixels)", description="0 keeps all")
+    inputs.int("max_masks", min=1, label="Maximum masks per image", description="Empty keeps all")
     inputs.bool("masks_on_disk", default=False, label="Store masks on disk", description="As PNG files")
     inputs.str("device", label="Device", description="cuda, mps or cpu; the best there is where empty")
     inputs.enum("dtype", list(DTYPES), default="float32", label="Precision")

@@ -31,10 +31,10 @@ def test_from_the_toolbar(app, bare, scenes_template):
     open_form(app)
     assert app.value("Label field") == "segmentations"
     assert "The demo model was trained on synthetic scenes alone" in app.form_text()
-    app.fill("Most prompts", 0)
-    assert app.errors() == ["max_prompts: Most prompts: a whole number from 1 to 30000 was expected, not 0."]
+    app.fill("Maximum prompts", 0)
+    assert app.errors() == ["max_prompts: Maximum prompts: a whole number from 1 to 30000 was expected, not 0."]
     app.screenshot("segment-everything-invalid")
-    app.fill("Most prompts", 320)
+    app.fill("Maximum prompts", 320)
     assert app.errors() == []
     app.screenshot("segment-everything-form")
     app.execute()
@@ -157,7 +157,7 @@ def test_parts_of_a_precision(app, bare, worker):
     app.open(bare.name)
     open_form(app)
     app.choose("Precision", "bfloat16")
-    app.fill("Parts", 2)
+    app.fill("Jobs", 2)
     app.screenshot("segment-everything-parts")
     app.execute()
     app.wait_output("Scheduled as 2 operations")

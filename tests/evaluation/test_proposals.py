@@ -361,7 +361,7 @@ def test_patches(labeled, images):
     found = set(labeled.values("ground_truth.detections.ar_id", unwind=True)) - {None}
     noted = labeled.filter_labels("proposals", F("ar") == "tp").values("proposals.detections.id", unwind=True)
     assert found == set(noted)
-    assert not labeled.has_field("ar_tp")  # counts of patches are none of their samples
+    assert not labeled.has_field("ar_tp")  # counts of patches say nothing about their samples
 
     evaluate_proposals(patches.limit(1), "proposals", eval_key="ar", ks=KS, progress=False)
     assert len([s for s in labeled.values("ground_truth.detections.ar", unwind=True) if s]) == 1

@@ -146,7 +146,7 @@ def test_the_papers_figures_stand_beside_ours(run):
     sampling = tables["AR@1000 by sampling"]["all"]
     papers = {"grid_16": "40.0", "grid_32": "57.2", "grid_64": "59.2", "320 boxes": "59.3", "256 boxes": "58.5"}
     assert {row: re.search(r"\((.*)\)", cell)[1] for row, cell in sampling.items()} == papers
-    by_prompts = tables["AR@1000 by the most prompts allowed"]["all"]
+    by_prompts = tables["AR@1000 by the maximum number of prompts"]["all"]
     assert list(by_prompts.index) == ["320", "256", "192", "128", "64"]
     for most, paper in PAPER_AR_BY_PROMPTS.items():
         assert by_prompts[str(most)] == f"{100 * aware.recall.recalls(most).mean():.1f} ({paper})"

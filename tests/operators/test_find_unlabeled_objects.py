@@ -45,7 +45,7 @@ def test_form_of_labels_without_an_object(plugin, curated):
         ({"iou": 0}, "IoU: a number from 0.01 to 1 was expected, not 0"),
         ({"max_inside": 70}, "Share inside labels: a number from 0.01 to 1 was expected, not 70"),
         ({"min_score": -1}, "Lowest score: a number of at least 0"),
-        ({"min_area": 1.5}, "Smallest area: a whole number"),
+        ({"min_area": 1.5}, "Minimum mask area (pixels): a whole number"),
         ({"rank_by": "size"}, "Score: 'size' isn't there"),
         ({"pred_field": "gone"}, "Proposals: 'gone' isn't there"),
         ({"gt_field": "segmentations"}, "Ground truth: 'segmentations' isn't there"),

@@ -79,14 +79,14 @@ def test_grid_has_its_own_inputs(plugin, scenes):
 @pytest.mark.parametrize(
     "params, error",
     [
-        ({"max_prompts": 0}, "Most prompts: a whole number from 1 to 30000 was expected, not 0"),
+        ({"max_prompts": 0}, "Maximum prompts: a whole number from 1 to 30000 was expected, not 0"),
         ({"max_prompts": float("inf")}, "a whole number from 1 to 30000 was expected, not inf"),
         ({"label_field": 5}, "Label field: text was expected, not 5"),
         ({"model": ["x"]}, "Model: text was expected, not"),
         ({"max_prompts": 2.5}, "a whole number from 1 to 30000 was expected, not 2.5"),
-        ({"confidence_thresh": 1.5}, "Least confidence: a number from 0 to 1 was expected, not 1.5"),
+        ({"confidence_thresh": 1.5}, "Minimum confidence: a number from 0 to 1 was expected, not 1.5"),
         ({"iou": -0.1}, "NMS IoU: a number from 0 to 1 was expected"),
-        ({"min_area": -1}, "Smallest area: a whole number of at least 0"),
+        ({"min_area": -1}, "Minimum mask area (pixels): a whole number of at least 0"),
         ({"batch_size": 0}, "Batch size"),
         ({"prompting": "grid", "points_per_side": 0}, "Points per side"),
         ({"label_field": "no name"}, "'no name' can't be the name of a field"),

@@ -155,7 +155,7 @@ def check_host(url: str) -> None:
     except ValueError:
         origin = "this"
     raise CheckpointError(
-        f"{without_secrets(origin)} is none of the hosts that weights are downloaded from; if you trust it, add it to "
+        f"{without_secrets(origin)} is not a host that weights are downloaded from; if you trust it, add it to "
         f"{DOWNLOAD_HOSTS_VARIABLE}"
     )
 

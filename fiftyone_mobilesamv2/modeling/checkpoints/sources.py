@@ -32,7 +32,7 @@ class SourceCheck:
 def check_sources(files: Iterable[Weights]) -> Iterator[SourceCheck]:
     """Asks every source of `files` about its file, one after the other.
 
-    On the hub, content is compared by its sha256 (or, of small files, by its git blob id), as far as one is declared;
+    On the hub, content is compared by its sha256 (or, of small files, by its git blob id), where one is declared;
     on plain hosts only the size can be.
     """
     for weights in files:

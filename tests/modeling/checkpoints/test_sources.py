@@ -64,7 +64,7 @@ def test_plain_host_without_head(server, status, ranges):
 
 def test_host_that_is_not_known(stranger):
     ((verdict, result),) = ask(f"{stranger.url}/w.pt")
-    assert verdict == "unknown" and "is none of the hosts" in result and stranger.requests == []
+    assert verdict == "unknown" and "is not a host" in result and stranger.requests == []
 
 
 # The hub -------------------------------------------------------------------------------------------------------------

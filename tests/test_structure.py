@@ -1,0 +1,18 @@
+"""The house rules that no linter holds."""
+
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "fiftyone_mobilesamv2"
+MAX_LINES = 400
+ROOT_MODULES = {"__init__", "cli", "errors", "fiftyone_internals", "images", "quickstart", "registration"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_modules_of_the_root():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
