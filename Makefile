@@ -1,47 +1,60 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.setup-done
+DEV_STAMP := .venv/.setup-dev-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test screenshots bench faults clean
+.PHONY: help setup setup-dev quickstart test test-slow screenshots bench faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## install everything into .venv (PYTHON=python3.12 picks the interpreter)
+setup: $(STAMP) ## install what running needs into .venv (PYTHON=python3.12 picks the interpreter)
+
+setup-dev: $(DEV_STAMP) ## install what tests and benchmarks need, too
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "Python 3.10 or newer is needed, '$(PYTHON)' is not: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.10 to 3.13 is needed, '$(PYTHON)' is not: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "'$(PYTHON)' cannot create virtual environments: apt-get install python3-venv" >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install -c constraints.txt -e .
 	@# opencv-python needs libGL, which servers lack; opencv-python-headless does not, and fills the same folder.
 	$(PY) -c 'import cv2' 2>/dev/null || \
 		$(PY) -m pip install --force-reinstall --no-deps -c constraints.txt opencv-python-headless
 	$(PY) -c 'import cv2'
 	$(PY) tools/ensure_mongod.py
+	$(PY) tools/ensure_ffmpeg.py
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	$(PY) -c 'import cv2' 2>/dev/null || \
+		$(PY) -m pip install --force-reinstall --no-deps -c constraints.txt opencv-python-headless
 	$(PY) tools/ensure_chromium.py
 	@touch $@
 
 quickstart: setup ## segment images and open them in the App (IMAGES=folder MODEL=zoo-name)
 	$(PY) -m fiftyone_mobilesamv2.cli quickstart $(if $(IMAGES),--images "$(IMAGES)") $(if $(MODEL),--model "$(MODEL)")
 
-test: setup ## check format, lint and layers, run the tests
+test: setup-dev ## check format, lint and layers, run the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	.venv/bin/lint-imports
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-screenshots: setup ## take the README's screenshots of the App anew
+test-slow: setup-dev ## run the tests that take more memory or time
+	$(PY) -m pytest -m slow
+
+screenshots: setup-dev ## take the README's screenshots of the App anew
 	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app
 	for picture in assets/app/*.png; do cp ".screenshots/$${picture##*/}" "$$picture"; done
 
-bench: setup ## measure speed and memory anew, for the README (12 to 15 minutes on 2 cores)
+bench: setup-dev ## measure speed and memory anew, for the README (12 to 15 minutes on 2 cores)
 	$(PY) benchmarks/bench.py
 
-faults: setup ## kill runs, stop the database, fill the disk: what is lost? (about 10 minutes)
+faults: setup-dev ## kill runs, stop the database, fill the disk: what is lost? (about 10 minutes)
 	$(PY) benchmarks/faults.py
 
 clean: ## remove the environment, build outputs and caches

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PARITY = Path(__file__).resolve().parent / "data" / "parity"
 SHARED = ROOT.parent / "shared"
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fiftyone-mobilesamv2-tests-"))
@@ -112,30 +113,29 @@ def shared_folder(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def parity() -> Path:
-    """The folder of outputs recorded from the reference implementation."""
-    return shared_folder("parity")
-
-
-@pytest.fixture(scope="session")
 def photos() -> Path:
     """The folder of photos with annotated instances."""
     return shared_folder("photos")
 
 
 class Seeded:
-    """The parity folder: its weights, as checkpoints in the released layouts, its images, what the release computes."""
+    """The parity data: its weights, as checkpoints in the released layouts, its images, what the release computes."""
 
-    def __init__(self, folder: Path, scratch: Path) -> None:
-        self.folder, self.scratch = folder, scratch
-        spec = importlib.util.spec_from_file_location("parity_seeded", folder / "seeded.py")
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        spec = importlib.util.spec_from_file_location("parity_seeded", PARITY / "seeded.py")
         seeded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(seeded)
         self.tensor, self.image = seeded.seeded_tensor, seeded.test_image
         self.model = lru_cache(maxsize=2)(self._model)
 
+    def path(self, name: str) -> Path:
+        """A file of tests/data/parity, or one of those that are too large for it."""
+        path = PARITY / name
+        return path if path.is_file() else shared_folder("parity") / name
+
     def json(self, name: str) -> dict:
-        return json.loads((self.folder / name).read_text())
+        return json.loads(self.path(name).read_text())
 
     def encoder_tensors(self, encoder: str) -> dict:
         keys = self.json(f"{encoder}.keys.json")
@@ -166,16 +166,16 @@ class Seeded:
 
     @property
     def detector_checkpoint(self) -> Path:
-        return self.folder / "object_aware_model_n_seeded.pt"
+        return self.path("object_aware_model_n_seeded.pt")
 
     def _model(self, encoder: str):
         from fiftyone_mobilesamv2 import MobileSAMv2
 
         return MobileSAMv2.from_checkpoints(
-            encoder, self.encoder_checkpoint(encoder), self.decoder_checkpoint(), self.detector_checkpoint, device="cpu"
+            encoder, self.encoder_checkpoint(encoder), self.decoder_checkpoint(), device="cpu"
         )
 
 
 @pytest.fixture(scope="session")
-def seeded(parity, tmp_path_factory) -> Seeded:
-    return Seeded(parity, tmp_path_factory.mktemp("seeded"))
+def seeded(tmp_path_factory) -> Seeded:
+    return Seeded(tmp_path_factory.mktemp("seeded"))

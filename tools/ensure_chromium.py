@@ -25,20 +25,20 @@ def find_chromium() -> str | None:
     return next((path for path in paths if ends_well([path, "--version"], 60)), None)
 
 
-def install_chromium() -> None:
+def install(package: str, purpose: str) -> None:
     """Tries apt-get, where there is one that needs no password."""
     if not shutil.which("apt-get"):
         return
     apt_get = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
-    print("Installing Chromium by apt-get, for the tests that drive the App", flush=True)
+    print(f"Installing {package} by apt-get, {purpose}", flush=True)
     if ends_well([*apt_get, "update"], 300):
-        ends_well([*apt_get, "install", "-y", "--no-install-recommends", "chromium"], 600)
+        ends_well([*apt_get, "install", "-y", "--no-install-recommends", package], 600)
 
 
 def main() -> None:
     found = find_chromium()
     if not found:
-        install_chromium()
+        install("chromium", "for the tests that drive the App")
         found = find_chromium()
     print(f"Browser for the tests of the App: {found}" if found else MISSING)
 

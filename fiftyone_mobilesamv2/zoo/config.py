@@ -30,7 +30,7 @@ class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
         device (None): "cuda", "mps", "cpu"; None takes what there is, in this order.
         dtype ("float32"): "float32", "bfloat16" or "float16", for the heavy computation.
         prompting ("object_aware"): "object_aware", or "grid" for SAM's grid search.
-        confidence_thresh (None): minimum confidence of a mask. None means the paper's 0.4 of the detector if object-aware;
+        confidence_thresh (None): minimum confidence of a mask. None means the paper's 0.4 of the detector ;
             with the grid or with prompts of your own the confidence is the predicted IoU, and None keeps all.
         iou (0.9): boxes of the detector that overlap more are the same object.
         max_prompts (320): maximum number of boxes in an image.

@@ -5,8 +5,10 @@ import pytest
 import torch
 from pycocotools import mask as mask_utils
 
+from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_detector
 from fiftyone_mobilesamv2.modeling.grid_prompts import GridFilter
 from fiftyone_mobilesamv2.modeling.masks import Segmentation, crop_masks, upsample
+from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery, boxes_from_raw
 
 ENCODERS = [
     "tiny_vit",
@@ -21,7 +23,7 @@ ENCODERS = [
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_encoder_decoder_and_masks(seeded, encoder, record_property):
     model = seeded.model(encoder)
-    recorded = np.load(seeded.folder / f"{encoder}.npz")
+    recorded = np.load(seeded.path(f"{encoder}.npz"))
     for name, case in seeded.json(f"{encoder}.json")["cases"].items():
         image = seeded.image(case["height"], case["width"], case["phase"])
         boxes = np.array(case["boxes_xyxy"], np.float32)
@@ -52,9 +54,7 @@ def test_encoder_decoder_and_masks(seeded, encoder, record_property):
 
 
 def test_nms_snapping_and_scaling(seeded):
-    from fiftyone_mobilesamv2.modeling.object_discovery import boxes_from_raw
-
-    recorded = np.load(seeded.folder / "object_discovery.npz")
+    recorded = np.load(seeded.path("object_discovery.npz"))
     sizes = seeded.json("object_discovery.json")
     settings = [key for key in recorded.files if key.endswith("/boxes")]
     assert len(settings) == 9
@@ -74,11 +74,12 @@ def test_nms_snapping_and_scaling(seeded):
 
 
 def test_released_detector_finds_the_stored_boxes(seeded):
-    model = seeded.model("tiny_vit")
+    discovery = ObjectDiscovery(load_detector(seeded.detector_checkpoint))
     cases = seeded.json("object_aware_model_n_seeded.json")
     images = [seeded.image(case["height"], case["width"], case["phase"]) for case in cases.values()]
-    # Both in one batch: the release snaps only the first image's boxes.
-    for prompts, case in zip(model.discover(images, conf=0.4, iou=0.9, max_prompts=300), cases.values()):
+    for image, case in zip(images, cases.values()):
+        with torch.inference_mode():
+            prompts = discovery(image, conf=0.4, iou=0.9, max_prompts=300)
         np.testing.assert_allclose(prompts.boxes.numpy(), case["boxes_xyxy"], atol=0.05)
         np.testing.assert_allclose(prompts.scores.numpy(), case["scores"], atol=1e-4)
 
