@@ -6,7 +6,7 @@ from ensure_chromium import install
 
 PROGRAMS = ("ffmpeg", "ffprobe")
 MISSING = (
-    "ffmpeg and ffprobe are not in PATH: videos can't be segmented, and their tests will be skipped. Images need neither. "
+    "ffmpeg and ffprobe are not in PATH: videos can't be segmented, and their tests are skipped. Images need neither. "
     "`apt-get install ffmpeg`, or your system's way to install it, makes them work."
 )
 

@@ -31,7 +31,8 @@ def model(seeded) -> MobileSAMv2:
         for mlp in decoder.mask_decoder.output_hypernetworks_mlps:  # logits as far from 0 as trained ones
             mlp.layers[-1].weight *= 100
         decoder.mask_decoder.iou_prediction_head.layers[-1].bias[1] -= 5  # the first of three masks is never the best
-    return MobileSAMv2(encoder, decoder, config, ObjectDiscovery(load_detector(PACKAGED_WEIGHTS / "demo_detector.safetensors"), 320), "cpu")
+    detector = load_detector(PACKAGED_WEIGHTS / "demo_detector.safetensors")
+    return MobileSAMv2(encoder, decoder, config, ObjectDiscovery(detector, 320), "cpu")
 
 
 @pytest.fixture(scope="module")
