@@ -47,7 +47,7 @@ def test_encoder_decoder_and_masks(seeded, encoder, record_property):
         ious = [mask_utils.iou([mine], [theirs], [0])[0, 0] for mine, theirs in zip(found.rle(), expected)]
         assert len(found) == len(expected)
         assert min(ious) >= 0.999
-        record_property(f"{name} mask IoU", min(ious))
+        record_property(f"{name} mask IoU", float(min(ious)))
         # ... and cropped masks are the whole maps' masks, to the pixel.
         full = upsample(logits, 1024, embedding.input_sizes[0], size).numpy() > 0
         assert all(np.array_equal(found.full_mask(i), full[i]) for i in range(len(found)))
