@@ -42,7 +42,8 @@ test: setup-dev ## check format, lint and layers, run the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	.venv/bin/lint-imports
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not app'
+	$(PY) -m pytest tests/app
 
 test-slow: setup-dev ## run the tests that take more memory or time
 	$(PY) -m pytest -m slow

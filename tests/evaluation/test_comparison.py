@@ -9,6 +9,7 @@ from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
 from fiftyone_mobilesamv2.errors import Cancelled
 from fiftyone_mobilesamv2.evaluation import comparison
 from fiftyone_mobilesamv2.evaluation.comparison import Comparison, Measurement, compare_promptings, draw, short
+from fiftyone_mobilesamv2.labels.mask_files import MaskFiles
 from fiftyone_mobilesamv2.training.scenes import write_coco
 
 MODEL = "mobilesamv2-demo-torch"
@@ -117,14 +118,14 @@ def test_boxes(scenes, model, as_it_was):
 def test_masks_on_disk_are_deleted_too(scenes, model, as_it_was, monkeypatch):
     monkeypatch.setattr(comparison, "LABEL_BYTES", 0)
     written = []
-    export = fo.Detection.export_mask
+    add = MaskFiles.add
 
-    def note(self, path, **kwargs):
-        export(self, path, **kwargs)
-        written.append(Path(path))
+    def note(self, mask):
+        written.append(Path(add(self, mask)))
         assert written[-1].is_file()
+        return str(written[-1])
 
-    monkeypatch.setattr(fo.Detection, "export_mask", note)
+    monkeypatch.setattr(MaskFiles, "add", note)
     found = compare_promptings(scenes, model, SIDE, images=1, gt_field="ground_truth")
     assert len(written) == found.object_aware.masks + found.grid.masks
     assert found.object_aware.recall.metrics()["AR@1000"] > 0

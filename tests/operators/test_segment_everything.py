@@ -303,13 +303,13 @@ def test_cancel_keeps_what_is_stored(plugin, scenes):
 
 
 def test_closing_the_tab_stops_the_work(plugin, scenes):
-    from fiftyone_mobilesamv2.operators.app_work import _running
+    from fiftyone_mobilesamv2.operators.app_work import running
 
     messages = plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1})
     next(messages)
-    (work,) = _running.values()
+    (work,) = running.values()
     messages.close()
-    assert work.finished.wait(30) and _running == {}
+    assert work.finished.wait(30) and running == {}
     assert sum(labels is not None for labels in scenes.values("segmentations")) < 4
 
 
