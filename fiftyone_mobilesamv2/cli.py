@@ -239,14 +239,16 @@ def run_reproduce(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Evaluates a dataset, and prints AR@K, beside that of earlier runs where asked for."""
-
     from .evaluation.proposal_results import ProposalResults, comparison_table
     from .evaluation.proposals import evaluate_proposals
 
     dataset = load_dataset(args.dataset)
-    others = {key: dataset.load_evaluation_results(key) for key in args.compare}
-    for key, results in others.items():
-        if not isinstance(results, ProposalResults):
+    others = {}
+    for key in args.compare:
+        if key not in dataset.list_evaluations():
+            raise ArgumentError(f"{args.dataset} has no evaluation '{key}'.")
+        others[key] = dataset.load_evaluation_results(key)
+        if not isinstance(others[key], ProposalResults):
             raise ArgumentError(f"Evaluation '{key}' of {args.dataset} is not an evaluation of proposals.")
     results = evaluate_proposals(
         dataset,

@@ -162,10 +162,14 @@ def aggregate(samples: SampleCollection, **pipeline: object) -> Iterator[dict]:
 
 
 def bulk_write(
-    dataset: fo.Dataset, operations: list, ids: Sequence[ObjectId] | None = None, frames: bool = False
+    dataset: fo.Dataset,
+    operations: list,
+    ids: Sequence[ObjectId] | None = None,
+    frames: bool = False,
+    ordered: bool = False,
 ) -> None:
     """Carries out operations of pymongo, and reloads the samples or frames `ids` that are in memory; all for None."""
-    dataset._bulk_write(operations, ids=ids, frames=frames)
+    dataset._bulk_write(operations, ids=ids, frames=frames, ordered=ordered)
 
 
 def reload_samples(dataset: fo.Dataset, ids: Sequence[str]) -> None:

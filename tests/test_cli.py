@@ -184,11 +184,14 @@ def test_evaluate(measurable, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{name}x", "both"], "[Dd]ataset '?{name}x'? not found"),
+        (["{name}x", "both"], "There is no dataset '{name}x'"),
         (["{name}", "others"], "{name} has no field 'others' for the proposals.* both, ground_truth, one"),
         (["{name}", "both", "--gt-field", "objects"], "{name} has no field 'objects' for the ground truth"),
         (["{name}", "both", "--compare", "other"], "no evaluation.*other"),
-        (["{name}", "both", "--compare", "of_boxes"], "Evaluation 'of_boxes' of {name} is none of proposals"),
+        (
+            ["{name}", "both", "--compare", "of_boxes"],
+            "Evaluation 'of_boxes' of {name} is not an evaluation of proposals",
+        ),
     ],
     ids=["dataset", "proposals", "objects", "run", "run of another kind"],
 )

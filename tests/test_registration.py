@@ -184,7 +184,7 @@ report(type=type(model).__module__, objects=objects(model), again=foz.load_zoo_m
     assert found["own"]
     assert found["inherited"].split(":") == [str(own), str(PACKAGE / "manifest.json")]
     assert found["imported"] == []
-    assert found["type"] == "fiftyone_mobilesamv2.zoo"
+    assert found["type"] == "fiftyone_mobilesamv2.zoo.model"
     assert found["objects"] > 0
     assert found["again"]
 
