@@ -49,14 +49,21 @@ def settle(
     return deleted
 
 
-def is_referred_to(sample_id: str, folder: str) -> bool:
-    """Whether this sample, of any dataset, has anything about a folder of this name.
+def is_referred_to(sample_id: str, folder: str, if_unknown: bool = False) -> bool:
+    """Whether this sample or frame, of any dataset, has anything about a folder of this name.
 
     Any dataset: a clone has the same samples. Anything: labels may have gone to another field.
+
+    Args:
+        if_unknown: the answer for a sample that no dataset has: it may have been one of a view that is gone.
     """
+    datasets = foo.get_db_conn().datasets
     database = foo.get_db_conn().with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
-    for collection in foo.get_db_conn().datasets.distinct("sample_collection_name"):
-        found = database[collection].find_one({"_id": ObjectId(sample_id)})
-        if found is not None and folder.encode() in found.raw:
-            return True
-    return False
+    is_known = False
+    for kind in ("sample_collection_name", "frame_collection_name"):
+        for collection in filter(None, datasets.distinct(kind)):
+            found = database[collection].find_one({"_id": ObjectId(sample_id)})
+            if found is not None and folder.encode() in found.raw:
+                return True
+            is_known = is_known or found is not None
+    return if_unknown and not is_known

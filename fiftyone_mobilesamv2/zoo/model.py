@@ -7,6 +7,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -77,7 +78,8 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.model.seconds.clear()
         self._unconfirmed.clear()
         # What `apply_model` has not stored a day after it was made, it never will: it was killed.
-        settle(apply_model_folder(self.config), lambda *_: True, is_referred_to, SETTLE_AFTER)
+        is_stored = partial(is_referred_to, if_unknown=True)
+        settle(apply_model_folder(self.config), lambda *_: True, is_stored, SETTLE_AFTER)
         return self
 
     def __exit__(self, *args: object) -> None:

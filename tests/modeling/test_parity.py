@@ -80,7 +80,14 @@ def test_released_detector_finds_the_stored_boxes(seeded):
     for image, case in zip(images, cases.values()):
         with torch.inference_mode():
             prompts = discovery(image, conf=0.4, iou=0.9, max_prompts=300)
-        np.testing.assert_allclose(prompts.boxes.numpy(), case["boxes_xyxy"], atol=0.05)
+        assert len(prompts.boxes) == len(case["boxes_xyxy"])
+        # Some scores are equal but for the last digits, where the order of float additions decides: each stored box is
+        # found, once, with its score, wherever among its equals.
+        away = np.abs(prompts.boxes.numpy()[:, None] - np.array(case["boxes_xyxy"])).max(axis=2)
+        found = away.argmin(axis=0)
+        assert len(set(found)) == len(found)
+        assert away.min(axis=0).max() <= 0.05
+        np.testing.assert_allclose(prompts.scores.numpy()[found], case["scores"], atol=1e-4)
         np.testing.assert_allclose(prompts.scores.numpy(), case["scores"], atol=1e-4)
 
 

@@ -75,6 +75,14 @@ def start(dataset, started):
         return recorded_runs(dataset, "own")
 
 
+def test_end_is_recorded_where_the_signs_of_life_end_first(labeled, monkeypatch):
+    # As they may between the run's end, of which they are told, and the look at whether they go on.
+    monkeypatch.setattr(segmentation_runs, "_heartbeat", lambda *_: None)
+    start(labeled, run())
+    (ended,) = recorded_runs(labeled, "own")
+    assert not ended.cancelled and ended.seconds["total"] > 0
+
+
 def test_field_is_kept_from_a_second_run(labeled, living):
     first = run()
     owned_by(labeled, first, **living)

@@ -1,6 +1,7 @@
 """`apply_model` over real datasets in a real database."""
 
 import logging
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -239,6 +240,28 @@ def test_masks_beyond_the_budget_go_to_disk(filled, model, scenes, tmp_path, mon
         mask = detection.mask if detection.mask is not None else cv2.imread(detection.mask_path, 0) > 0
         np.testing.assert_array_equal(mask, expected.mask)
     assert sum("don't fit into its document" in message for message in caplog.messages) == 1
+
+
+def test_masks_in_files_that_a_killed_apply_model_left(filled, tmp_path):
+    """What the database refers to stays, and so does what may be another's; the rest goes after a day."""
+    folder = tmp_path / "masks" / "apply_model"
+    model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "masks"))
+    filled.apply_model(model, FIELD, num_workers=0)
+    stored = {Path(path) for path in filled.values(f"{FIELD}.detections.mask_path", unwind=True)}
+    assert stored and all(path.is_file() and folder in path.parents for path in stored)
+    assert list((folder / "unconfirmed").iterdir()) == []  # it came to its end
+
+    written = {}
+    for whose, sample_id in (("nobody's", filled.first().id), ("unknown", "a" * 24), ("new", filled.first().id)):
+        files = MaskFiles(str(folder), sample_id, "apply_model")
+        written[whose] = Path(files.add(np.ones((2, 2), bool)))
+    notes = sorted((folder / "unconfirmed").iterdir(), key=lambda note: note.stat().st_mtime_ns)
+    for note in notes[:2]:
+        os.utime(note, (0, 0))
+    with model:
+        pass
+    assert [path.is_file() for path in written.values()] == [False, True, True]
+    assert all(path.is_file() for path in stored) and list((folder / "unconfirmed").iterdir()) == notes[2:]
 
 
 def test_a_document_stays_below_mongodbs_limit(filled, tmp_path):

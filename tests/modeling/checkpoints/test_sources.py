@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from fiftyone_mobilesamv2 import cli
-from fiftyone_mobilesamv2.modeling.checkpoints import catalog
+from fiftyone_mobilesamv2.modeling.checkpoints import catalog, overview  # noqa: F401  imported before MODELS is replaced
 from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, HubFile, PretrainedModel, Weights
 from fiftyone_mobilesamv2.modeling.checkpoints.sources import check_sources
 
