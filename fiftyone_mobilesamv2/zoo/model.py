@@ -152,10 +152,13 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
                 self.fail(item, item.error)
         try:
             found = self._segment(good)
-        except Exception:
+        except Exception as error:
             if not all(item.skip_failures for item in items):
                 raise
-            # One image may have failed the others: each gets a try of its own.
+            # One image may have failed the others, or they need too much memory together: each gets a try of its own.
+            if len(good) > 1:
+                told = f"{type(error).__name__}: {error}"
+                logger.warning("%d images failed as a batch, so each is segmented by itself: %s", len(good), told)
             found = [self._attempt(item, lambda item: self._segment([item])[0], item) for item in good]
         self.num_images += len(items)
         self.num_labels += sum(len(each.masks) for each in found if each)

@@ -163,6 +163,21 @@ def test_mixed_kinds_of_files_lie_where_the_app_shows_the_object(dataset, model,
     assert found["wide"] is not None and found["pixel"] is not None
 
 
+def test_batch_that_is_too_much_at_once_is_told(filled, model, monkeypatch, caplog):
+    segment = model.model.segment_everything
+
+    def one_at_a_time(images, **parameters):
+        if len(images) > 1:
+            raise RuntimeError("out of memory")
+        return segment(images, **parameters)
+
+    monkeypatch.setattr(model.model, "segment_everything", one_at_a_time)
+    with caplog.at_level(logging.WARNING):
+        filled.apply_model(model, FIELD, batch_size=len(filled), num_workers=0)
+    assert not model.failures and all(sample[FIELD] is not None for sample in filled)
+    assert f"{len(filled)} images failed as a batch" in caplog.text and "RuntimeError: out of memory" in caplog.text
+
+
 def test_a_bad_file_costs_its_own_sample_alone(filled, model, files, tmp_path, caplog):
     filled.apply_model(model, FIELD, batch_size=6, num_workers=0)
     before = {sample.id: content(sample[FIELD]) for sample in filled}
