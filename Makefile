@@ -52,7 +52,7 @@ screenshots: setup-dev ## take the README's screenshots of the App anew
 	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app
 	for picture in assets/app/*.png; do cp ".screenshots/$${picture##*/}" "$$picture"; done
 
-bench: setup-dev ## measure speed and memory anew, for the README (12 to 15 minutes on 2 cores)
+bench: setup-dev ## measure speed and memory anew, for docs/speed.md (12 to 15 minutes on 2 cores)
 	$(PY) benchmarks/bench.py
 
 faults: setup-dev ## kill runs, stop the database, fill the disk: what is lost? (about 10 minutes)

@@ -1,6 +1,6 @@
-"""Every figure of the README about speed and memory, in one run: `make bench`.
+"""Every figure of docs/speed.md, in one run: `make bench`.
 
-Prints what it measures, then one table; writes assets/benchmarks.json, the charts beside it, and the README's table.
+Prints what it measures, then one table; writes assets/benchmarks.json, the charts beside it, and the page's table.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def main() -> None:
     print(f"\n{report.markdown()}\n\n{sum(not row.met for row in report.rows)} figures fall short of their targets.")
     report.write(ROOT / "assets" / "benchmarks.json")
     charts.draw(report, ROOT / "assets")
-    readme = ROOT / "README.md"
+    page = ROOT / "docs" / "speed.md"
     text = f"{report.machine['device']}, {report.machine['threads']} threads:\n\n{report.markdown()}"
-    readme.write_text(replace_between(readme.read_text(), "benchmarks", text))
+    page.write_text(replace_between(page.read_text(), "benchmarks", text))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Row:
     """One figure and what it should be.
 
     Attributes:
-        target: its number in the list of targets that the README explains.
+        target: its number in the list of targets that docs/speed.md explains.
         value: the figure, in `unit`: "x" is how many times faster than the baseline, or smaller.
         wanted: the least value, or with `at_most` the largest; None where the figure is for comparison only.
         how: the two sides of a ratio, or what was measured.
