@@ -267,7 +267,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def load_dataset(name: str) -> fo.Dataset:
-    """The dataset of that name. Raises ArgumentError if there is none."""
+    """The dataset with this name. Raises ArgumentError if it doesn't exist."""
     import fiftyone as fo
 
     if not fo.dataset_exists(name):

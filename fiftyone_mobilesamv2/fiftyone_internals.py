@@ -115,7 +115,7 @@ def label_type(samples: SampleCollection, name: str) -> type[fo.Label]:
 
 
 def add_to_sidebar_group(dataset: fo.Dataset, paths: Sequence[str], name: str) -> None:
-    """Shows fields in a group of the App's sidebar, which is made if there is none of that name."""
+    """Shows fields in a group of the App's sidebar, creating the group if necessary."""
     dataset._add_paths_to_sidebar_group(list(paths), name)
 
 

@@ -297,6 +297,6 @@ def _updates(
 
 
 def _datasets(samples: SampleCollection) -> list[fo.Dataset]:
-    """The dataset, and that of a view of patches or frames."""
+    """The dataset and, for a view of patches or frames, the generated dataset behind it."""
     root, own = root_dataset(samples), source_dataset(samples)
     return [root] if own is root else [root, own]

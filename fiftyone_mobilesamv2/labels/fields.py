@@ -134,7 +134,7 @@ def _holds(found: fof.Field, kinds: tuple[type, ...]) -> bool:
 
 
 def declare_label_field(dataset: fo.Dataset, label_field: str) -> None:
-    """Adds the field, if there is none.
+    """Adds the field unless it exists.
 
     FiftyOne shares one object for a dataset among the threads of the App, each of which reloads it: a field that one
     adds just then is lost.

@@ -105,7 +105,7 @@ def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = S
 
 
 def use_masks_switch(form: Form, *field_names: str) -> bool:
-    """Whether masks are compared; where there are none, boxes."""
+    """Whether to compare masks. Where a field has none, boxes are compared."""
     known = label_fields(form.samples, SHAPE_TYPES)
     without = [name for name in field_names if name in known and not have_masks(form.samples, name)]
     use_masks = form.switch("use_masks", not without, "Compare masks", "Otherwise bounding boxes")

@@ -150,7 +150,7 @@ class Form:
         """One of the fields that hold labels of these kinds, but not the field `without`.
 
         Raises:
-            FormError: there is none.
+            FormError: no field holds such labels.
         """
         found = label_fields(self.samples, kinds)
         found = [each for each in found if each != without]

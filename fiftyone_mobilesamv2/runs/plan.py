@@ -125,7 +125,7 @@ def ids_of_labels_with_masks(samples: SampleCollection, label_field: str) -> dic
 def prompts_left(
     prompts: Sequence[fol.Detection | fol.Keypoint], in_place: bool, replace: bool, answered: Sequence[str]
 ) -> fol.Label | None:
-    """Those of a sample's prompts that have no mask yet; None if there are none."""
+    """The prompts of a sample that have no mask yet, or None if none are left."""
     left = [p for p in prompts if replace or (not _has_mask(p) if in_place else p.id not in answered)]
     if not left:
         return None
