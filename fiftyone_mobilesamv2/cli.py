@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, DownloadError, MobileSAMv2Error
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 1 after an error that the message explains, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fiftyone-mobilesamv2", description="MobileSAMv2 for FiftyOne")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -32,16 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     segment.add_argument("--model", required=True, help="name of a zoo model, such as mobilesamv2-tinyvit-torch")
     segment.add_argument("--label-field", default="segmentations", help="where the masks go")
     segment.add_argument("--replace", action="store_true", help="replace the labels that are there; else these stay")
-    segment.add_argument("--prompting", choices=("object_aware", "grid"), default="object_aware")
-    segment.add_argument("--confidence", type=float, help="minimum score of an object; the paper uses 0.4")
-    segment.add_argument(
-        "--max-prompts", type=positive, default=320, help="maximum number of objects to look for in an image"
-    )
     segment.add_argument("--batch-size", type=positive, default=8)
-    segment.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
-    segment.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    segment.add_argument("--masks-on-disk", action="store_true", help="store masks as PNG files")
-    segment.add_argument("--mask-dir", help="folder for these; on a cluster one that all machines share")
+    if argv[:1] == ["segment"]:
+        add_parameters(segment)
     add_cluster(segment)
 
     reproduce = commands.add_parser("reproduce", help="measure the paper's tables on COCO or LVIS ground truth")
@@ -144,14 +138,12 @@ def run_segment(args: argparse.Namespace) -> int:
     """Segments a dataset. Returns 1 where images failed, which are listed."""
 
     from .runs.segment import segment_everything
-    from .zoo.config import MobileSAMv2ModelConfig
+    from .zoo.config import PARAMETERS, MobileSAMv2ModelConfig
 
-    parameters = {"name": args.model, "device": args.device, "dtype": args.dtype, "prompting": args.prompting}
-    parameters |= {"confidence_thresh": args.confidence, "max_prompts": args.max_prompts}
-    parameters |= {"masks_on_disk": args.masks_on_disk, "mask_dir": args.mask_dir}
+    parameters = {name: value for name, value in vars(args).items() if name in PARAMETERS}
     run = segment_everything(
         load_dataset(args.dataset),
-        MobileSAMv2ModelConfig({name: value for name, value in parameters.items() if value is not None}),
+        MobileSAMv2ModelConfig({"name": args.model, **parameters}),
         args.label_field,
         args.replace,
         args.batch_size,
@@ -273,6 +265,27 @@ def load_dataset(name: str) -> fo.Dataset:
     if not fo.dataset_exists(name):
         raise ArgumentError(f"There is no dataset '{name}'.")
     return fo.load_dataset(name)
+
+
+def add_parameters(command: argparse.ArgumentParser) -> None:
+    """The arguments for a model's parameters, as they are declared."""
+    from .zoo.config import PARAMETERS  # takes torch: the help of other commands need not wait for it
+
+    for parameter in PARAMETERS.values():
+        if parameter.name in ("name", "raise_failures"):  # which is --model; a run lists what fails
+            continue
+        only = f" ({parameter.applies_to} only)" if parameter.applies_to else ""
+        flag = f"--{parameter.name.removesuffix('_thresh').replace('_', '-')}"
+        options: dict[str, Any] = {"help": f"{parameter.title}: {parameter.description}{only}"}
+        if parameter.kind is bool:
+            options["action"] = "store_true"
+        elif parameter.choices:
+            options["choices"] = list(parameter.choices)
+        elif parameter.kind is int and parameter.min == 1:
+            options["type"] = positive
+        else:
+            options["type"] = parameter.kind
+        command.add_argument(flag, dest=parameter.name, default=parameter.default, **options)
 
 
 def add_cluster(command: argparse.ArgumentParser) -> None:

@@ -19,14 +19,9 @@ if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
     from ..runs.record import SegmentationRun
+    from ..zoo.config import MobileSAMv2ModelConfig
     from .app_work import Progress
     from .form import Form
-
-PRECISIONS = {
-    "float32": "float32: exact",
-    "bfloat16": "bfloat16: faster where the processor has it; a few pixels of each outline differ",
-    "float16": "float16: for GPUs without bfloat16",
-}
 
 
 def model_choice(form: Form) -> str:
@@ -52,11 +47,39 @@ def model_choice(form: Form) -> str:
 def runtime_choices(form: Form) -> None:
     """Where the model runs, and how exactly."""
     from ..modeling.devices import available_devices
+    from ..zoo.config import PARAMETERS
 
     devices = available_devices()
     names = {"cuda": "GPU (cuda)", "mps": "GPU (mps)", "cpu": "CPU"}
-    form.choice("device", {device: names[device] for device in devices}, devices[0], "Device")
-    form.choice("dtype", PRECISIONS, "float32", "Precision")
+    title = PARAMETERS["device"].title
+    form.choice("device", {device: names[device] for device in devices}, devices[0], title)
+    form.parameter(PARAMETERS["dtype"])
+
+
+def storage_choice(form: Form) -> None:
+    """The parameter masks_on_disk, in words that say what happens."""
+    choices = {"database": "In the database; masks that don't fit go to disk", "disk": "On disk, as PNG files"}
+    form.choice("storage", choices, "database", "Where masks are stored", radio=True)
+
+
+def advanced_parameters(form: Form, prompting: str) -> None:
+    """What the declaration calls advanced, where the user asks for it, or has given one of them."""
+    from ..zoo.config import PARAMETERS
+
+    advanced = [p for p in PARAMETERS.values() if p.is_advanced and p.applies_to in (None, prompting)]
+    is_given = any(form.ctx.params.get(p.name) not in (None, "") for p in advanced)
+    if form.switch("advanced", is_given, "Advanced settings"):
+        for parameter in advanced:
+            form.parameter(parameter)
+
+
+def model_config(form: Form) -> MobileSAMv2ModelConfig:
+    """The configuration that a form with the inputs above asks for."""
+    from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
+
+    values = form.values
+    given = {"name": values["model"], "masks_on_disk": values["storage"] == "disk"}
+    return MobileSAMv2ModelConfig(given | {name: values[name] for name in PARAMETERS if name in values})
 
 
 def fetch_with_progress(name: str, progress: Progress) -> None:
@@ -148,10 +171,6 @@ def skipped_button(skipped: Sequence[dict]) -> list[tuple[str, str, dict]]:
 
 FAILED = "Show failed samples"
 SHOW_SAMPLES = "@voxel51/operators/show_samples"
-STORAGES = {
-    "database": "In the database; masks that don't fit go to disk",
-    "disk": "On disk, as PNG files",
-}
 
 
 def detections_fields(samples: SampleCollection, prefix: str = "") -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import FormError
 from ..labels.fields import label_fields
 from .app_work import Outcome, Progress
 from .choices import GROUND_TRUTH, fetch_with_progress, model_choice, runtime_choices, use_masks_switch
@@ -30,10 +29,7 @@ class ComparePrompting(Operator):
         from ..evaluation.comparison import IMAGES, kept_fields
 
         samples = form.target("Compare on")
-        try:
-            check_images(samples)
-        except ValueError as error:
-            raise FormError(str(error)) from error
+        check_images(samples)
         form.number("images", IMAGES, "Images", "Drawn at random, the same ones each time", min=1, whole=True)
         model_choice(form)
         grid = form.choice("grid", GRIDS, "32", "Grid", "SAM's search, three masks for each of its points")
@@ -67,13 +63,10 @@ class ComparePrompting(Operator):
             return
         drawn = draw(form.samples, form.values["images"])
         for name in names:
-            try:
+            with form.checks():
                 check_label_field(form.samples, name)
-            except ValueError as error:
-                form.problem(str(error))
-                continue
-            if labels := labels_there(drawn, name)[1]:
-                form.warn(f"{count(labels, 'label')} of these images in '{name}' will be replaced.")
+                if labels := labels_there(drawn, name)[1]:
+                    form.warn(f"{count(labels, 'label')} of these images in '{name}' will be replaced.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo

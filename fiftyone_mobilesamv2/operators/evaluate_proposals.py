@@ -40,15 +40,11 @@ class EvaluateProposals(Operator):
         pred_field = proposals_choice(form, SHAPE_TYPES)
         gt_field = ground_truth_choice(form, pred_field, SHAPE_TYPES)
         if not form.problems:
-            try:
+            with form.checks():
                 ProposalEvaluationConfig(pred_field, gt_field).build().check_fields(samples)
-            except ValueError as error:
-                form.problem(str(error))
         ks = form.text("ks", "10, 100, 1000", "K", "How many proposals of an image count: one row of the table each")
-        try:
+        with form.checks("K: "):
             form.values["ks"] = whole_numbers(ks)
-        except ValueError as error:
-            form.problem(f"K: {error}")
         form.choice("rank_by", RANKINGS, "confidence", "Ranking", "Which proposals are the best")
         use_masks_switch(form, pred_field, gt_field)
         self._eval_key(form)

@@ -24,11 +24,8 @@ class ExportMasks(Operator):
         from ..curation.findings import check_images
         from ..labels.fields import have_masks
 
-        try:
-            samples = form.target("Export")
-            check_images(samples)
-        except ValueError as error:
-            raise FormError(str(error)) from error
+        samples = form.target("Export")
+        check_images(samples)
         field = form.label_field("field", SHAPES, "Masks", "The labels to export", "segmentations")
         if form.problems:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import FormError
 from .app_work import Outcome, Progress
 from .choices import RANKINGS, SHAPES, skipped_button, skipped_text, use_masks_switch
 from .form import Form, count
@@ -26,16 +25,11 @@ class FindDuplicates(Operator):
         from ..curation.findings import check_images, check_tagged_field
 
         samples = form.target("Look at")
-        try:
-            check_images(samples)
-        except ValueError as error:
-            raise FormError(str(error)) from error
+        check_images(samples)
         name = form.label_field("field", SHAPES, "Labels", "Compared with each other", "segmentations")
         if not form.problems:
-            try:
+            with form.checks():
                 check_tagged_field(samples, name, "labels to compare", ATTRIBUTES.values())
-            except ValueError as error:
-                form.problem(str(error))
         form.number("iou", 0.8, "IoU", "From which two labels are duplicates", min=0.01, max=1)
         form.number(
             "containment", 0.9, "Share inside", "From which a label inside a larger one is a part", min=0.01, max=1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import FormError
 from .app_work import Outcome, Progress
 from .choices import RANKINGS, ground_truth_choice, proposals_choice, skipped_button, skipped_text, use_masks_switch
 from .form import Form, count
@@ -25,18 +24,13 @@ class FindUnlabeledObjects(Operator):
         from ..curation.findings import check_images, check_tagged_field
 
         samples = form.target("Look at")
-        try:
-            check_images(samples)
-        except ValueError as error:
-            raise FormError(str(error)) from error
+        check_images(samples)
         look_for = form.choice("look_for", LOOK_FOR, OBJECTS, "What to look for", radio=True)
         pred_field = proposals_choice(form)
         gt_field = ground_truth_choice(form, pred_field)
         if not form.problems:
-            try:
+            with form.checks():
                 check_tagged_field(samples, gt_field if look_for == LABELS else pred_field, "labels to tag")
-            except ValueError as error:
-                form.problem(str(error))
         form.number("iou", 0.5, "IoU", "From which a proposal and a label are the same object", min=0.01, max=1)
         if look_for == OBJECTS:
             form.number(

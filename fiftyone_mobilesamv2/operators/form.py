@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+import cachetools
 import fiftyone as fo
 from bson import ObjectId
 from fiftyone.operators import types
 from fiftyone.operators.constants import ViewTarget
 
-from ..errors import FormError
+from ..errors import FormError, MobileSAMv2Error
 from ..fiftyone_internals import frame_collection, is_generated, root_dataset, sample_collection, serialized_view
 from ..labels.fields import label_fields
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
     from fiftyone.operators.executor import ExecutionContext
+
+    from ..zoo.config import Parameter
 
 T = TypeVar("T")
 
@@ -74,6 +79,18 @@ class Form:
             empty = "This dataset has" if not len(self.ctx.dataset) else "The current view has"
             raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
         return self.samples
+
+    def parameter(self, parameter: Parameter, default: object = None) -> object:
+        """A parameter of the model, as it is declared; `default` in place of the declared one."""
+        name, title, text = parameter.name, parameter.title, parameter.description
+        default = parameter.default if default is None else default
+        if parameter.choices:
+            return self.choice(name, parameter.choices, default, title, text, radio=len(parameter.choices) == 2)
+        if parameter.kind is bool:
+            return self.switch(name, default, title, text)
+        if parameter.kind is str:
+            return self.text(name, default, title, text)
+        return self.number(name, default, title, text, parameter.min, parameter.max, whole=parameter.kind is int)
 
     def number(
         self,
@@ -170,6 +187,14 @@ class Form:
         found = self.inputs.str(name, label=label, description=description, default=default, view=view)
         return self.text_of(found, name, default, label)
 
+    @contextmanager
+    def checks(self, label: str = "") -> Iterator[None]:
+        """What this block refuses becomes a problem of the form; `label` says of which input, such as "File: "."""
+        try:
+            yield
+        except MobileSAMv2Error as error:
+            self.problem(f"{label}{error}")
+
     def note(self, text: str) -> None:
         """Something good to know."""
         self._message("note", types.Notice(label=text))
@@ -213,8 +238,8 @@ class Form:
         found.error_message = text
 
 
-def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable) -> T:
-    """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
+def _state(compute: Callable, samples: SampleCollection, *args: Hashable) -> Hashable:
+    """What changes when the result of `compute(samples, *args)` may have changed."""
     dataset = root_dataset(samples)
     collections = [sample_collection(dataset)]
     if frame_collection(dataset) is not None:
@@ -222,15 +247,13 @@ def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable
     newest = [("last_modified_at", -1)]  # FiftyOne keeps an index of it
     state = [(c.estimated_document_count(), c.find_one({}, {newest[0][0]: True}, sort=newest)) for c in collections]
     view = hashlib.sha256(str(serialized_view(samples, include_uuids=False)).encode()).digest()  # it may list ids
-    key = (compute, args, dataset.name, view, str(state))
-    if key not in _cached:
-        if len(_cached) >= 100:
-            _cached.clear()
-        _cached[key] = compute(samples, *args)
-    return _cached[key]
+    return compute, args, dataset.name, view, str(state)
 
 
-_cached: dict[tuple, object] = {}
+@cachetools.cached(cachetools.LRUCache(maxsize=100), key=_state, lock=threading.Lock())
+def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable) -> T:
+    """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
+    return compute(samples, *args)
 
 
 def code(text: object) -> str:

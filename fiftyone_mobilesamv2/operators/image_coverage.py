@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import FormError
 from .app_work import Outcome, Progress
 from .choices import SHAPES, skipped_button, skipped_text
 from .form import Form, count
@@ -23,15 +22,12 @@ class ImageCoverage(Operator):
         from ..curation.findings import check_images
         from ..labels.fields import have_masks
 
-        try:
-            samples = form.target("Measure")
-            check_images(samples)
-            field = form.label_field("field", SHAPES, "Labels", "The objects", "segmentations")
-            if form.problems:
-                return
-            check_coverage(samples, field)
-        except ValueError as error:
-            raise FormError(str(error)) from error
+        samples = form.target("Measure")
+        check_images(samples)
+        field = form.label_field("field", SHAPES, "Labels", "The objects", "segmentations")
+        if form.problems:
+            return
+        check_coverage(samples, field)
         has_masks = have_masks(samples, field)
         if form.switch("use_masks", has_masks, "Measure masks", "Otherwise bounding boxes") and not has_masks:
             form.problem(f"Labels in '{field}' have no masks: measure boxes.")

@@ -48,7 +48,7 @@ class Operator(foo.Operator):
     risk = "medium"
 
     def form(self, form: Form) -> None:
-        """Adds the inputs. Raises FormError where the rest of them would make no sense."""
+        """Adds the inputs. Raises ArgumentError where the rest of them would make no sense."""
         raise NotImplementedError
 
     def run(self, form: Form, progress: Progress) -> Outcome:
@@ -120,10 +120,8 @@ class Operator(foo.Operator):
 
     def _filled(self, ctx: ExecutionContext) -> Form:
         form = Form(ctx)
-        try:
+        with form.checks():
             self.form(form)
-        except FormError as error:
-            form.problem(str(error))
         return form
 
     def _run_in_app(self, ctx: ExecutionContext, form: Form) -> Iterator[GeneratedMessage]:

@@ -45,10 +45,7 @@ class PromoteToLabels(Operator):
             "Where the labels go: a new field, or one of detections or polylines",
             known,
         )
-        try:
-            check_promotion(form.samples, field, gt_field)
-        except ValueError as error:
-            raise FormError(str(error)) from error
+        check_promotion(form.samples, field, gt_field)
         view = types.AutocompleteView()
         for name in self._classes(form.dataset, gt_field):
             view.add_choice(name, label=name)

@@ -9,13 +9,14 @@ from ..fiftyone_internals import label_root
 from ..labels.fields import label_fields
 from .app_work import Outcome, Progress
 from .choices import (
-    STORAGES,
     detections_fields,
     fetch_with_progress,
     field_of_selected,
     model_choice,
+    model_config,
     runtime_choices,
     segmentation_outcome,
+    storage_choice,
 )
 from .form import Form, cached, count
 from .operator import Operator
@@ -63,17 +64,15 @@ class SegmentAnything(Operator):
             if label_field == field:
                 form.problem(f"'{field}' has the prompts: to write masks into them choose so above.")
         replace = form.switch("replace", False, "Replace masks", "Also where a label has a mask already")
-        try:
+        with form.checks():
             check_prompt_field(form.samples, field, in_place=label_field is None)
             if label_field is None:
                 self._count(form, field, replace)
             else:
                 check_label_field(form.samples, label_field)
                 self._count_masks(form, label_field, replace)
-        except ValueError as error:
-            form.problem(str(error))
         model_choice(form)
-        form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
+        storage_choice(form)
         form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
         runtime_choices(form)
 
@@ -119,8 +118,7 @@ class SegmentAnything(Operator):
         values = form.values
         fetch_with_progress(values["model"], progress)
         progress.tell(None, f"Loading {values['model']}")
-        runtime = {name: values[name] for name in ("device", "dtype")}
-        model = zoo.load_model(values["model"], masks_on_disk=values["storage"] == "disk", **runtime)
+        model = zoo.MobileSAMv2Model(model_config(form))
         run = segment_anything(
             form.samples,
             model,

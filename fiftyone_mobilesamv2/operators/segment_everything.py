@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import fiftyone as fo
 from fiftyone.operators import types
@@ -17,23 +16,18 @@ from .app_work import Outcome, Progress
 from .choices import (
     FAILED,
     SHOW_SAMPLES,
-    STORAGES,
+    advanced_parameters,
     detections_fields,
     fetch_with_progress,
     model_choice,
+    model_config,
     runtime_choices,
     segmentation_outcome,
+    storage_choice,
 )
 from .form import Form, cached, count
 from .operator import MANY_IMAGES, Operator
 
-if TYPE_CHECKING:
-    from ..zoo.config import MobileSAMv2ModelConfig
-
-PROMPTINGS = {
-    "object_aware": "Object-aware: find the objects first, then one mask each (fast)",
-    "grid": "Grid: SAM's search over a grid of points (many times slower)",
-}
 EXISTING = {
     "keep": "Skip samples that have masks there already",
     "replace": "Replace what is there",
@@ -57,46 +51,25 @@ class SegmentEverything(Operator):
         )
 
     def form(self, form: Form) -> None:
-        from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE
-        from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
+        from ..modeling.object_discovery import CONFIDENCE
+        from ..runs.plan import check_same_parameters, parameters_of
+        from ..zoo.config import PARAMETERS
 
         form.target("Segment")
-        self._label_field(form)
+        with form.checks():
+            self._label_field(form)
         model_choice(form)
-        prompting = form.choice("prompting", PROMPTINGS, "object_aware", "Prompting", radio=True)
+        prompting = form.parameter(PARAMETERS["prompting"])
+        for parameter in PARAMETERS.values():
+            if parameter.applies_to == prompting and not parameter.is_advanced:
+                form.parameter(parameter)
         if prompting == "object_aware":
-            form.number(
-                "max_prompts",
-                MAX_PROMPTS,
-                "Maximum prompts",
-                "Maximum number of objects to look for in an image",
-                min=1,
-                max=MAX_NMS_CANDIDATES,
-                whole=True,
-            )
-            form.number(
-                "confidence_thresh",
-                CONFIDENCE,
-                "Minimum confidence",
-                "Lower finds more objects and more false ones",
-                min=0,
-                max=1,
-            )
-            form.number("iou", NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", min=0, max=1)
-        else:
-            side = form.number(
-                "points_per_side",
-                POINTS_PER_SIDE,
-                "Points per side",
-                "Of the grid over an image",
-                min=1,
-                max=MAX_POINTS_PER_SIDE,
-                whole=True,
-            )
-            if not form.problems:
-                form.note(f"{side**2:,} prompts an image, three masks each, most of which are thrown away.")
-        form.number("min_area", 0, "Minimum mask area (pixels)", "0 keeps all", min=0, whole=True)
-        form.choice("storage", STORAGES, "database", "Where masks are stored", radio=True)
+            form.parameter(PARAMETERS["confidence_thresh"], default=CONFIDENCE)
+        elif not form.problems:
+            prompts = form.values["points_per_side"] ** 2
+            form.note(f"{prompts:,} prompts an image, three masks each, most of which are thrown away.")
+        form.parameter(PARAMETERS["min_area"])
+        storage_choice(form)
         form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
         runtime_choices(form)
         form.number(
@@ -108,9 +81,11 @@ class SegmentEverything(Operator):
             max=MAX_SHARDS,
             whole=True,
         )
+        advanced_parameters(form, prompting)
         _part(form)
         if not form.problems and form.values.get("existing") == "keep":
-            self._check_parameters(form)
+            with form.checks():
+                check_same_parameters(form.samples, form.values["label_field"], parameters_of(model_config(form)))
         if form.size > MANY_IMAGES:
             form.note(
                 f"{form.size:,} images take a while, and the tab has to stay open. Better schedule this, for a "
@@ -136,12 +111,8 @@ class SegmentEverything(Operator):
             "Where the masks go: a new field or one of detections",
             known,
         )
-        try:
-            check_label_field(samples, name)
-            done, objects = cached(labels_there, samples, name)
-        except ValueError as error:
-            form.problem(str(error))
-            return
+        check_label_field(samples, name)
+        done, objects = cached(labels_there, samples, name)
         if failed := failed_samples(samples, name).values("id"):
             form.note(
                 f"The last run into '{name}' failed at {count(len(failed), 'sample')}. To try these alone, show them "
@@ -163,14 +134,6 @@ class SegmentEverything(Operator):
         else:
             form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
 
-    def _check_parameters(self, form: Form) -> None:
-        from ..runs.plan import check_same_parameters, parameters_of
-
-        try:
-            check_same_parameters(form.samples, form.values["label_field"], parameters_of(_model_config(form)))
-        except ValueError as error:
-            form.problem(str(error))
-
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo
         from ..runs.segment import segment_everything
@@ -180,7 +143,7 @@ class SegmentEverything(Operator):
             return self._schedule_parts(form)
         fetch_with_progress(values["model"], progress)
         progress.tell(None, f"Loading {values['model']}")
-        model = zoo.MobileSAMv2Model(_model_config(form))
+        model = zoo.MobileSAMv2Model(model_config(form))
 
         def report(bar: fo.ProgressBar) -> None:
             done = f"{bar.iteration:,} of {bar.total:,} images, {model.num_labels:,} objects"
@@ -201,7 +164,7 @@ class SegmentEverything(Operator):
         from ..runs.plan import prepare
 
         values, group = form.values, uuid.uuid4().hex
-        prepare(form.samples, values["label_field"], _model_config(form), values.get("existing") == "replace")
+        prepare(form.samples, values["label_field"], model_config(form), values.get("existing") == "replace")
         service, ids = DelegatedOperationService(), []
         for index in range(values["num_shards"]):
             shard = Shard(index, values["num_shards"], group)
@@ -228,12 +191,3 @@ def _part(form: Form) -> Shard | None:
     except (TypeError, ValueError) as error:
         form.problem(f"shard: index, count and group of a part were expected, not {given!r} ({error}).")
         return None
-
-
-def _model_config(form: Form) -> MobileSAMv2ModelConfig:
-    from ..zoo.config import MobileSAMv2ModelConfig
-
-    values = form.values
-    names = ("prompting", "max_prompts", "confidence_thresh", "iou", "points_per_side", "min_area", "device", "dtype")
-    parameters = {name: values[name] for name in names if name in values}
-    return MobileSAMv2ModelConfig({"name": values["model"], "masks_on_disk": values["storage"] == "disk", **parameters})

@@ -15,7 +15,7 @@ from ..fiftyone_internals import label_root, root_dataset, select_all_slices, sp
 from ..labels.fields import check_label_field, declare_label_field, declare_mask_attributes
 from ..modeling.checkpoints.files import weights_sha256
 from ..modeling.object_discovery import CONFIDENCE
-from ..zoo.config import CHECKPOINTS, MobileSAMv2ModelConfig
+from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
 from . import retry as database
 from .record import recorded_runs
 from .shards import Shard
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
 HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a detection
-# Of a model's configuration, what says where it runs and not what it finds.
-_RUNTIME = {"model_name", "model_path", "device", "masks_on_disk", "mask_dir", "raise_failures"}
 
 
 def samples_left(
@@ -139,9 +137,7 @@ def _has_mask(detection: fol.Detection) -> bool:
 # What is noted ----------------------------------------------------------------------------------------------------
 def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
     """What of a model's configuration decides what it finds."""
-    found = {name: value for name, value in vars(config).items() if name not in _RUNTIME}
-    for name in CHECKPOINTS:
-        del found[name]
+    found = {name: getattr(config, name) for name, parameter in PARAMETERS.items() if parameter.changes_results}
     found["weights"] = weights_sha256(config.name, config.files)  # wherever the files are
     if config.confidence_thresh is None and config.prompting == "object_aware":
         found["confidence_thresh"] = CONFIDENCE

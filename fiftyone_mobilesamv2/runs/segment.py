@@ -128,8 +128,7 @@ def _segment_on_cluster(
         with on_record(samples, run):
             settle_leftovers(dataset, run)
         return run
-    parameters = {name: value for name, value in vars(config).items() if name not in ("model_name", "model_path")}
-    parameters["mask_dir"] = run.mask_dir  # as it is here, not in each worker's home
+    parameters = {**vars(config), "mask_dir": run.mask_dir}  # as it is here, not in each worker's home
     with fou.ProgressBar(total=total, progress=progress) as bar:
 
         def so_far() -> SegmentationRun:

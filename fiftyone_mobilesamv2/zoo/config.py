@@ -1,107 +1,329 @@
-"""Parameters of a model."""
+"""Parameters of a model: declared here once. Checks, forms, command line and docs/parameters.md are made from it."""
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import fiftyone as fo
-import fiftyone.core.config as foc
-import fiftyone.zoo.models as fozm
 import torch
+from annotated_types import Ge, Le
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from ..errors import ArgumentError
-from ..modeling.arguments import PROMPTINGS, checked_number
 from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE, SAM_GRID_FILTER
-from ..modeling.object_discovery import MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
+from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 
-_IN_NO_PATH = re.compile("[\0\ud800-\udfff]")  # the latter are bytes that are no UTF-8: no database takes them
-_MAX_INT64 = 2**63 - 1  # as a whole number
+_NOT_IN_PATHS = re.compile("[\0\ud800-\udfff]")  # the latter are bytes that are not UTF-8: no database takes them
+_MAX_INT64 = 2**63 - 1  # of a whole number in the database
 CHECKPOINTS = ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class MobileSAMv2ModelConfig(foc.Config, fozm.HasZooModel):
-    """Parameters of a :class:`MobileSAMv2Model`; all can be given to `load_zoo_model`.
+def _plain_number(value: object) -> float:
+    """Numbers of any library as Python's own, which JSON and the database take."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("not a number")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _fits_database(value: int) -> int:
+    if value > _MAX_INT64:
+        raise ValueError("too large")
+    return value
+
+
+def _usable_text(value: str) -> str:
+    if not value or _NOT_IN_PATHS.search(value):
+        raise ValueError("not a name or path")
+    return value
+
+
+def _device_name(value: object) -> object:
+    return str(value) if isinstance(value, torch.device) else value
+
+
+Whole = Annotated[int, BeforeValidator(_plain_number), AfterValidator(_fits_database)]
+Share = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, le=1)]
+Text = Annotated[str, AfterValidator(_usable_text)]
+Prompting = Literal["object_aware", "grid"]
+
+
+def _declared(
+    default: object,
+    title: str,
+    description: str,
+    min: int | None = None,
+    max: int | None = None,
+    choices: Mapping[str, str] | None = None,
+    applies_to: Prompting | None = None,
+    advanced: bool = False,
+    in_forms: bool = True,
+    changes_results: bool = True,
+    fixed: bool = False,
+) -> Any:
+    """A field of the configuration.
 
     Args:
-        name: the zoo model.
-        device (None): "cuda", "mps", "cpu"; None takes what there is, in this order.
-        dtype ("float32"): "float32", "bfloat16" or "float16", for the heavy computation.
-        prompting ("object_aware"): "object_aware", or "grid" for SAM's grid search.
-        confidence_thresh (None): minimum confidence of a mask. None means the paper's 0.4 of the detector ;
-            with the grid or with prompts of your own the confidence is the predicted IoU, and None keeps all.
-        iou (0.9): boxes of the detector that overlap more are the same object.
-        max_prompts (320): maximum number of boxes in an image.
-        points_per_side (32): points of the grid along each side.
-        pred_iou_thresh (0.88), stability_score_thresh (0.95): minimum predicted IoU and stability of the grid's masks;
-            SAM's values, and 0 keeps all.
-        min_area (0): minimum area of a mask in pixels. A prompt of your own gets its mask whatever the area.
-        max_masks (None): maximum number of masks stored for an image, most confident first.
-        masks_on_disk (False): store every mask as a PNG file; else only those that don't fit into the database.
-        mask_dir (None): folder for these files; None: "mobilesamv2_masks" in FiftyOne's `default_dataset_dir`.
-        raise_failures (False): raise where an image fails; else it is listed and the rest goes on.
-        encoder_checkpoint, decoder_checkpoint, detector_checkpoint (None): files to use instead of the zoo's.
+        title, description: what forms, the command line and the docs say.
+        choices: the values there are, and what a form says of each.
+        applies_to: the prompting that takes it; None: both do.
+        advanced: shown only where a form is asked for more.
+        in_forms: False where it makes sense only in Python and on the command line.
+        changes_results: False where it changes only where or how masks are computed or stored: a run may go on with
+            another value.
+        fixed: it takes effect when a model is loaded, and cannot be changed after that.
     """
+    extra = {"choices": dict(choices or {}), "applies_to": applies_to, "advanced": advanced, "in_forms": in_forms}
+    extra["changes_results"] = changes_results
+    return Field(
+        default, title=title, description=description, ge=min, le=max, frozen=fixed or None, json_schema_extra=extra
+    )
 
-    def __init__(self, d: dict) -> None:
-        d = self.init(d)
-        read = partial(self.parse_raw, {key: value for key, value in d.items() if value is not None})
-        self.name = read("name", default=None)
-        device = read("device", default=None)
-        self.device = str(device) if isinstance(device, torch.device) else device
-        self.dtype = read("dtype", default="float32")
-        self.prompting = read("prompting", default="object_aware")
-        self.confidence_thresh = read("confidence_thresh", default=None)
-        self.iou = read("iou", default=NMS_IOU)
-        self.max_prompts = read("max_prompts", default=MAX_PROMPTS)
-        self.points_per_side = read("points_per_side", default=POINTS_PER_SIDE)
-        self.pred_iou_thresh = read("pred_iou_thresh", default=SAM_GRID_FILTER.pred_iou_thresh)
-        self.stability_score_thresh = read("stability_score_thresh", default=SAM_GRID_FILTER.stability_score_thresh)
-        self.min_area = read("min_area", default=0)
-        self.max_masks = read("max_masks", default=None)
-        self.masks_on_disk = read("masks_on_disk", default=False)
-        self.mask_dir = read("mask_dir", default=None)
-        self.raise_failures = read("raise_failures", default=False)
-        for name in CHECKPOINTS:
-            setattr(self, name, read(name, default=None))
-        self.check()
-        if unknown := [key for key in d if key not in vars(self)]:
-            known = [key for key in vars(self) if key not in ("model_name", "model_path")]
-            raise ArgumentError(f"Unknown parameter {', '.join(unknown)} of {self.name}; it takes {', '.join(known)}.")
 
-    def check(self) -> None:
-        """Raises ValueError for a parameter that is not what it should be."""
-        for key in ("name", "device", "dtype", "prompting", "mask_dir", *CHECKPOINTS):
-            value = getattr(self, key)
-            is_text = isinstance(value, str) and value and not _IN_NO_PATH.search(value)
-            if not is_text and (value is not None or key == "name"):
-                raise ArgumentError(f"{key} must be text that can be a name or a path, not {value!r}.")
-        for key, choices in (("prompting", PROMPTINGS), ("dtype", DTYPES)):
-            value = getattr(self, key)
-            if value not in choices:
-                raise ArgumentError(f"{key} must be one of {', '.join(choices)}, not {value!r}.")
-        for key in ("masks_on_disk", "raise_failures"):
-            if not isinstance(getattr(self, key), bool):
-                raise ArgumentError(f"{key} must be True or False, not {getattr(self, key)!r}.")
-        whole = {
-            "max_prompts": (1, MAX_NMS_CANDIDATES),
-            "points_per_side": (1, MAX_POINTS_PER_SIDE),
-            "min_area": (0, _MAX_INT64),
-            "max_masks": (1, _MAX_INT64),
-        }
-        for key, (least, most) in whole.items():
-            if getattr(self, key) is not None:
-                setattr(self, key, checked_number(key, getattr(self, key), least, most, whole=True))
-        for key in ("confidence_thresh", "iou", "pred_iou_thresh", "stability_score_thresh"):
-            if getattr(self, key) is not None:
-                setattr(self, key, checked_number(key, getattr(self, key), 0, 1))
+class MobileSAMv2ModelConfig(BaseModel):
+    # Its docstring is written from the fields, at the end of this file.
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_default=False)
+
+    name: Text = _declared(..., "Model", "Name of the zoo model", in_forms=False, fixed=True)
+    device: Annotated[Text, BeforeValidator(_device_name)] | None = _declared(
+        None,
+        "Device",
+        "cuda, mps or cpu; the best there is if unset",
+        changes_results=False,
+        fixed=True,
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = _declared(
+        "float32",
+        "Precision",
+        "Of the heavy computation",
+        choices={
+            "float32": "float32: exact",
+            "bfloat16": "bfloat16: faster where the processor has it; a few pixels of each outline differ",
+            "float16": "float16: for GPUs without bfloat16",
+        },
+        fixed=True,
+    )
+    prompting: Prompting = _declared(
+        "object_aware",
+        "Prompting",
+        "How objects are looked for",
+        choices={
+            "object_aware": "Object-aware: find the objects first, then one mask each (fast)",
+            "grid": "Grid: SAM's search over a grid of points (many times slower)",
+        },
+    )
+    confidence_thresh: Share | None = _declared(
+        None,
+        "Minimum confidence",
+        f"Lower finds more objects and more false ones. Unset: the paper's {CONFIDENCE} for detected boxes; all masks "
+        "of the grid and of your own prompts, whose confidence is the predicted IoU",
+    )
+    iou: Share = _declared(
+        NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", applies_to="object_aware"
+    )
+    max_prompts: Whole = _declared(
+        MAX_PROMPTS,
+        "Maximum prompts",
+        "Maximum number of objects to look for in an image",
+        min=1,
+        max=MAX_NMS_CANDIDATES,
+        applies_to="object_aware",
+    )
+    points_per_side: Whole = _declared(
+        POINTS_PER_SIDE,
+        "Points per side",
+        "Of the grid over an image",
+        min=1,
+        max=MAX_POINTS_PER_SIDE,
+        applies_to="grid",
+    )
+    pred_iou_thresh: Share = _declared(
+        SAM_GRID_FILTER.pred_iou_thresh,
+        "Minimum predicted IoU",
+        "Of the grid's masks; 0 keeps all",
+        applies_to="grid",
+        advanced=True,
+    )
+    stability_score_thresh: Share = _declared(
+        SAM_GRID_FILTER.stability_score_thresh,
+        "Minimum stability",
+        "Of the grid's masks; 0 keeps all",
+        applies_to="grid",
+        advanced=True,
+    )
+    min_area: Whole = _declared(0, "Minimum mask area (pixels)", "0 keeps all; prompts of your own always do", min=0)
+    max_masks: Whole | None = _declared(
+        None, "Maximum masks per image", "The most confident are stored; unset keeps all", min=1, advanced=True
+    )
+    masks_on_disk: bool = _declared(
+        False,
+        "Store masks on disk",
+        "As PNG files; otherwise only masks that don't fit into the database are",
+        changes_results=False,
+        fixed=True,
+    )
+    mask_dir: Text | None = _declared(
+        None,
+        "Folder for masks on disk",
+        "Unset: 'mobilesamv2_masks' in FiftyOne's default_dataset_dir",
+        advanced=True,
+        changes_results=False,
+    )
+    raise_failures: bool = _declared(
+        False,
+        "Raise failures",
+        "In apply_model, stop at the first image that fails; otherwise it is listed and the rest goes on",
+        in_forms=False,
+        changes_results=False,
+    )
+    # Which weights they hold changes results; runs compare the files' hashes, not where they are.
+    encoder_checkpoint: Text | None = _declared(
+        None,
+        "Encoder checkpoint",
+        "File to use instead of the zoo's",
+        in_forms=False,
+        changes_results=False,
+        fixed=True,
+    )
+    decoder_checkpoint: Text | None = _declared(
+        None,
+        "Decoder checkpoint",
+        "File to use instead of the zoo's",
+        in_forms=False,
+        changes_results=False,
+        fixed=True,
+    )
+    detector_checkpoint: Text | None = _declared(
+        None,
+        "Detector checkpoint",
+        "File to use instead of the zoo's",
+        in_forms=False,
+        changes_results=False,
+        fixed=True,
+    )
+
+    def __init__(self, d: Mapping[str, object]) -> None:
+        """From parameters by name, where None means the default. Raises ArgumentError for one that is not valid."""
+        if unknown := [key for key in d if key not in PARAMETERS]:
+            raise ArgumentError(
+                f"Unknown parameter {', '.join(unknown)} of {d.get('name')}; it takes {', '.join(PARAMETERS)}."
+            )
+        try:
+            super().__init__(**{key: value for key, value in d.items() if value is not None})
+        except ValidationError as error:
+            name = error.errors()[0]["loc"][0]
+            raise PARAMETERS[name].refusal(d.get(name)) from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets a parameter for what follows. Raises ArgumentError for one that is not valid, or that is fixed."""
+        parameter = PARAMETERS.get(name)
+        if parameter is None:
+            raise ArgumentError(f"Unknown parameter {name} of {self.name}; it takes {', '.join(PARAMETERS)}.")
+        if parameter.is_fixed:
+            raise ArgumentError(f"{name} cannot be changed any more: load the model again, with {name}={value!r}.")
+        try:
+            super().__setattr__(name, parameter.default if value is None else value)
+        except ValidationError:
+            raise parameter.refusal(value) from None
 
     @property
     def files(self) -> dict[str, str]:
         """The files to use instead of the zoo's, by the name of their parameter."""
         return {name: value for name in CHECKPOINTS if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the declaration says of a parameter; see :func:`_declared`."""
+
+    name: str
+    kind: type  # bool, int, float or str
+    default: Any  # None where there is none
+    title: str
+    description: str
+    min: int | None
+    max: int | None
+    choices: Mapping[str, str]
+    applies_to: Prompting | None
+    is_advanced: bool
+    is_in_forms: bool
+    changes_results: bool
+    is_fixed: bool
+
+    @classmethod
+    def of(cls, name: str, field: FieldInfo) -> Parameter:
+        """That of a field of the configuration."""
+        kind, limits = _kind_and_limits(field.annotation)
+        limits |= {type(each): each for each in field.metadata}
+        extra = dict(field.json_schema_extra)
+        return cls(
+            name=name,
+            kind=kind,
+            default=None if field.is_required() else field.default,
+            title=field.title,
+            description=field.description,
+            min=limits[Ge].ge if Ge in limits else None,
+            max=limits[Le].le if Le in limits else None,
+            choices=extra["choices"],
+            applies_to=extra["applies_to"],
+            is_advanced=extra["advanced"],
+            is_in_forms=extra["in_forms"],
+            changes_results=extra["changes_results"],
+            is_fixed=bool(field.frozen),
+        )
+
+    @property
+    def expected(self) -> str:
+        """What its values are, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.kind is bool:
+            return "True or False"
+        if self.kind is str:
+            return "text that can be a name or a path"
+        number = "a whole number" if self.kind is int else "a number"
+        return f"{number} of at least {self.min}" if self.max is None else f"{number} from {self.min} to {self.max}"
+
+    def refusal(self, value: object) -> ArgumentError:
+        """The error that says what was expected."""
+        return ArgumentError(f"{self.name} must be {self.expected}, not {value!r}.")
+
+
+def _kind_and_limits(annotation: object) -> tuple[type, dict[type, Any]]:
+    """The plain type in an annotation such as ``Annotated[int, ...] | None``, and the limits that stand beside it."""
+    if isinstance(annotation, type):
+        return annotation, {}
+    if get_origin(annotation) is Literal:
+        return str, {}
+    first, *others = (each for each in get_args(annotation) if each is not NoneType)
+    kind, limits = _kind_and_limits(first)
+    for other in others:
+        for each in getattr(other, "metadata", ()):
+            limits[type(each)] = each
+    return kind, limits
+
+
+PARAMETERS = {name: Parameter.of(name, field) for name, field in MobileSAMv2ModelConfig.model_fields.items()}
+MobileSAMv2ModelConfig.__doc__ = "\n".join(
+    [
+        "Parameters of a :class:`MobileSAMv2Model`; all can be given to `load_zoo_model`.",
+        "",
+        "Those that take effect when a model is loaded are fixed from then on; the others can be set:",
+        "",
+        '>>> model = foz.load_zoo_model("mobilesamv2-tinyvit-torch")',
+        ">>> model.config.max_prompts = 100",
+        "",
+        "Args:",
+        *(f"    {p.name} ({p.default!r}): {p.expected}. {p.title}: {p.description}." for p in PARAMETERS.values()),
+    ]
+)
 
 
 def mask_folder(config: MobileSAMv2ModelConfig) -> str:

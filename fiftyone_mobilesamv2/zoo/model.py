@@ -21,13 +21,12 @@ from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, Found
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
 from ..labels.prompts import keypoint_prompt, labels_of
-from ..modeling.arguments import PROMPTINGS
 from ..modeling.checkpoints.files import fetch_model
-from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE, SAM_GRID_FILTER, GridFilter
+from ..modeling.grid_prompts import GridFilter
 from ..modeling.masks import Segmentation
 from ..modeling.mobilesamv2 import MobileSAMv2
-from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
-from .config import DTYPES, MobileSAMv2ModelConfig, mask_folder
+from ..modeling.object_discovery import CONFIDENCE
+from .config import DTYPES, PARAMETERS, MobileSAMv2ModelConfig, Parameter, mask_folder
 from .reading import ImageGetItem, ImageItem
 
 if TYPE_CHECKING:
@@ -71,7 +70,6 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
-        self.config.check()  # `apply_model` has a `confidence_thresh` of its own, which it puts there
         self.failures = []
         self.num_images = 0
         self.num_labels = 0
@@ -266,47 +264,24 @@ def resolve_input(name: str, ctx: ExecutionContext) -> types.Property:
     from fiftyone.operators import types
 
     inputs = types.Object()
-    inputs.enum(
-        "prompting",
-        list(PROMPTINGS),
-        default="object_aware",
-        label="Prompting",
-        description="object_aware finds the objects first; grid is SAM's search, many times slower",
-    )
-    inputs.float(
-        "confidence_thresh",
-        min=0,
-        max=1,
-        label="Minimum confidence",
-        description=f"Of the detector; {CONFIDENCE} where empty",
-    )
-    inputs.int("max_prompts", min=1, max=MAX_NMS_CANDIDATES, default=MAX_PROMPTS, label="Maximum objects per image")
-    inputs.float(
-        "iou", min=0, max=1, default=NMS_IOU, label="NMS IoU", description="Boxes that overlap more are one object"
-    )
-    inputs.int(
-        "points_per_side",
-        min=1,
-        max=MAX_POINTS_PER_SIDE,
-        default=POINTS_PER_SIDE,
-        label="Grid points per side",
-        description="grid only",
-    )
-    for name, label in (("pred_iou_thresh", "Minimum predicted IoU"), ("stability_score_thresh", "Minimum stability")):
-        inputs.float(
-            name,
-            min=0,
-            max=1,
-            default=getattr(SAM_GRID_FILTER, name),
-            label=label,
-            description="grid only; 0 keeps all",
-        )
-    inputs.int("min_area", min=0, default=0, label="Minimum mask area (pixels)", description="0 keeps all")
-    inputs.int("max_masks", min=1, label="Maximum masks per image", description="Empty keeps all")
-    inputs.bool("masks_on_disk", default=False, label="Store masks on disk", description="As PNG files")
-    inputs.str("device", label="Device", description="cuda, mps or cpu; the best there is where empty")
-    inputs.enum("dtype", list(DTYPES), default="float32", label="Precision")
+    for parameter in PARAMETERS.values():
+        if parameter.is_in_forms:
+            _add_input(inputs, parameter)
     return types.Property(inputs)
+
+
+def _add_input(inputs: types.Object, parameter: Parameter) -> None:
+    only = f" ({parameter.applies_to} only)" if parameter.applies_to else ""
+    shown = {"default": parameter.default, "label": parameter.title, "description": parameter.description + only}
+    if parameter.choices:
+        inputs.enum(parameter.name, list(parameter.choices), **shown)
+    elif parameter.kind is bool:
+        inputs.bool(parameter.name, **shown)
+    elif parameter.kind is str:
+        inputs.str(parameter.name, **shown)
+    else:
+        add = inputs.int if parameter.kind is int else inputs.float
+        add(parameter.name, min=parameter.min, max=parameter.max, **shown)
 
 
 def parse_parameters(name: str, ctx: ExecutionContext, params: Mapping) -> None:

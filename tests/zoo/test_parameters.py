@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fiftyone_mobilesamv2 import cli, zoo
+from fiftyone_mobilesamv2.errors import ArgumentError
 from fiftyone_mobilesamv2.modeling.grid_prompts import GridFilter
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.zoo.config import PARAMETERS
 
 MODEL = "mobilesamv2-demo-torch"
 
@@ -72,7 +74,7 @@ ALLOWED = {
 
 
 def test_these_are_all_parameters():
-    assert set(ALLOWED) == set(vars(zoo.MobileSAMv2ModelConfig({"name": MODEL}))) - {"model_name", "model_path"}
+    assert set(ALLOWED) == set(PARAMETERS) == set(vars(zoo.MobileSAMv2ModelConfig({"name": MODEL})))
 
 
 @pytest.mark.parametrize("name", ALLOWED)
@@ -86,6 +88,42 @@ def test_configuration(name, value):
         wanted = getattr(zoo.MobileSAMv2ModelConfig({"name": MODEL}), name) if is_default else value
         assert getattr(config, name) == wanted
         bson.encode(vars(config))  # runs are recorded with it
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+@given(value=values)
+@settings(max_examples=40)
+def test_setting_a_parameter_checks_it_like_loading(name, value):
+    config = zoo.MobileSAMv2ModelConfig({"name": MODEL})
+    before = getattr(config, name)
+    if PARAMETERS[name].is_fixed:
+        with pytest.raises(ArgumentError, match=f"{name} cannot be changed any more: load the model again"):
+            setattr(config, name, value)
+        assert getattr(config, name) == before
+        return
+    allowed = value is None or ALLOWED[name](value)
+    found = refusal(lambda: setattr(config, name, value) or True, f"{name} must be ", "not ")
+    assert bool(found) == bool(allowed)
+    assert getattr(config, name) == (before if value is None or not allowed else value)
+
+
+def test_what_is_set_after_loading_takes_effect():
+    loaded = zoo.load_model(MODEL, device="cpu")
+    image = make_scene(TEST_SEED, 1).image
+    everything = loaded.predict(image).detections
+    loaded.config.min_area = sorted(found["area_px"] for found in everything)[len(everything) // 2]
+    large = loaded.predict(image).detections
+    assert [found.bounding_box for found in large] == [
+        found.bounding_box for found in everything if found["area_px"] >= loaded.config.min_area
+    ]
+    loaded.config.max_masks = 2
+    assert len(loaded.predict(image).detections) == 2 < len(large)
+    loaded.config.min_area = loaded.config.max_masks = None  # the defaults
+    assert len(loaded.predict(image).detections) == len(everything)
+    with pytest.raises(ArgumentError, match="Unknown parameter threshold of mobilesamv2-demo-torch; it takes name, "):
+        loaded.config.threshold = 0.5
+    with pytest.raises(ArgumentError, match="masks_on_disk cannot be changed any more"):
+        loaded.config.masks_on_disk = True
 
 
 @given(name=st.text(min_size=1))

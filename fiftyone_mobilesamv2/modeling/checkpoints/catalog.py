@@ -3,7 +3,7 @@
 "Read" dates are those of the stored copies of the owners' pages that were looked up; nothing here could be downloaded
 where this was written. ``fiftyone-mobilesamv2 models --check-sources`` asks the hosts themselves.
 
-``manifest.json`` and the README's table of models are written from this file by ``tools/write_catalog.py``.
+``manifest.json`` and the README's table of models are written from this file by ``tools/write_generated.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes what is made from the catalog of models: manifest.json, and the README's table.
+"""Writes what is made from declarations in the code: manifest.json, the README's table of models, docs/parameters.md.
 
-python tools/write_catalog.py          writes them
-python tools/write_catalog.py --check  exits with 1 if one of them is not what the catalog says
+python tools/write_generated.py          writes them
+python tools/write_generated.py --check  exits with 1 if one of them is not what the code says
 """
 
 from __future__ import annotations
@@ -13,23 +13,39 @@ from pathlib import Path
 
 from fiftyone_mobilesamv2.modeling.checkpoints.catalog import LICENSES, MODELS, SOURCE_URL, PretrainedModel, model_files
 from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
+from fiftyone_mobilesamv2.zoo.config import PARAMETERS, Parameter
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = ROOT / "fiftyone_mobilesamv2" / "manifest.json"
 README = ROOT / "README.md"
+PARAMETERS_PAGE = ROOT / "docs" / "parameters.md"
 
 # Distributions as pip knows them: what the package imports, for who takes it as a source of models without pip.
-PACKAGES = ["torch", "torchvision", "ultralytics", "timm", "pycocotools", "safetensors", "tenacity"]
+PACKAGES = [
+    "torch",
+    "torchvision",
+    "ultralytics",
+    "timm",
+    "pycocotools",
+    "safetensors",
+    "tenacity",
+    "pydantic",
+    "cachetools",
+]
 DATE_ADDED = "2026-11-22 00:00:00"
 
 
 def main() -> int:
     """Writes or checks. Returns the exit status."""
-    contents = {MANIFEST: f"{json.dumps(manifest(), indent=4)}\n", README: with_table(README.read_text())}
-    wrong = [path for path, content in contents.items() if path.read_text() != content]
+    contents = {
+        MANIFEST: f"{json.dumps(manifest(), indent=4)}\n",
+        README: with_table(README.read_text()),
+        PARAMETERS_PAGE: parameters_page(),
+    }
+    wrong = [path for path, content in contents.items() if not path.exists() or path.read_text() != content]
     if "--check" in sys.argv:
         for path in wrong:
-            print(f"{path} is not what the catalog says: run python tools/write_catalog.py", file=sys.stderr)
+            print(f"{path} is not what the code says: run python tools/write_generated.py", file=sys.stderr)
         return int(bool(wrong))
     for path in wrong:
         path.write_text(contents[path])
@@ -81,6 +97,34 @@ def with_table(readme: str) -> str:
     lines += [f"| `{name}` | {model.description} | {_size(name) / 1e6:,.0f} |" for name, model in MODELS.items()]
     table = "\n".join(["<!-- models -->", *lines, "<!-- /models -->"])
     return re.sub(r"<!-- models -->.*<!-- /models -->", lambda _: table, readme, flags=re.DOTALL)
+
+
+def parameters_page() -> str:
+    """The page of a model's parameters."""
+    lines = [
+        "# Parameters of a model",
+        "",
+        "Given to `load_zoo_model`, in the App's forms, and to `fiftyone-mobilesamv2 segment` as options. Written from",
+        "their declaration, `fiftyone_mobilesamv2/zoo/config.py`, by `tools/write_generated.py`.",
+        "",
+        '`model.config.max_prompts = 100` changes a loaded model. Those marked "fixed" take effect when a model is',
+        "loaded, and raise after that. A run goes on with a field only if the parameters that change results are those",
+        "of the run before.",
+        "",
+        "| name | default | values | | fixed | changes results |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(_parameter_row, PARAMETERS.values())]) + "\n"
+
+
+def _parameter_row(parameter: Parameter) -> str:
+    default = "required" if parameter.name == "name" else f"`{parameter.default!r}`"
+    only = f" ({parameter.applies_to} only)" if parameter.applies_to else ""
+    marks = ["yes" if mark else "" for mark in (parameter.is_fixed, parameter.changes_results)]
+    if parameter.name.endswith("_checkpoint"):
+        marks[1] = "by the file's hash"
+    text = f"{parameter.title}: {parameter.description}{only}"
+    return f"| `{parameter.name}` | {default} | {parameter.expected} | {text} | {' | '.join(marks)} |"
 
 
 if __name__ == "__main__":
