@@ -4,7 +4,7 @@ STAMP := .venv/.setup-done
 DEV_STAMP := .venv/.setup-dev-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow screenshots bench faults clean
+.PHONY: help setup setup-dev quickstart lint test test-slow screenshots bench faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,10 +38,13 @@ $(DEV_STAMP): $(STAMP)
 quickstart: setup ## segment images and open them in the App (IMAGES=folder MODEL=zoo-name)
 	$(PY) -m fiftyone_mobilesamv2.cli quickstart $(if $(IMAGES),--images "$(IMAGES)") $(if $(MODEL),--model "$(MODEL)")
 
-test: setup-dev ## check format, lint and layers, run the tests
+lint: setup-dev ## check format, lint, types and layers
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+test: lint ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not app'
 	$(PY) -m pytest tests/app
 
