@@ -18,7 +18,7 @@ MAX_SIDE = 65_535  # JPEG's limit. Masks are enlarged by a matrix with a row for
 _STRIP_PIXELS = 2**22  # converted at a time: whole images would be in memory three to five times
 
 
-def read_image(path: str | PathLike) -> np.ndarray:
+def read_image(path: str | PathLike[str]) -> np.ndarray:
     """The pixels of an image file.
 
     EXIF orientation is applied, as browsers do. 16-bit images keep their upper 8 bits; float images are stretched from
@@ -57,7 +57,7 @@ def read_image(path: str | PathLike) -> np.ndarray:
         raise OSError(f"{name} is damaged, or no image: {cause}") from error
 
 
-def _check_is_file(path: str | PathLike, name: str) -> None:
+def _check_is_file(path: str | PathLike[str], name: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # characters that no path can have
@@ -68,7 +68,7 @@ def _check_is_file(path: str | PathLike, name: str) -> None:
         raise OSError(f"{name} is no regular file")
 
 
-def _open(path: str | PathLike) -> Image.Image:
+def _open(path: str | PathLike[str]) -> Image.Image:
     # Where it is imported, ultralytics has replaced PIL's `open` by one that installs a package from the network when
     # it meets a file that is no image.
     patches = sys.modules.get("ultralytics.utils.patches")

@@ -37,13 +37,15 @@ def run(images: Path | None, model_name: str, scenes: int, batch_size: int, outp
         images: folder of images; None makes `scenes` synthetic scenes, whose masks are known.
         output: folder for the scenes and the picture.
     """
-    paths = None if images is None else find_images(images)
+    paths = [] if images is None else find_images(images)
     print(f"Loading {model_name} ...")
     # Its parameters are the zoo's; made here without the zoo, so that neither registration nor requirements matter.
     model = zoo.load_model(model_name)
     # An earlier run's dataset is replaced only now, when nothing that was typed can be wrong any more.
     output.mkdir(parents=True, exist_ok=True)
-    dataset = scene_dataset(output / "scenes", scenes) if paths is None else image_dataset(images.resolve().name, paths)
+    dataset = (
+        scene_dataset(output / "scenes", scenes) if images is None else image_dataset(images.resolve().name, paths)
+    )
     seconds = segment(dataset, model, batch_size)
     print(summary(dataset, model, seconds))
     picture = output / "overlays.png"

@@ -54,7 +54,7 @@ class Export:
 def export_masks(
     samples: SampleCollection,
     field: str,
-    path: str | PathLike,
+    path: str | PathLike[str],
     overwrite: bool = False,
     progress: bool | Callable | None = None,
 ) -> Export:
@@ -109,7 +109,7 @@ def check_path(path: Path, overwrite: bool) -> None:
 
 
 def check_export(
-    path: str | PathLike, samples: SampleCollection, field: str, progress: bool | Callable | None = None
+    path: str | PathLike[str], samples: SampleCollection, field: str, progress: bool | Callable | None = None
 ) -> None:
     """Reads a file of :func:`export_masks` with pycocotools and compares all of it with what is stored.
 

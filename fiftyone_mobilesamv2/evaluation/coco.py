@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def load_coco(
-    images: str | PathLike,
-    annotations: str | PathLike,
+    images: str | PathLike[str],
+    annotations: str | PathLike[str],
     sample: int | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -90,7 +90,7 @@ class Instances:
         return entry[key]
 
 
-def read_instances(file: str | PathLike) -> Instances:
+def read_instances(file: str | PathLike[str]) -> Instances:
     """Reads a JSON file in the format of COCO or LVIS.
 
     Raises:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +20,10 @@ PROMPTINGS = ("object_aware", "grid")
 _MAX_COORDINATE = 1e9  # pixels that a prompt may be off: with more, its position would be no number
 
 
+@overload
+def checked_number(name: str, value: float, least: float, most: float, whole: Literal[True]) -> int: ...
+@overload
+def checked_number(name: str, value: float, least: float, most: float, whole: Literal[False] = False) -> float: ...
 def checked_number(name: str, value: float, least: float, most: float, whole: bool = False) -> float:
     """A plain Python number of that value. Raises ValueError unless it is one, from `least` to `most`.
 
@@ -83,19 +89,19 @@ def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) 
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _array(expected: str, values: Sequence) -> np.ndarray:
+def _array(expected: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         return np.asarray(values)
     except ValueError as error:  # parts of different lengths
         raise ArgumentError(f"{expected}: {error}") from error
 
 
-def _check_is_sequence(name: str, values: Sequence) -> None:
+def _check_is_sequence(name: str, values: object) -> None:
     if not isinstance(values, Sequence) and not (isinstance(values, np.ndarray | Tensor) and values.ndim):
         raise TypeError(f"{name} must be a sequence, not {type(values).__name__}.")
 
 
-def check_count(name: str, prompts: Sequence, images: int) -> None:
+def check_count(name: str, prompts: Sequence[object], images: int) -> None:
     _check_is_sequence(name, prompts)
     if len(prompts) != images:
         raise ArgumentError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")

@@ -64,7 +64,8 @@ class SamNeck(nn.Module):
             if x.shape[-1] != self.size:
                 x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", align_corners=False)
             total = x if total is None else total + x
-        return self.output_ops[0](self.middle(total))
+        out: Tensor = self.output_ops[0](self.middle(total))
+        return out
 
 
 class SamNeckEncoder(nn.Module):
@@ -89,7 +90,8 @@ class SamNeckEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.network_size:
             x = F.interpolate(x, size=(self.network_size, self.network_size), mode="bilinear", align_corners=False)
-        return self.norm(self.neck(self.backbone(x)))
+        out: Tensor = self.norm(self.neck(self.backbone(x)))
+        return out
 
 
 def _rename_efficientvit(key: str) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rle import rle_from_crop
+from .rle import RLE, rle_from_crop
 
 # SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
 # automatic mask generator, `stability_score_offset`).
@@ -78,7 +78,7 @@ class Segmentation:
         full[y0:y1, x0:x1] = self.masks[index]
         return full
 
-    def rle(self) -> list[dict]:
+    def rle(self) -> list[RLE]:
         """The masks as compressed COCO RLE of the full image: `{"size": [H, W], "counts": bytes}`."""
         return [rle_from_crop(mask, box, self.size) for mask, box in zip(self.masks, self.boxes)]
 
@@ -168,25 +168,25 @@ def crop_masks(
     masks: list[np.ndarray] = [np.zeros((0, 0), bool)] * len(logits)
     stability = np.zeros(len(logits), np.float32)
     for i, tolerance in enumerate(tolerances):
-        r, c = _extent(row_used[i]), _extent(column_used[i])
-        if r is None or c is None:
+        used_rows, used_columns = _extent(row_used[i]), _extent(column_used[i])
+        if used_rows is None or used_columns is None:
             continue
-        r, c = rows.pixels_near(r), columns.pixels_near(c)
+        r, c = rows.pixels_near(used_rows), columns.pixels_near(used_columns)
         if r.start == r.stop or c.start == c.stop:  # all of it lies in the padding
             continue
         in_rows, in_columns = rows.cells_of(r), columns.cells_of(c)
-        values = rows.weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
-        values = values.cpu().numpy()  # NumPy compares and counts several times faster than torch does on a CPU
+        upsampled = rows.weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
+        values = upsampled.cpu().numpy()  # NumPy compares and counts several times faster than torch does on a CPU
         mask, possible = values > tolerance, values >= -tolerance
         if np.count_nonzero(mask) != np.count_nonzero(possible):
-            y, x = np.nonzero(possible & ~mask)
-            few = len(y) <= _MAX_DOUBTS
-            decided = _decided(logits[i], rows.weights[r][y], columns.weights[c][x]) if few else None
+            doubt_y, doubt_x = np.nonzero(possible & ~mask)
+            few = len(doubt_y) <= _MAX_DOUBTS
+            decided = _decided(logits[i], rows.weights[r][doubt_y], columns.weights[c][doubt_x]) if few else None
             if decided is None:
                 values = upsample(logits[i : i + 1], image_size, input_size, size)[0, r, c].cpu().numpy()
                 mask = values > 0
             else:
-                mask[y, x] = decided
+                mask[doubt_y, doubt_x] = decided
         y, x = _extent(mask.any(1)), _extent(mask.any(0))
         if y is None or x is None:
             continue

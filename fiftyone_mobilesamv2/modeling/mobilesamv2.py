@@ -6,7 +6,7 @@ image -> encode (once) -> discover boxes -> decode all prompts of the image agai
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -82,7 +82,7 @@ class MobileSAMv2(nn.Module):
         self.discovery = discovery
         self.device = usable_device(device)
         self.dtype = dtype
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         for module in (image_encoder, *([discovery.detector] if discovery is not None else [])):
             prepare_for_inference(module, self.device, dtype)
         self.to(self.device).requires_grad_(False).eval()
@@ -95,7 +95,7 @@ class MobileSAMv2(nn.Module):
         name: str,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        **files: str | PathLike,
+        **files: str | PathLike[str],
     ) -> MobileSAMv2:
         """A model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies what is missing.
 
@@ -118,9 +118,9 @@ class MobileSAMv2(nn.Module):
     def from_checkpoints(
         cls,
         encoder: str,
-        encoder_checkpoint: str | PathLike,
-        decoder_checkpoint: str | PathLike,
-        detector_checkpoint: str | PathLike | None = None,
+        encoder_checkpoint: str | PathLike[str],
+        decoder_checkpoint: str | PathLike[str],
+        detector_checkpoint: str | PathLike[str] | None = None,
         detector_size: int = INPUT_SIZE,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -303,10 +303,10 @@ class MobileSAMv2(nn.Module):
         if points is None:
             return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
         count = None if boxes is None else len(boxes)
-        points, labels = points_with_labels(index, points, point_labels, count)
+        tensors, labels = points_with_labels(index, points, point_labels, count)
         # Prompts with the same number of points have the same number of tokens and are decoded together.
         groups: dict[int, list[int]] = defaultdict(list)
-        for i, p in enumerate(points):
+        for i, p in enumerate(tensors):
             groups[len(p)].append(i)
         parts: list[Segmentation] = []
         for num_points, members in groups.items():
@@ -316,7 +316,7 @@ class MobileSAMv2(nn.Module):
                 embeddings,
                 index,
                 boxes=None if boxes is None else boxes[members],
-                points=torch.stack([points[i] for i in members]) if num_points else None,
+                points=torch.stack([tensors[i] for i in members]) if num_points else None,
                 point_labels=torch.from_numpy(np.stack([labels[i] for i in members])) if num_points else None,
             )
             parts.append(self._segment(embeddings, index, prompts, ambiguous=boxes is None and num_points == 1))
@@ -370,6 +370,7 @@ class MobileSAMv2(nn.Module):
             boxes = (boxes.cpu().float().reshape(-1, 2, 2) * scale).reshape(-1, 4).to(self.device)
         if points is not None:
             points = (points.float() * scale).to(self.device)
+        if point_labels is not None:
             point_labels = point_labels.to(self.device)
         with self._timed("decode"):
             return self.decoder.embed_prompts(boxes, points, point_labels)
@@ -380,7 +381,8 @@ class MobileSAMv2(nn.Module):
 
     def _decode(self, side: ImageSide, prompts: Tensor, masks: slice = SINGLE_MASK) -> tuple[Tensor, Tensor]:
         with self._timed("decode"):
-            return self.decoder(side, prompts, masks)
+            decoded: tuple[Tensor, Tensor] = self.decoder(side, prompts, masks)
+        return decoded
 
     def _crop(self, embeddings: ImageEmbeddings, index: int, logits: Tensor, iou: Tensor) -> Segmentation:
         size = embeddings.original_sizes[index]

@@ -116,4 +116,5 @@ class ObjectDiscovery(nn.Module):
         raw = self.detector(pixels)[0]
         if isinstance(raw, tuple):  # a segmentation model: predictions and mask prototypes
             raw = raw[0]
-        return boxes_from_raw(raw[0], tuple(pixels.shape[-2:]), image.shape[:2], conf, iou, max_prompts)
+        height, width = pixels.shape[-2:]
+        return boxes_from_raw(raw[0], (height, width), image.shape[:2], conf, iou, max_prompts)
