@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from pymongo import UpdateOne
 from ..errors import ArgumentError
 from ..evaluation.average_recall import AREA_RANGES, areas_of
 from ..fiftyone_internals import add_to_sidebar_group, bulk_write, source_dataset
-from ..labels.documents import StoredImage, visit_images
+from ..labels.documents import Progress, StoredImage, visit_images
 from ..labels.fields import check_shapes_field
 from .findings import check_images
 from .overlaps import shapes_of
@@ -57,7 +57,7 @@ class Coverage:
 
 
 def image_coverage(
-    samples: SampleCollection, field: str, use_masks: bool = True, progress: bool | Callable | None = None
+    samples: SampleCollection, field: str, use_masks: bool = True, progress: Progress = None
 ) -> Coverage:
     """Stores on each sample how much of the image its objects cover, how many they are and of what size.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +15,7 @@ from pymongo import UpdateOne
 from ..evaluation.average_recall import Shapes, areas_of, ranking
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import bulk_write, label_path, source_dataset
-from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
+from ..labels.documents import Progress, StoredImage, is_crowd, number_of, visit_images
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside
 
@@ -61,7 +61,7 @@ def find_duplicates(
     containment: float = 0.9,
     use_masks: bool = True,
     rank_by: str = "confidence",
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> Duplicates:
     """Finds, and tags, labels of a field that cover the same object, and those that are parts of others.
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,7 +18,7 @@ from pycocotools.coco import COCO
 
 from ..errors import ArgumentError, LabelError
 from ..evaluation.run_fields import NO_CLASS
-from ..labels.documents import StoredImage, is_crowd, name_of, visit_images
+from ..labels.documents import Progress, StoredImage, is_crowd, name_of, visit_images
 from ..labels.fields import check_shapes_field
 from ..labels.masks import masks_of
 from .findings import check_images
@@ -56,7 +55,7 @@ def export_masks(
     field: str,
     path: str | PathLike[str],
     overwrite: bool = False,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> Export:
     """Writes the masks of a field as COCO's `instances_*.json` holds them, as RLE.
 
@@ -108,9 +107,7 @@ def check_path(path: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{path} exists: choose another name, or overwrite it.")
 
 
-def check_export(
-    path: str | PathLike[str], samples: SampleCollection, field: str, progress: bool | Callable | None = None
-) -> None:
+def check_export(path: str | PathLike[str], samples: SampleCollection, field: str, progress: Progress = None) -> None:
     """Reads a file of :func:`export_masks` with pycocotools and compares all of it with what is stored.
 
     Raises:
@@ -147,7 +144,7 @@ def check_export(
 
 
 def _write(
-    path: Path, root: Path, samples: SampleCollection, field: str, progress: bool | Callable | None
+    path: Path, root: Path, samples: SampleCollection, field: str, progress: Progress
 ) -> tuple[int, int, list[dict]]:
     """Writes the file; returns the numbers of images and annotations, and what was skipped."""
     images: list[dict] = []

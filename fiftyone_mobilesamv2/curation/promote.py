@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from ..fiftyone_internals import (
     sample_collection,
     source_dataset,
 )
-from ..labels.documents import StoredImage, labels_in, name_of, stored_images, value_in, visit_images
+from ..labels.documents import Progress, StoredImage, labels_in, name_of, stored_images, value_in, visit_images
 from ..labels.fields import check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from .findings import LabelIds, check_images, check_tagged_field, retag
@@ -63,7 +63,7 @@ def promote_to_labels(
     gt_field: str = "ground_truth",
     *,
     label: str,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> Promotion:
     """Makes proposals ground truth, in the dataset that `samples` is, or shows.
 

@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from ..evaluation.average_recall import areas_of
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import source_dataset
-from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
+from ..labels.documents import Progress, StoredImage, is_crowd, number_of, visit_images
 from ..labels.fields import check_shapes_field
 from .duplicates import DUPLICATE
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
@@ -71,7 +71,7 @@ def find_unlabeled_objects(
     rank_by: str = "confidence",
     use_masks: bool = True,
     tag: str = "unlabeled",
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> FoundLabels:
     """Finds and tags the proposals that no label explains.
 
@@ -131,7 +131,7 @@ def find_unsupported_labels(
     iou: float = 0.5,
     use_masks: bool = True,
     tag: str = "unsupported",
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> FoundLabels:
     """Finds and tags the labels that no proposal has an IoU of `iou` with: wrong ones, or objects the model misses.
 
@@ -168,7 +168,7 @@ def _found(
     field_name: str,
     find: Callable[[StoredImage], dict[ObjectId, float] | None],
     tag: str,
-    progress: bool | Callable | None,
+    progress: Progress,
 ) -> FoundLabels:
     """Tags the labels of `field_name` that `find` finds in the images.
 

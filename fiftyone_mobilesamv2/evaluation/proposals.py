@@ -24,7 +24,7 @@ from ..fiftyone_internals import (
     is_patches_view,
     root_dataset,
 )
-from ..labels.documents import StoredImage, ensure_metadata, is_crowd, log_skipped, number_of, visit_shard
+from ..labels.documents import Progress, StoredImage, ensure_metadata, is_crowd, log_skipped, number_of, visit_shard
 from ..labels.fields import check_shapes_field
 from ..labels.masks import boxes_may_overlap, boxes_of, masks_of
 from ..runs.cluster import check_workers, on_cluster
@@ -49,7 +49,7 @@ def evaluate_proposals(
     use_masks: bool = True,
     rank_by: str = "confidence",
     area_field: str | None = None,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
     cluster: str | None = None,
     workers: int | None = None,
 ) -> ProposalResults:
@@ -208,7 +208,7 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
-    def _measure(self, samples: SampleCollection, progress: bool | Callable | None) -> None:
+    def _measure(self, samples: SampleCollection, progress: Progress) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
         if self.cluster is None:
             total = self._measure_part(samples, progress)
@@ -217,13 +217,13 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
         log_skipped(self._skipped, total)
         self._by_id = {str(image.id): image for image in self._images}
 
-    def _measure_part(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
+    def _measure_part(self, samples: SampleCollection, progress: Progress) -> int:
         fields = [self.config.pred_field, self.config.gt_field]
         skipped, total = visit_shard(samples, fields, lambda each: self._images.append(self._measured(each)), progress)
         self._skipped += skipped
         return total
 
-    def _measure_on_cluster(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
+    def _measure_on_cluster(self, samples: SampleCollection, progress: Progress) -> int:
         if is_generated(samples):
             raise ArgumentError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
         ensure_metadata(samples, progress)

@@ -16,9 +16,12 @@ def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypo
     """The single labels of a field of prompts."""
     if prompts is None:
         return []
+    labels: list[fol.Detection] | list[fol.Keypoint] = [prompts]
     if isinstance(prompts, fol.Detections):
-        return prompts.detections
-    return prompts.keypoints if isinstance(prompts, fol.Keypoints) else [prompts]
+        labels = prompts.detections
+    elif isinstance(prompts, fol.Keypoints):
+        labels = prompts.keypoints
+    return labels
 
 
 def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +62,8 @@ def check_prompts(prompts: fol.Label | None) -> None:
 
 def _is_in_image(box: Sequence[float] | None) -> bool:
     """Whether a relative box, perhaps without an area, is at least partly in the image."""
+    if box is None:
+        return False
     try:
         x, y, width, height = map(float, box)
     except (TypeError, ValueError):

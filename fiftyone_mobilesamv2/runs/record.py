@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -23,7 +23,7 @@ import psutil
 from gridfs.errors import NoFile
 
 from ..errors import Cancelled, Failure, FieldBusyError
-from ..fiftyone_internals import dataset_id, reload_list_of_runs, root_dataset
+from ..fiftyone_internals import Document, dataset_id, reload_list_of_runs, root_dataset
 from .retry import PATIENCE, retry_while_unavailable
 from .shards import Shard
 
@@ -66,7 +66,7 @@ class SegmentationRun:
     """
 
     label_field: str
-    parameters: dict
+    parameters: Document
     started: str = field(default_factory=lambda: _now().isoformat())
     images: int = 0
     objects: int = 0
@@ -163,7 +163,9 @@ def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]
 
 def mark_abandoned(group: str, index: int | None = None) -> None:
     """Marks one shard of a run, or all, as abandoned: other workers may take it over at once."""
-    query: dict = {"run.shard.group": group} | ({} if index is None else {"run.shard.index": index})
+    query: Document = {"run.shard.group": group}
+    if index is not None:
+        query["run.shard.index"] = index
     retry_while_unavailable(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
 
 
@@ -202,16 +204,16 @@ def _heartbeat(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event
             logger.debug("No sign of life: %s", error)
 
 
-def _is_alive(document: Mapping, now: datetime) -> bool:
+def _is_alive(document: Document, now: datetime) -> bool:
     if document["ended"]:
         return False
     owner, here = document["owner"], _this_process()
     if owner["machine"] != here["machine"]:
-        return now - document["seen"] <= _SILENCE
+        return bool(now - document["seen"] <= _SILENCE)
     if owner["pid"] == here["pid"]:
         return document["run"]["run_id"] in _going_on
     try:  # it may be silent for long: waiting for the database, or stopped, or on a laptop that sleeps
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _CLOCK
+        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _CLOCK)
     except psutil.NoSuchProcess:
         return False
 
@@ -223,7 +225,7 @@ def _are_shards_of_one_run(run: SegmentationRun, other: SegmentationRun) -> bool
     )
 
 
-def _this_process() -> dict:
+def _this_process() -> Document:
     host = socket.gethostname()
     return {
         "host": host,
@@ -309,35 +311,36 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
     )
 
 
-def _document(run: SegmentationRun) -> dict:
+def _document(run: SegmentationRun) -> Document:
     failures = [asdict(failure) for failure in run.failures[:_MAX_FAILURES]]
     return asdict(replace(run, failures=[])) | {"failures": failures}
 
 
-def _run(document: Mapping) -> SegmentationRun:
+def _run(document: Document) -> SegmentationRun:
     return _from_dict(document["run"])
 
 
-def _from_dict(run: Mapping) -> SegmentationRun:
+def _from_dict(run: Document) -> SegmentationRun:
     shard = run.get("shard")
     failures = [Failure(**failure) for failure in run["failures"]]
     return SegmentationRun(**{**run, "failures": failures, "shard": shard and Shard(**shard)})
 
 
-def _collection() -> Collection:
-    return foo.get_db_conn()[_COLLECTION]
+def _collection() -> Collection[Document]:
+    collection: Collection[Document] = foo.get_db_conn()[_COLLECTION]
+    return collection
 
 
-def _write(dataset: fo.Dataset, run: SegmentationRun, values: dict) -> None:
+def _write(dataset: fo.Dataset, run: SegmentationRun, values: Document) -> None:
     fields = {**_of_field(dataset, run.label_field), "run": _document(run), **values}
     _collection().update_one(_id(dataset, run), {"$set": fields}, upsert=True)
 
 
-def _id(dataset: fo.Dataset, run: SegmentationRun) -> dict:
+def _id(dataset: fo.Dataset, run: SegmentationRun) -> Document:
     return {"_id": f"{dataset_id(dataset)}/{run.run_id}"}  # a clone has the same runs
 
 
-def _of_field(dataset: fo.Dataset, label_field: str) -> dict:
+def _of_field(dataset: fo.Dataset, label_field: str) -> Document:
     return {"dataset_id": dataset_id(dataset), "label_field": label_field}
 
 
