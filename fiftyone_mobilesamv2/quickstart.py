@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import fiftyone as fo
@@ -21,6 +22,9 @@ from .evaluation.proposals import evaluate_proposals
 from .images import read_image
 from .runs.segment import segment_everything
 from .training.scenes import write_coco
+
+if TYPE_CHECKING:
+    from .modeling.arrays import ImageArray
 
 DATASET_NAME = "mobilesamv2-quickstart"
 LABEL_FIELD = "segmentations"
@@ -148,7 +152,7 @@ def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 3
 
 def draw_masks(image: np.ndarray, masks: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """A copy of uint8 RGB `image` with each (bool mask, xyxy box) filled half-transparently and outlined."""
-    drawn = image.copy()
+    drawn: ImageArray = image.copy()
     for index, (mask, (x0, y0, x1, y1)) in enumerate(masks):
         hue = int(180 * ((index * 0.618034) % 1))  # golden ratio: neighbours in the list get hues far apart
         color = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..evaluation.average_recall import Shapes, ious_of
+from ..fiftyone_internals import Document
 from ..labels.masks import boxes_of, masks_of
 
 
-def shapes_of(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> Shapes:
+def shapes_of(labels: Sequence[Document], size: tuple[int, int], use_masks: bool) -> Shapes:
     """The labels' masks, or their boxes. Raises as `stored_labels.masks_of` does."""
     return masks_of(labels, size) if use_masks else boxes_of(labels, size)
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -17,6 +18,9 @@ import numpy as np
 from ..images import read_image
 from ..modeling.checkpoints.verification import file_hashes
 from ..training.scenes import TEST_SEED, make_scene
+
+if TYPE_CHECKING:
+    from ..modeling.arrays import FloatArray
 
 PHOTO_OBJECTS = Path(__file__).with_name("photo_objects.json")
 MAX_FILL = 0.55  # share of its box that an object may fill
@@ -52,7 +56,8 @@ class KnownImage:
     def fills(self) -> np.ndarray:
         """[N], the share of its box that each object fills."""
         boxes = self.boxes
-        return self.masks.sum((1, 2)) / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        fills: FloatArray = self.masks.sum((1, 2)) / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        return fills
 
 
 def known_images(kind: str) -> list[KnownImage]:
@@ -69,7 +74,8 @@ def photos() -> list[KnownImage]:
     found = []
     for photo in json.loads(PHOTO_OBJECTS.read_text())["photos"]:
         spec = importlib.util.find_spec(photo["package"])
-        path = Path(spec.submodule_search_locations[0], photo["path"]) if spec else None
+        folders = spec.submodule_search_locations if spec else None
+        path = Path(folders[0], photo["path"]) if folders else None
         if path is None or not path.is_file() or file_hashes(path)[0] != photo["sha256"]:
             continue  # another version of the package, perhaps, with other photos
         image = read_image(str(path))

@@ -73,7 +73,8 @@ def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iter
     if not any(is_frame_field(samples, name) for name in field_names):
         for document in aggregate(samples, pipeline=[{"$project": keep}]):
             metadata = document.get("metadata") or {}
-            sample_id = document.get("_sample_id", document["_id"])  # of the source, if it is a patch or a frame
+            # Of the source, if it is a patch or a frame.
+            sample_id = document["_sample_id"] if "_sample_id" in document else document["_id"]
             size = _size(metadata.get("height"), metadata.get("width"))
             yield StoredImage(document, sample_id, document["filepath"], size)
         return

@@ -10,6 +10,7 @@ import tokenize
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import cv2
 import fiftyone.core.storage as fos
@@ -21,8 +22,13 @@ from ..fiftyone_internals import Document
 from ..modeling.rle import RLE, rle_from_crop
 from .documents import name_of
 
+if TYPE_CHECKING:
+    from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
 
-def masks_of(labels: Sequence[Document], size: tuple[int, int], wanted: Sequence[bool] | None = None) -> list[RLE]:
+
+def masks_of(
+    labels: Sequence[Document], size: tuple[int, int], wanted: Sequence[bool] | MaskArray | None = None
+) -> list[RLE]:
     """COCO RLE of each label of an image.
 
     A mask of another resolution than its box in pixels is stretched to it, as the App draws it.

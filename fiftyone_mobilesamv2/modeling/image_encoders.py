@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import timm
@@ -39,7 +40,7 @@ class SamNeck(nn.Module):
 
     def __init__(self, in_channels: list[int], head_width: int, head_depth: int, out_channels: int, size: int) -> None:
         super().__init__()
-        norm = partial(nn.BatchNorm2d, eps=1e-6)
+        norm: Any = partial(nn.BatchNorm2d, eps=1e-6)  # timm calls it, yet its annotations ask for a class
         self.size = size
         self.input_ops = nn.ModuleList(
             ConvNormAct(channels, head_width, 1, norm_layer=norm, act_layer=None) for channels in reversed(in_channels)
@@ -82,9 +83,10 @@ class SamNeckEncoder(nn.Module):
         self, backbone: nn.Module, head_width: int, head_depth: int, embed_dim: int, embed_size: int, network_size: int
     ) -> None:
         super().__init__()
+        feature_info: Any = backbone.feature_info
         self.network_size = network_size
         self.backbone = backbone
-        self.neck = SamNeck(backbone.feature_info.channels(), head_width, head_depth, embed_dim, embed_size)
+        self.neck = SamNeck(feature_info.channels(), head_width, head_depth, embed_dim, embed_size)
         self.norm = LayerNorm2d(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +152,7 @@ def _tiny_vit() -> nn.Module:
 
 
 def _sam_vit(embed_dim: int, depth: int, num_heads: int, global_attn_indexes: tuple[int, ...]) -> nn.Module:
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)  # ultralytics calls it, yet its annotations ask for a class
     return ImageEncoderViT(
         img_size=1024,
         patch_size=16,
@@ -159,7 +162,7 @@ def _sam_vit(embed_dim: int, depth: int, num_heads: int, global_attn_indexes: tu
         mlp_ratio=4,
         out_chans=256,
         qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=norm,
         use_rel_pos=True,
         window_size=14,
         global_attn_indexes=global_attn_indexes,

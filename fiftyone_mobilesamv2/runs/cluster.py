@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from numbers import Integral
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ArgumentError, ClusterError
 from ..fiftyone_internals import restored_view, root_dataset, serialized_view
@@ -28,19 +28,20 @@ _TRIES = 3
 _START = 300  # seconds that workers may take
 _VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # what workers take over where it is set
 # A function of a part's samples, and of the part, that a worker makes once.
-Work = Callable[["SampleCollection", Shard], object]
+T = TypeVar("T")
+Work = Callable[["SampleCollection", Shard], T]
 
 
 def on_cluster(
     samples: SampleCollection,
-    make_work: Callable[..., Work],
+    make_work: Callable[..., Work[T]],
     arguments: tuple[object, ...],
     group: str,
     cluster: str,
     workers: int | None,
     died: Callable[[Shard], None] = lambda shard: None,
     waiting: Callable[[], None] = lambda: None,
-) -> Generator[object, None, None]:
+) -> Generator[T, None, None]:
     """What `make_work(*arguments)(part of the samples, the part)` returns on workers, part by part in any order.
 
     A part whose worker dies is given to another one, twice at most.
@@ -191,7 +192,7 @@ def _actor_class(
     ray: ModuleType,
     resources: dict[str, float],
     environment: dict[str, str],
-    make_work: Callable[..., Work],
+    make_work: Callable[..., Work[Any]],
     arguments: tuple[object, ...],
 ) -> Callable[[], Any]:
     # As bytes: a worker has to know the database before it imports FiftyOne, which these need.
@@ -209,7 +210,7 @@ class _Worker:
 
         torch.set_num_threads(threads)
         self._to_load = work
-        self._work: Work | None = None
+        self._work: Work[object] | None = None
 
     def is_there(self) -> bool:
         return True

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import fiftyone.core.odm as foo
 import psutil
 from gridfs.errors import NoFile
+from pymongo import ReturnDocument
 
 from ..errors import Cancelled, Failure, FieldBusyError
 from ..fiftyone_internals import Document, dataset_id, reload_list_of_runs, root_dataset
@@ -179,8 +180,8 @@ def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
     here = _of_field(dataset, run.label_field)
     fields = {**here, "run": _document(run), "owner": _this_process(), "ended": False}
     now = {"$currentDate": {"claimed": True, "seen": True}}
-    retry_while_unavailable(lambda: collection.update_one(mine, {"$set": fields, **now}, upsert=True))
-    own = collection.find_one(mine)
+    change = partial(collection.find_one_and_update, mine, {"$set": fields, **now}, upsert=True)
+    own = retry_while_unavailable(partial(change, return_document=ReturnDocument.AFTER))
     for other in collection.find({**here, "ended": False, "_id": {"$ne": own["_id"]}}):
         is_earlier = (other["claimed"], other["_id"]) < (own["claimed"], own["_id"])
         if is_earlier and _is_alive(other, own["seen"]) and not _are_shards_of_one_run(_run(other), run):
@@ -285,9 +286,9 @@ def _copied(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
 
 def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
     """The runs of the parts of a dataset, as one run."""
-    if len(parts) == 1 and parts[0].shard is None:
-        return parts[0]
     first, shard = parts[0], parts[0].shard
+    if shard is None:
+        return first
     seconds: dict[str, float] = {}
     for part in parts:
         for stage, value in part.seconds.items():
@@ -296,8 +297,9 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
     ends = [start + timedelta(seconds=part.seconds.get("total", 0)) for start, part in zip(starts, parts)]
     seconds["total"] = (max(ends) - min(starts)).total_seconds()
     # A part that was tried again: what failed the first time was, too.
-    last = {part.shard.index: part for part in parts}
-    retried = [part for part in parts if part is not last[part.shard.index]]
+    by_shard = [(part.shard.index, part) for part in parts if part.shard is not None]
+    last = dict(by_shard)
+    retried = [part for index, part in by_shard if part is not last[index]]
     return replace(
         first,
         images=sum(part.images for part in parts) - sum(part.num_failures for part in retried),
@@ -305,7 +307,7 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
         seconds=seconds,
         failures=[failure for part in last.values() for failure in part.failures],
         num_failures=sum(part.num_failures for part in last.values()),
-        cancelled=len({part.shard.index for part in parts if not part.cancelled}) < shard.count,
+        cancelled=len({index for index, part in by_shard if not part.cancelled}) < shard.count,
         shard=None,
         run_id=shard.group,
     )

@@ -14,11 +14,15 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ..modeling.arrays import AnyArray, FloatArray, MaskArray
 
 # Seeds of the sets that this project uses. Measured figures refer to TEST_SEED.
 TRAIN_SEED = 1
@@ -47,7 +51,8 @@ class Scene:
 
     def masks(self) -> np.ndarray:
         """bool [N, H, W], the visible part of each object."""
-        return self.labels[None] == np.arange(1, self.num_objects + 1, dtype=np.uint8)[:, None, None]
+        masks: MaskArray = self.labels[None] == np.arange(1, self.num_objects + 1, dtype=np.uint8)[:, None, None]
+        return masks
 
     def boxes(self) -> np.ndarray:
         """float32 [N, 4], xyxy: the tight box of each visible part, ends exclusive."""
@@ -90,7 +95,8 @@ def _leaves_all_visible(labels: np.ndarray, areas: list[int], shape: np.ndarray)
 
 def _color(rng: np.random.Generator) -> np.ndarray:
     hsv = np.array([[[rng.uniform(0, 180), rng.uniform(20, 255), rng.uniform(40, 250)]]], np.uint8)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+    color: FloatArray = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+    return color
 
 
 def _shape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -129,6 +135,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, color: np.ndarra
     turn = rng.uniform(0, np.pi)
     along = x * np.float32(np.cos(turn)) + y * np.float32(np.sin(turn))
     kind = rng.integers(0, 5)
+    pattern: AnyArray
     if kind == 0:
         pattern = np.zeros((height, width), np.float32)
     elif kind == 1:
@@ -144,7 +151,8 @@ def _texture(rng: np.random.Generator, height: int, width: int, color: np.ndarra
         pattern = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     other = _color(rng)
     strength = contrast * rng.uniform(0.2, 0.7)
-    return color + pattern[..., None] * np.float32(strength) * (other - color)
+    texture: FloatArray = color + pattern[..., None] * np.float32(strength) * (other - color)
+    return texture
 
 
 def _shaded(rng: np.random.Generator, texture: np.ndarray, shape: np.ndarray) -> np.ndarray:
@@ -153,7 +161,8 @@ def _shaded(rng: np.random.Generator, texture: np.ndarray, shape: np.ndarray) ->
         return texture
     depth = cv2.distanceTransform(np.pad(shape, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     light = 1 - rng.uniform(0.1, 0.45) * np.exp(-depth / max(1.0, 0.2 * float(depth.max())))
-    return texture * light[..., None].astype(np.float32)
+    shaded: FloatArray = texture * light[..., None].astype(np.float32)
+    return shaded
 
 
 def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
@@ -166,7 +175,8 @@ def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
     """
     images_folder, file = folder / "images", folder / "scenes.json"
     images_folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc="Making scenes"):
         scene = make_scene(TEST_SEED, index)
         path = images_folder / f"{index:03d}.png"

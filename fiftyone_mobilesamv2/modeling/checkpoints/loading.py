@@ -98,9 +98,9 @@ def load_detector(path: str | PathLike[str]) -> nn.Module:
     name = f"yolov8{scales[stem.shape[0]]}.yaml"
     # The release regresses box sides over 26 bins (as FastSAM does), where YOLOv8 has 16.
     config = yaml_model_load(name) | {"nc": 1, "reg_max": bins.shape[1]}
-    model: nn.Module = DetectionModel(config, verbose=False)
-    _load_strictly(model, tensors, f"{path} does not fit {name}")
-    model = model.eval().fuse(verbose=False)
+    unfused = DetectionModel(config, verbose=False)
+    _load_strictly(unfused, tensors, f"{path} does not fit {name}")
+    model: nn.Module = unfused.eval().fuse(verbose=False)
     _check_numbers(model.state_dict(), f"{path} is no detector that can be used")
     return model
 
