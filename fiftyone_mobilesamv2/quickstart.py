@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import fiftyone as fo
@@ -20,11 +19,9 @@ from .errors import ArgumentError
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
+from .modeling.arrays import ImageArray, IntArray, MaskArray
 from .runs.segment import segment_everything
 from .training.scenes import write_coco
-
-if TYPE_CHECKING:
-    from .modeling.arrays import ImageArray
 
 DATASET_NAME = "mobilesamv2-quickstart"
 LABEL_FIELD = "segmentations"
@@ -127,7 +124,7 @@ def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) ->
     return "\n".join(lines)
 
 
-def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[MaskArray, IntArray]:
     """A stored detection's mask, wherever it is stored, and its box: xyxy in pixels of an image of `size` (h, w)."""
     mask = detection.mask if detection.mask is not None else foui.read(detection.mask_path)[..., 0] > 0
     height, width = size
@@ -135,7 +132,7 @@ def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[np.nd
     return mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]])
 
 
-def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> np.ndarray:
+def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> ImageArray:
     """uint8 RGB: the first images of the dataset with their masks in colour, least confident first."""
     sheet = np.full((rows * tile, columns * tile, 3), 30, np.uint8)
     for number, sample in enumerate(dataset.match(fo.ViewField(LABEL_FIELD) != None).limit(rows * columns)):  # noqa: E711
@@ -150,7 +147,7 @@ def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 3
     return sheet
 
 
-def draw_masks(image: np.ndarray, masks: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def draw_masks(image: ImageArray, masks: list[tuple[MaskArray, IntArray]]) -> ImageArray:
     """A copy of uint8 RGB `image` with each (bool mask, xyxy box) filled half-transparently and outlined."""
     drawn: ImageArray = image.copy()
     for index, (mask, (x0, y0, x1, y1)) in enumerate(masks):

@@ -17,6 +17,7 @@ from ..evaluation.average_recall import Shapes, areas_of, ranking
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import Document, bulk_write, label_path, source_dataset
 from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
+from ..modeling.arrays import FloatArray, IntArray
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
-    from ..modeling.arrays import FloatArray, IntArray
 
 DUPLICATE, PART, WHOLE = TAGS = ("duplicate", "part", "whole")
 ATTRIBUTES = {DUPLICATE: "duplicate_of", PART: "part_of"}

@@ -10,17 +10,14 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from ..images import read_image
+from ..modeling.arrays import FloatArray, ImageArray, MaskArray
 from ..modeling.checkpoints.verification import file_hashes
 from ..training.scenes import TEST_SEED, make_scene
-
-if TYPE_CHECKING:
-    from ..modeling.arrays import FloatArray
 
 PHOTO_OBJECTS = Path(__file__).with_name("photo_objects.json")
 MAX_FILL = 0.55  # share of its box that an object may fill
@@ -42,18 +39,18 @@ class KnownImage:
     """
 
     name: str
-    image: np.ndarray
+    image: ImageArray
     objects: list[str]
-    masks: np.ndarray
+    masks: MaskArray
 
     @property
-    def boxes(self) -> np.ndarray:
+    def boxes(self) -> FloatArray:
         """float32 [N, 4], xyxy: the tight box of each mask, ends exclusive."""
         x, y, w, h = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in self.masks], np.float32).T
         return np.stack([x, y, x + w, y + h], 1)
 
     @property
-    def fills(self) -> np.ndarray:
+    def fills(self) -> FloatArray:
         """[N], the share of its box that each object fills."""
         boxes = self.boxes
         fills: FloatArray = self.masks.sum((1, 2)) / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
@@ -97,7 +94,7 @@ def scenes() -> list[KnownImage]:
     return found
 
 
-def filled(rings: list[list[list[float]]], size: tuple[int, int]) -> np.ndarray:
+def filled(rings: list[list[list[float]]], size: tuple[int, int]) -> MaskArray:
     """bool [H, W]: polygons of (x, y), filled even-odd; what they touch is inside."""
     mask = np.zeros(size, np.uint8)
     points = [np.round(np.array(ring, float) * 2**_FRACTION_BITS).astype(np.int32) for ring in rings]

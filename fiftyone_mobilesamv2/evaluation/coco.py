@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fiftyone as fo
 import fiftyone.core.labels as fol
@@ -23,9 +23,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError
-
-if TYPE_CHECKING:
-    from ..modeling.arrays import MaskArray
+from ..modeling.arrays import MaskArray
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import label_root
+from ..modeling.arrays import AnyArray, IntArray, MaskArray
 from .average_recall import IOU_THRESHOLDS, AverageRecall
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..labels.documents import Skipped
-    from ..modeling.arrays import AnyArray, IntArray, MaskArray
     from .proposals import ProposalEvaluationConfig
     from .run_fields import Match
 

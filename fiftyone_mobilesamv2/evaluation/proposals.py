@@ -314,7 +314,8 @@ class ProposalEvaluation(RunFields):
         boxes = boxes_of(proposals, size), boxes_of(objects, size)
         shapes: tuple[Shapes, Shapes] = boxes
         if config.use_masks:
-            shapes = masks_of(proposals, size, boxes_may_overlap(*boxes).any(1)), masks_of(objects, size)
+            wanted = np.asarray(boxes_may_overlap(*boxes).any(1))
+            shapes = masks_of(proposals, size, wanted), masks_of(objects, size)
         matches = self._recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
 
         counted = [i for i, ignored in enumerate(crowd) if not ignored]

@@ -31,6 +31,7 @@ from ..fiftyone_internals import (
     source_dataset,
     split_frame_field,
 )
+from ..modeling.arrays import IntArray
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -54,7 +55,7 @@ class MeasuredObject:
     id: ObjectId
     label: str
     best_iou: float
-    ranks: np.ndarray  # [thresholds], from 0
+    ranks: IntArray  # [thresholds], from 0
     match_id: ObjectId | None  # of the proposal that finds it at IoU 0.5; the next two are of this match
     match_iou: float | None
     match_confidence: float | None

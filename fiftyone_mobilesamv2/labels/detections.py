@@ -12,6 +12,7 @@ import numpy as np
 from bson import ObjectId
 
 from ..fiftyone_internals import Document
+from ..modeling.arrays import MaskArray
 from ..modeling.masks import Segmentation
 from .mask_files import MaskFiles
 from .masks import serialized
@@ -47,7 +48,7 @@ def mask_attributes(found: Segmentation, index: int) -> Document:
     }
 
 
-def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> np.ndarray:
+def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> MaskArray:
     """bool: what a mask has inside a relative box [x, y, width, height], in pixels of the box.
 
     Some may be outside the image. A box without an area has one, at its corner.
@@ -132,7 +133,7 @@ class DetectionWriter:
             detections.append(detection)
         return fol.Detections(detections=detections)
 
-    def _without_masks(self, found: Found) -> list[tuple[Document, np.ndarray | None]]:
+    def _without_masks(self, found: Found) -> list[tuple[Document, MaskArray | None]]:
         """Each detection's document, without its mask, and the mask, bool [h, w]."""
         documents = []
         for i in range(len(found.masks)):
@@ -148,8 +149,8 @@ class DetectionWriter:
         return documents
 
     def _stored_masks(
-        self, documents: Sequence[tuple[Document, np.ndarray | None]], files: MaskFiles
-    ) -> list[tuple[Document, np.ndarray | None, bytes]]:
+        self, documents: Sequence[tuple[Document, MaskArray | None]], files: MaskFiles
+    ) -> list[tuple[Document, MaskArray | None, bytes]]:
         """Writes masks to files, from the largest, until the rest fits; these documents get their paths.
 
         Returns:
@@ -158,7 +159,7 @@ class DetectionWriter:
         with_masks = [(document, mask) for document, mask in documents if mask is not None]
         contents = [serialized(mask) if self.label_bytes else b"" for _, mask in with_masks]
         in_files = self._beyond_budget([len(content) for content in contents], len(documents))
-        stored: list[tuple[Document, np.ndarray | None, bytes]] = []
+        stored: list[tuple[Document, MaskArray | None, bytes]] = []
         for i, ((document, mask), content) in enumerate(zip(with_masks, contents)):
             if i in in_files:
                 document["mask_path"] = files.add(mask)

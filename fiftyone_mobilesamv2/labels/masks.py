@@ -10,7 +10,6 @@ import tokenize
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import cv2
 import fiftyone.core.storage as fos
@@ -19,11 +18,9 @@ from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError, LabelError, MissingError
 from ..fiftyone_internals import Document
+from ..modeling.arrays import AnyArray, FloatArray, MaskArray
 from ..modeling.rle import RLE, rle_from_crop
 from .documents import name_of
-
-if TYPE_CHECKING:
-    from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
 
 
 def masks_of(
@@ -50,22 +47,21 @@ def masks_of(
     return [_mask_of(label, size) if decode else empty for label, decode in zip(labels, wanted)]
 
 
-def boxes_of(labels: Sequence[Document], size: tuple[int, int]) -> np.ndarray:
+def boxes_of(labels: Sequence[Document], size: tuple[int, int]) -> FloatArray:
     """float64 [N, 4]: x, y, width and height of each label, in pixels. Raises as :func:`masks_of` does."""
     scale = np.array([size[1], size[0]] * 2, float)
-    boxes: np.ndarray = np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
+    boxes: FloatArray = np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
     return boxes
 
 
-def boxes_may_overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+def boxes_may_overlap(boxes: FloatArray, others: FloatArray) -> MaskArray:
     """bool [boxes, others], for x, y, width, height in pixels: whether labels of these boxes could overlap.
 
     They may be a pixel or two apart: masks begin at whole pixels, boxes need not.
     """
     starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
     ends = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
-    overlap: np.ndarray = (starts <= ends + 2).all(2)
-    return overlap
+    return np.asarray((starts <= ends + 2).all(2))
 
 
 def _mask_of(label: Document, size: tuple[int, int]) -> RLE:
@@ -111,7 +107,7 @@ def _polygons_mask(label: Document, size: tuple[int, int]) -> RLE:
     return merged
 
 
-def _relative_box(label: Document) -> np.ndarray:
+def _relative_box(label: Document) -> FloatArray:
     if "points" in label:
         points = np.array([point for points in label["points"] for point in points], float).reshape(-1, 2)
         if not len(points):
@@ -127,10 +123,10 @@ def _relative_box(label: Document) -> np.ndarray:
     return np.array(box, float)
 
 
-def _stored_mask(label: Document) -> np.ndarray:
+def _stored_mask(label: Document) -> MaskArray:
     """bool [h, w]"""
     _check_has_mask(label)
-    mask: np.ndarray | None
+    mask: AnyArray | None
     if (stored := label.get("mask")) is not None:
         try:
             mask = _deserialized(stored)
@@ -156,7 +152,7 @@ def _stored_mask(label: Document) -> np.ndarray:
     return np.ascontiguousarray(mask)
 
 
-def _single_channel(label: Document, mask: np.ndarray) -> np.ndarray:
+def _single_channel(label: Document, mask: AnyArray) -> AnyArray:
     colors, alpha = mask[..., :3], mask[..., 3:]
     if (colors != colors[..., :1]).any() or (alpha != alpha.max(initial=0)).any():
         raise LabelError(
@@ -173,7 +169,7 @@ def _check_has_mask(label: Document) -> None:
         )
 
 
-def serialized(mask: np.ndarray) -> bytes:
+def serialized(mask: MaskArray) -> bytes:
     """What `fiftyone.core.utils.serialize_numpy_array` gives, compressed by run lengths.
 
     zlib then takes a quarter to a sixth of the time that it takes to look for whatever repeats. Masks of 100x100 pixels
@@ -185,7 +181,7 @@ def serialized(mask: np.ndarray) -> bytes:
     return compressor.compress(content.getvalue()) + compressor.flush()
 
 
-def _deserialized(stored: bytes) -> np.ndarray:
+def _deserialized(stored: bytes) -> AnyArray:
     """What `fiftyone.core.utils.deserialize_numpy_array` gives, but for the 60 µs of parsing the header each time."""
     data = zlib.decompress(stored)
     if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which numpy writes for headers of up to 64 KB

@@ -8,6 +8,7 @@ import fiftyone.core.labels as fol
 import numpy as np
 
 from ..errors import ArgumentError
+from ..modeling.arrays import FloatArray, IntArray
 
 _MAX_BOX_SIDES = 2  # sides of the image that a box has: a mask of it takes as many pixels; the evaluation takes no more
 
@@ -24,7 +25,7 @@ def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypo
     return labels
 
 
-def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
+def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[FloatArray, IntArray]:
     """Relative points [P, 2] and their labels [P]: 1 inside the object, 0 outside (the attribute "sam_labels", as with
     FiftyOne's own SAM; without it all are inside). Points that the image does not show (NaN, or not in 0..1) are left
     out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .arrays import AnyArray, ImageArray, IntArray
 from .grid_prompts import MAX_POINTS_PER_SIDE, GridFilter
 from .object_discovery import MAX_NMS_CANDIDATES
 
@@ -61,7 +62,7 @@ def checked_grid(points_per_side: int, grid_filter: GridFilter) -> tuple[int, Gr
     )
 
 
-def check_images(images: Sequence[np.ndarray]) -> None:
+def check_images(images: Sequence[ImageArray]) -> None:
     _check_is_sequence("images", images)
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -71,7 +72,7 @@ def check_images(images: Sequence[np.ndarray]) -> None:
             raise ArgumentError(f"Image {i} has no pixels: its shape is {image.shape}.")
 
 
-def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
+def coordinates(index: int, name: str, values: Tensor | AnyArray, width: int) -> Tensor:
     """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
@@ -89,7 +90,7 @@ def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) 
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _array(expected: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+def _array(expected: str, values: npt.ArrayLike) -> AnyArray:
     try:
         return np.asarray(values)
     except ValueError as error:  # parts of different lengths
@@ -108,10 +109,10 @@ def check_count(name: str, prompts: Sequence[object], images: int) -> None:
 
 
 def check_prompts(
-    images: Sequence[np.ndarray],
-    boxes: Sequence[Tensor | np.ndarray] | None,
-    points: Sequence[Sequence[np.ndarray]] | None,
-    point_labels: Sequence[Sequence[np.ndarray]] | None,
+    images: Sequence[ImageArray],
+    boxes: Sequence[Tensor | AnyArray] | None,
+    points: Sequence[Sequence[AnyArray]] | None,
+    point_labels: Sequence[Sequence[AnyArray]] | None,
 ) -> None:
     """Raises ValueError unless there are prompts, one entry for each image; TypeError for no sequence."""
     check_images(images)
@@ -129,10 +130,10 @@ def check_prompts(
 
 def points_with_labels(
     index: int,
-    points: Sequence[np.ndarray],
-    point_labels: Sequence[np.ndarray] | None,
+    points: Sequence[AnyArray],
+    point_labels: Sequence[AnyArray] | None,
     num_boxes: int | None,
-) -> tuple[list[Tensor], list[np.ndarray]]:
+) -> tuple[list[Tensor], list[IntArray]]:
     """The points of each prompt of image `index`, float32 [P, 2], and their labels, int64 [P].
 
     Args:

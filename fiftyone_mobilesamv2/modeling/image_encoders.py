@@ -26,6 +26,7 @@ from ultralytics.models.sam.modules.tiny_encoder import TinyViT
 from ultralytics.nn.modules import LayerNorm2d
 
 from ..errors import ArgumentError
+from .arrays import ImageArray
 
 # Mean and standard deviation of the RGB values that every released encoder was trained with (0..255).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -225,7 +226,7 @@ class ImageEmbeddings:
         return len(self.original_sizes)
 
 
-def preprocess(image: np.ndarray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
+def preprocess(image: ImageArray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
     """An image as the encoders take it.
 
     Args:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arrays import FloatArray, IntArray, MaskArray
 from .rle import RLE, rle_from_crop
 
 # SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
@@ -42,23 +43,23 @@ class Segmentation:
         points: float32 [N, 2], the point prompt of each mask, where the grid search found it; else None.
     """
 
-    boxes: np.ndarray
-    masks: list[np.ndarray]
-    confidence: np.ndarray
-    predicted_iou: np.ndarray
-    stability: np.ndarray
+    boxes: IntArray
+    masks: list[MaskArray]
+    confidence: FloatArray
+    predicted_iou: FloatArray
+    stability: FloatArray
     size: tuple[int, int]
-    points: np.ndarray | None = field(default=None, repr=False)
+    points: FloatArray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.masks)
 
     @property
-    def areas(self) -> np.ndarray:
+    def areas(self) -> IntArray:
         """int64 [N], pixels of each mask."""
         return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Segmentation:
+    def select(self, indices: Sequence[int] | IntArray) -> Segmentation:
         """The masks `indices`, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
         return Segmentation(
@@ -71,7 +72,7 @@ class Segmentation:
             points=None if self.points is None else self.points[indices],
         )
 
-    def full_mask(self, index: int) -> np.ndarray:
+    def full_mask(self, index: int) -> MaskArray:
         """bool [H, W], mask `index` at its place in the image."""
         full = np.zeros(self.size, bool)
         x0, y0, x1, y1 = self.boxes[index]
@@ -145,7 +146,7 @@ def upsampling_axis(logit_size: int, image_size: int, input_length: int, length:
 
 def crop_masks(
     low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]
-) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+) -> tuple[IntArray, list[MaskArray], FloatArray]:
     """`upsample(...) > 0`, each mask cropped to its tight box: the same pixels, without the full-size maps.
 
     Arguments as for :func:`upsample`.
@@ -165,7 +166,7 @@ def crop_masks(
     tolerances = (logits.abs().amax((1, 2)) * 2 * _ROUNDING).tolist() if len(logits) else []
 
     boxes = np.zeros((len(logits), 4), np.int32)
-    masks: list[np.ndarray] = [np.zeros((0, 0), bool)] * len(logits)
+    masks: list[MaskArray] = [np.zeros((0, 0), bool)] * len(logits)
     stability = np.zeros(len(logits), np.float32)
     for i, tolerance in enumerate(tolerances):
         used_rows, used_columns = _extent(row_used[i]), _extent(column_used[i])
@@ -197,7 +198,7 @@ def crop_masks(
     return boxes, masks, stability
 
 
-def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.ndarray | None:
+def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> MaskArray | None:
     """Whether K pixels are above 0, where rounding leaves no doubt about any of them; else None.
 
     Args:
@@ -209,7 +210,7 @@ def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.
     return (values > 0).numpy() if bool((values.abs() > doubt).all()) else None
 
 
-def _extent(used: np.ndarray) -> slice | None:
+def _extent(used: MaskArray) -> slice | None:
     """The range of the true entries of a bool vector."""
     (indices,) = np.nonzero(used)
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else None

@@ -26,6 +26,7 @@ from .arguments import (
     coordinates,
     points_with_labels,
 )
+from .arrays import AnyArray, ImageArray
 from .checkpoints.catalog import pretrained_model
 from .checkpoints.files import fetch_model
 from .checkpoints.loading import load_decoder, load_detector, load_encoder
@@ -149,7 +150,7 @@ class MobileSAMv2(nn.Module):
         )
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[np.ndarray]) -> ImageEmbeddings:
+    def encode(self, images: Sequence[ImageArray]) -> ImageEmbeddings:
         """Encodes images of any sizes.
 
         Args:
@@ -175,7 +176,7 @@ class MobileSAMv2(nn.Module):
     @torch.inference_mode()
     def discover(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[ImageArray],
         conf: float = CONFIDENCE,
         iou: float = NMS_IOU,
         max_prompts: int = MAX_PROMPTS,
@@ -202,7 +203,7 @@ class MobileSAMv2(nn.Module):
 
     @torch.inference_mode()
     def decode(
-        self, embeddings: ImageEmbeddings, boxes: Sequence[Tensor | np.ndarray]
+        self, embeddings: ImageEmbeddings, boxes: Sequence[Tensor | AnyArray]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decodes box prompts, each against the encoding of its own image.
 
@@ -225,7 +226,7 @@ class MobileSAMv2(nn.Module):
     @torch.inference_mode()
     def segment_everything(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[ImageArray],
         prompting: str = "object_aware",
         conf: float = CONFIDENCE,
         iou: float = NMS_IOU,
@@ -263,10 +264,10 @@ class MobileSAMv2(nn.Module):
     @torch.inference_mode()
     def segment_anything(
         self,
-        images: Sequence[np.ndarray],
-        boxes: Sequence[Tensor | np.ndarray] | None = None,
-        points: Sequence[Sequence[np.ndarray]] | None = None,
-        point_labels: Sequence[Sequence[np.ndarray]] | None = None,
+        images: Sequence[ImageArray],
+        boxes: Sequence[Tensor | AnyArray] | None = None,
+        points: Sequence[Sequence[AnyArray]] | None = None,
+        point_labels: Sequence[Sequence[AnyArray]] | None = None,
     ) -> list[Segmentation]:
         """SegAny: one mask a prompt, in the order of the prompts; an empty mask where the decoder finds nothing.
 
@@ -297,8 +298,8 @@ class MobileSAMv2(nn.Module):
         embeddings: ImageEmbeddings,
         index: int,
         boxes: Tensor | None,
-        points: Sequence[np.ndarray] | None,
-        point_labels: Sequence[np.ndarray] | None,
+        points: Sequence[AnyArray] | None,
+        point_labels: Sequence[AnyArray] | None,
     ) -> Segmentation:
         if points is None:
             return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
@@ -368,10 +369,8 @@ class MobileSAMv2(nn.Module):
         scale = torch.tensor([input_width / width, input_height / height], dtype=torch.float32)
         if boxes is not None:
             boxes = (boxes.cpu().float().reshape(-1, 2, 2) * scale).reshape(-1, 4).to(self.device)
-        if points is not None:
-            points = (points.float() * scale).to(self.device)
-        if point_labels is not None:
-            point_labels = point_labels.to(self.device)
+        if points is not None and point_labels is not None:
+            points, point_labels = (points.float() * scale).to(self.device), point_labels.to(self.device)
         with self._timed("decode"):
             return self.decoder.embed_prompts(boxes, points, point_labels)
 

@@ -6,6 +6,8 @@ from typing import TypedDict
 
 import numpy as np
 
+from .arrays import AnyArray, MaskArray
+
 
 class RLE(TypedDict):
     """A mask of a whole image as COCO stores it, compressed."""
@@ -14,7 +16,7 @@ class RLE(TypedDict):
     counts: bytes
 
 
-def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> RLE:
+def rle_from_crop(mask: MaskArray, box: AnyArray, size: tuple[int, int]) -> RLE:
     """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
     from pycocotools import mask as mask_utils  # here, so that masks can be made where it is not installed
 

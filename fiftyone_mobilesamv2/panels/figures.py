@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..modeling.arrays import AnyArray, FloatArray
+
 if TYPE_CHECKING:
     from ..evaluation.average_recall import AverageRecall
     from ..runs.record import SegmentationRun
@@ -15,7 +17,7 @@ COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9
 _CURVE_POINTS = 100
 _BINS = 20
 _JSON = dict[str, Any]  # an object of plotly's
-_Values = Sequence[object] | np.ndarray
+_Values = Sequence[object] | AnyArray
 _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
 
 
@@ -97,7 +99,7 @@ def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
     return Figure(data, layout)
 
 
-def _line(name: str, number: int, x: np.ndarray, y: np.ndarray, hover: str, size: int | list[int]) -> _JSON:
+def _line(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: int | list[int]) -> _JSON:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -126,7 +128,7 @@ def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
+def _numbers(values: FloatArray) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..modeling.arrays import FloatArray, ImageArray, MaskArray
 from ..modeling.image_encoders import encoder_config, preprocess
 from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .scenes import TRAIN_SEED, make_scene
@@ -71,7 +72,7 @@ class PromptedScenes(Dataset[tuple[Tensor, ...]]):
             torch.from_numpy(points * scale).float()[:, None],
         )
 
-    def _outlines(self, labels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    def _outlines(self, labels: ImageArray, size: tuple[int, int]) -> Tensor:
         """[L, L], 1 where the outline of any object of the scene passes."""
         outline = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
         resized = F.interpolate(torch.from_numpy(outline)[None, None].float(), size=size, mode="area")[0]
@@ -79,7 +80,7 @@ class PromptedScenes(Dataset[tuple[Tensor, ...]]):
         return (F.avg_pool2d(padded, self.image_size // self.logit_size)[0] > 0.25).float()
 
     @staticmethod
-    def _point_inside(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    def _point_inside(rng: np.random.Generator, mask: MaskArray) -> FloatArray:
         y, x = np.nonzero(mask)
         i = rng.integers(len(y))
         return np.array([x[i] + 0.5, y[i] + 0.5])
