@@ -38,9 +38,10 @@ $(DEV_STAMP): $(STAMP)
 quickstart: setup ## segment images and open them in the App (IMAGES=folder MODEL=zoo-name)
 	$(PY) -m fiftyone_mobilesamv2.cli quickstart $(if $(IMAGES),--images "$(IMAGES)") $(if $(MODEL),--model "$(MODEL)")
 
-test: setup-dev ## check format, lint and layers, run the tests
+test: setup-dev ## check format, lint, types and layers, run the tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	.venv/bin/lint-imports
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not app'
 	$(PY) -m pytest tests/app
@@ -59,5 +60,5 @@ faults: setup-dev ## kill runs, stop the database, fill the disk: what is lost? 
 	$(PY) benchmarks/faults.py
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
