@@ -62,5 +62,5 @@ faults: setup-dev ## kill runs, stop the database, fill the disk: what is lost? 
 	$(PY) benchmarks/faults.py
 
 clean: ## remove the environment, build outputs and caches
-	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

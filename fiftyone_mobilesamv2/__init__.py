@@ -4,9 +4,28 @@ The package is at once a Python API, a source of zoo models, and an App plugin. 
 so importing the package costs next to nothing.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+    from fiftyone.operators.executor import ExecutionContext
+    from fiftyone.plugins.context import PluginContext
+
+    from fiftyone_mobilesamv2.evaluation.coco import load_coco
+    from fiftyone_mobilesamv2.evaluation.lvis import load_lvis
+    from fiftyone_mobilesamv2.evaluation.proposals import evaluate_proposals
+    from fiftyone_mobilesamv2.modeling.masks import Segmentation
+    from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2
+    from fiftyone_mobilesamv2.runs.record import failed_samples, recorded_runs
+    from fiftyone_mobilesamv2.runs.segment import segment_everything
+    from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
 __version__ = "0.1.0"
 
@@ -37,7 +56,7 @@ __all__ = [
 ]
 
 
-def _package(name):
+def _package(name: str) -> ModuleType:
     # FiftyOne imports a plugin, or a source of models, by file path and under a name of its own. Everything but this
     # file is imported absolutely, so that there is one set of classes, which workers can unpickle by name.
     spec = importlib.util.find_spec("fiftyone_mobilesamv2")
@@ -46,17 +65,19 @@ def _package(name):
     return importlib.import_module(name)
 
 
-def __getattr__(name):
-    if name in _EXPORTS:
-        return getattr(_package(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name in _EXPORTS:
+            return getattr(_package(_EXPORTS[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(globals() | _EXPORTS)
 
 
-def download_model(model_name, model_path):
+def download_model(model_name: str, model_path: str) -> None:
     """FiftyOne's zoo: makes sure of a model's files."""
     from importlib.metadata import distributions
 
@@ -66,23 +87,24 @@ def download_model(model_name, model_path):
     _package("fiftyone_mobilesamv2.zoo").download_model(model_name, model_path if is_installed else None)
 
 
-def load_model(model_name, model_path, **kwargs):
+def load_model(model_name: str, model_path: str, **kwargs: Any) -> MobileSAMv2Model:
     """FiftyOne's zoo: loads a model."""
-    return _package("fiftyone_mobilesamv2.zoo").load_model(model_name, **kwargs)
+    model: MobileSAMv2Model = _package("fiftyone_mobilesamv2.zoo").load_model(model_name, **kwargs)
+    return model
 
 
-def register(plugin):
+def register(plugin: PluginContext) -> None:
     """FiftyOne's plugins: registers the operators and panels; importing the package offers its zoo models."""
     _package("fiftyone_mobilesamv2.operators").register(plugin)
     _package("fiftyone_mobilesamv2.panels").register(plugin)
 
 
-def resolve_input(model_name, ctx):
+def resolve_input(model_name: str, ctx: ExecutionContext) -> Any:
     """FiftyOne's zoo: the form of a model's parameters."""
     return _package("fiftyone_mobilesamv2.zoo").resolve_input(model_name, ctx)
 
 
-def parse_parameters(model_name, ctx, params):
+def parse_parameters(model_name: str, ctx: ExecutionContext, params: dict[str, Any]) -> None:
     """FiftyOne's zoo: what the form gave -> what `load_model` takes."""
     _package("fiftyone_mobilesamv2.zoo").parse_parameters(model_name, ctx, params)
 

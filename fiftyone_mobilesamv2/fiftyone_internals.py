@@ -6,7 +6,7 @@ Read in FiftyOne 1.22. What has a public way isn't here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.core.clips as focl
@@ -18,9 +18,12 @@ from bson import ObjectId
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
     from fiftyone.core.stages import ViewStage
+    from pymongo import UpdateMany, UpdateOne
     from pymongo.collection import Collection
 
 FRAMES_PREFIX = "frames."  # of names of fields of videos' frames
+
+Document = dict[str, Any]  # what MongoDB holds, or is asked: its fields are whatever users and FiftyOne have made them
 
 
 # Collections ---------------------------------------------------------------------------------------------------------
@@ -53,12 +56,12 @@ def is_clips_view(samples: SampleCollection) -> bool:
 
 def is_generated(samples: SampleCollection) -> bool:
     """Whether its samples are patches, clips or frames, which FiftyOne has made of the dataset's own."""
-    return samples._is_generated
+    return bool(samples._is_generated)
 
 
 def contains_videos(samples: SampleCollection) -> bool:
     """Whether there are videos among its samples, or in slices of its groups."""
-    return samples._contains_videos()
+    return bool(samples._contains_videos())
 
 
 def select_all_slices(dataset: fo.Dataset) -> fo.DatasetView:
@@ -73,15 +76,17 @@ def view_stages(samples: SampleCollection) -> list[ViewStage]:
 
 def all_view_stages(view: fo.DatasetView) -> list[ViewStage]:
     """The stages of a view, with those of the view that its patches or frames are of."""
-    return view._all_stages
+    stages: list[ViewStage] = view._all_stages
+    return stages
 
 
-def serialized_view(samples: SampleCollection, include_uuids: bool = True) -> list[dict]:
+def serialized_view(samples: SampleCollection, include_uuids: bool = True) -> list[Document]:
     """A view as plain data, from which :func:`restored_view` makes it again."""
-    return samples.view()._serialize(include_uuids=include_uuids)
+    stages: list[Document] = samples.view()._serialize(include_uuids=include_uuids)
+    return stages
 
 
-def restored_view(dataset: fo.Dataset, stages: list[dict]) -> fo.DatasetView:
+def restored_view(dataset: fo.Dataset, stages: list[Document]) -> fo.DatasetView:
     """The view that :func:`serialized_view` was given."""
     return fo.DatasetView._build(dataset, stages)
 
@@ -91,27 +96,31 @@ def restored_view(dataset: fo.Dataset, stages: list[dict]) -> fo.DatasetView:
 
 def is_frame_field(samples: SampleCollection, name: str) -> bool:
     """Whether a field is one of videos' frames there."""
-    return samples._is_frame_field(name)
+    return bool(samples._is_frame_field(name))
 
 
 def split_frame_field(samples: SampleCollection, name: str) -> tuple[str, bool]:
     """A field's name without "frames.", and whether it is one of videos' frames there."""
-    return samples._handle_frame_field(name)
+    field, of_frames = samples._handle_frame_field(name)
+    return field, of_frames
 
 
 def label_root(samples: SampleCollection, name: str) -> tuple[str, bool]:
     """Where the single labels of a field are, such as "x.detections", and whether they are in a list."""
-    return samples._get_label_field_root(name)
+    root, is_list = samples._get_label_field_root(name)
+    return root, is_list
 
 
 def label_path(samples: SampleCollection, name: str, attribute: str | None = None) -> str:
     """Where the single labels of a field, or an attribute of theirs, are, such as "x.detections.id"."""
-    return samples._get_label_field_path(name, attribute)[1]
+    path: str = samples._get_label_field_path(name, attribute)[1]
+    return path
 
 
 def label_type(samples: SampleCollection, name: str) -> type[fo.Label]:
     """The class of a field's labels."""
-    return samples._get_label_field_type(name)
+    kind: type[fo.Label] = samples._get_label_field_type(name)
+    return kind
 
 
 def add_to_sidebar_group(dataset: fo.Dataset, paths: Sequence[str], name: str) -> None:
@@ -134,7 +143,8 @@ def delete_empty_sidebar_group(samples: SampleCollection, name: str) -> None:
 
 def dataset_id(dataset: fo.Dataset) -> ObjectId:
     """The id of a dataset's document."""
-    return dataset._doc.id
+    id: ObjectId = dataset._doc.id
+    return id
 
 
 def reload_list_of_runs(dataset: fo.Dataset) -> None:
@@ -142,28 +152,31 @@ def reload_list_of_runs(dataset: fo.Dataset) -> None:
     dataset._doc.reload("runs")
 
 
-def sample_collection(dataset: fo.Dataset) -> Collection:
+def sample_collection(dataset: fo.Dataset) -> Collection[Document]:
     """The documents of a dataset's samples."""
-    return dataset._sample_collection
+    collection: Collection[Document] = dataset._sample_collection
+    return collection
 
 
-def frame_collection(dataset: fo.Dataset) -> Collection | None:
+def frame_collection(dataset: fo.Dataset) -> Collection[Document] | None:
     """The documents of the frames of a dataset's videos; None without any."""
-    return dataset._frame_collection
+    collection: Collection[Document] | None = dataset._frame_collection
+    return collection
 
 
-def aggregate(samples: SampleCollection, **pipeline: object) -> Iterator[dict]:
+def aggregate(samples: SampleCollection, **pipeline: object) -> Iterator[Document]:
     """The documents of samples or, with frames_only=True, of frames, as the database has them.
 
     Args:
         pipeline: `pipeline`, or `post_pipeline` and `frames_only`, as FiftyOne has them.
     """
-    return samples._aggregate(**pipeline)
+    documents: Iterator[Document] = samples._aggregate(**pipeline)
+    return documents
 
 
 def bulk_write(
     dataset: fo.Dataset,
-    operations: list,
+    operations: Sequence[UpdateOne | UpdateMany],
     ids: Sequence[ObjectId] | None = None,
     frames: bool = False,
     ordered: bool = False,

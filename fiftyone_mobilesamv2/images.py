@@ -7,8 +7,10 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from os import PathLike
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from .errors import ArgumentError
@@ -18,7 +20,7 @@ MAX_SIDE = 65_535  # JPEG's limit. Masks are enlarged by a matrix with a row for
 _STRIP_PIXELS = 2**22  # converted at a time: whole images would be in memory three to five times
 
 
-def read_image(path: str | PathLike) -> np.ndarray:
+def read_image(path: str | PathLike[str]) -> npt.NDArray[np.uint8]:
     """The pixels of an image file.
 
     EXIF orientation is applied, as browsers do. 16-bit images keep their upper 8 bits; float images are stretched from
@@ -57,7 +59,7 @@ def read_image(path: str | PathLike) -> np.ndarray:
         raise OSError(f"{name} is damaged, or no image: {cause}") from error
 
 
-def _check_is_file(path: str | PathLike, name: str) -> None:
+def _check_is_file(path: str | PathLike[str], name: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # characters that no path can have
@@ -68,7 +70,7 @@ def _check_is_file(path: str | PathLike, name: str) -> None:
         raise OSError(f"{name} is no regular file")
 
 
-def _open(path: str | PathLike) -> Image.Image:
+def _open(path: str | PathLike[str]) -> Image.Image:
     # Where it is imported, ultralytics has replaced PIL's `open` by one that installs a package from the network when
     # it meets a file that is no image.
     patches = sys.modules.get("ultralytics.utils.patches")
@@ -83,7 +85,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
         yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
-def _conversion(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+def _conversion(image: Image.Image) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
     """What makes uint8 RGB of strips of this image: [h, W, 3], or [h, W, 1] where it is grey."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip to white
         return lambda strip: (np.clip(np.asarray(strip), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
@@ -105,7 +107,7 @@ def _finite_range(image: Image.Image) -> tuple[float, float]:
     return (low, high) if low <= high else (0.0, 0.0)
 
 
-def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def _stretch(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
     """float32 [h, w] -> uint8 [h, w]"""
     values = np.where(np.isfinite(values), values, low).astype(np.float64)
     return np.round(255 * (values - low) / ((high - low) or 1)).astype(np.uint8)

@@ -19,6 +19,7 @@ from .errors import ArgumentError
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
+from .modeling.arrays import ImageArray, IntArray, MaskArray
 from .runs.segment import segment_everything
 from .training.scenes import write_coco
 
@@ -37,13 +38,15 @@ def run(images: Path | None, model_name: str, scenes: int, batch_size: int, outp
         images: folder of images; None makes `scenes` synthetic scenes, whose masks are known.
         output: folder for the scenes and the picture.
     """
-    paths = None if images is None else find_images(images)
+    paths = [] if images is None else find_images(images)
     print(f"Loading {model_name} ...")
     # Its parameters are the zoo's; made here without the zoo, so that neither registration nor requirements matter.
     model = zoo.load_model(model_name)
     # An earlier run's dataset is replaced only now, when nothing that was typed can be wrong any more.
     output.mkdir(parents=True, exist_ok=True)
-    dataset = scene_dataset(output / "scenes", scenes) if paths is None else image_dataset(images.resolve().name, paths)
+    dataset = (
+        scene_dataset(output / "scenes", scenes) if images is None else image_dataset(images.resolve().name, paths)
+    )
     seconds = segment(dataset, model, batch_size)
     print(summary(dataset, model, seconds))
     picture = output / "overlays.png"
@@ -121,7 +124,7 @@ def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) ->
     return "\n".join(lines)
 
 
-def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[MaskArray, IntArray]:
     """A stored detection's mask, wherever it is stored, and its box: xyxy in pixels of an image of `size` (h, w)."""
     mask = detection.mask if detection.mask is not None else foui.read(detection.mask_path)[..., 0] > 0
     height, width = size
@@ -129,7 +132,7 @@ def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[np.nd
     return mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]])
 
 
-def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> np.ndarray:
+def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> ImageArray:
     """uint8 RGB: the first images of the dataset with their masks in colour, least confident first."""
     sheet = np.full((rows * tile, columns * tile, 3), 30, np.uint8)
     for number, sample in enumerate(dataset.match(fo.ViewField(LABEL_FIELD) != None).limit(rows * columns)):  # noqa: E711
@@ -144,9 +147,9 @@ def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 3
     return sheet
 
 
-def draw_masks(image: np.ndarray, masks: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def draw_masks(image: ImageArray, masks: list[tuple[MaskArray, IntArray]]) -> ImageArray:
     """A copy of uint8 RGB `image` with each (bool mask, xyxy box) filled half-transparently and outlined."""
-    drawn = image.copy()
+    drawn: ImageArray = image.copy()
     for index, (mask, (x0, y0, x1, y1)) in enumerate(masks):
         hue = int(180 * ((index * 0.618034) % 1))  # golden ratio: neighbours in the list get hues far apart
         color = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]

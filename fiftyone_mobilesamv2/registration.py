@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 MANIFEST = PACKAGE / "manifest.json"
@@ -32,8 +33,8 @@ def offer_zoo_models() -> None:
     """
     if (_model_zoo_dir() / SOURCE_NAME / MANIFEST.name).exists():
         return
-    paths = _setting("model_zoo_manifest_paths", _MANIFESTS_VARIABLE) or []
-    paths = paths.split(":") if isinstance(paths, str) else list(paths)
+    setting = _setting("model_zoo_manifest_paths", _MANIFESTS_VARIABLE) or []
+    paths = setting.split(":") if isinstance(setting, str) else list(setting)
     if str(MANIFEST) in paths:
         return
     paths.append(str(MANIFEST))
@@ -45,11 +46,11 @@ def offer_zoo_models() -> None:
 
 def offer_evaluation_method() -> None:
     """Makes `evaluate_detections(method="proposals")` work in this process, whether FiftyOne is imported or not."""
-    if methods := os.environ.get(_METHODS_VARIABLE):
-        methods = methods.split(",")
+    if setting := os.environ.get(_METHODS_VARIABLE):
+        methods = setting.split(",")
     else:  # "*": FiftyOne's own. The variable replaces what the config file says, so it carries that along.
-        config = _config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json")
-        methods = ["*", *(config.get("detection_backends") or {})]
+        settings = _config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json")
+        methods = ["*", *(settings.get("detection_backends") or {})]
     if EVALUATION_METHOD not in methods:
         methods.append(EVALUATION_METHOD)
     os.environ[_METHODS_VARIABLE] = ",".join(methods)
@@ -118,21 +119,22 @@ def _links() -> dict[Path, Path]:
 
 def _model_zoo_dir() -> Path:
     if folder := _setting("model_zoo_dir", "FIFTYONE_MODEL_ZOO_DIR"):
-        return Path(folder).expanduser()
+        return Path(str(folder)).expanduser()
     datasets = _setting("default_dataset_dir", "FIFTYONE_DEFAULT_DATASET_DIR") or "~/fiftyone"
-    return Path(datasets).expanduser() / "__models__"
+    return Path(str(datasets)).expanduser() / "__models__"
 
 
 def _setting(key: str, variable: str) -> str | list[str] | None:
     """A setting as FiftyOne reads it, without the seconds that importing FiftyOne takes."""
     if config := _fiftyone_config():
-        return getattr(config, key)
+        setting: str | list[str] | None = getattr(config, key)
+        return setting
     if value := os.environ.get(variable):
         return value
     return _config_file("FIFTYONE_CONFIG_PATH", "config.json").get(key)
 
 
-def _config_file(variable: str, name: str) -> dict:
+def _config_file(variable: str, name: str) -> dict[str, Any]:
     path = Path(os.environ.get(variable, f"~/.fiftyone/{name}")).expanduser()
     try:
         content = json.loads(path.read_text())
@@ -141,6 +143,6 @@ def _config_file(variable: str, name: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _fiftyone_config():
+def _fiftyone_config() -> Any:
     # None while FiftyOne is being imported, too: its setting `module_path` imports packages from within.
     return getattr(sys.modules.get("fiftyone"), "config", None)

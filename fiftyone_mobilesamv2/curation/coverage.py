@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from pymongo import UpdateOne
 
 from ..errors import ArgumentError
 from ..evaluation.average_recall import AREA_RANGES, areas_of
-from ..fiftyone_internals import add_to_sidebar_group, bulk_write, source_dataset
-from ..labels.documents import StoredImage, visit_images
+from ..fiftyone_internals import Document, add_to_sidebar_group, bulk_write, source_dataset
+from ..labels.documents import Progress, Skipped, StoredImage, visit_images
 from ..labels.fields import check_shapes_field
 from .findings import check_images
 from .overlaps import shapes_of
@@ -53,11 +53,14 @@ class Coverage:
     images: int
     unsegmented: int
     means: dict[str, float | None]
-    skipped: list[dict]
+    skipped: list[Skipped]
+
+
+Numbers = dict[str, float | None]  # what is stored on a sample, by the ends of the fields' names
 
 
 def image_coverage(
-    samples: SampleCollection, field: str, use_masks: bool = True, progress: bool | Callable | None = None
+    samples: SampleCollection, field: str, use_masks: bool = True, progress: Progress = None
 ) -> Coverage:
     """Stores on each sample how much of the image its objects cover, how many they are and of what size.
 
@@ -79,7 +82,7 @@ def image_coverage(
     """
     check_coverage(samples, field)
     # By the id of each sample; None where nothing could be measured.
-    numbers: dict[ObjectId, dict | None] = {}
+    numbers: dict[ObjectId, Numbers | None] = {}
 
     def look(stored: StoredImage) -> None:
         segmented = stored.has(field)
@@ -88,9 +91,9 @@ def image_coverage(
     skipped = visit_images(samples, [field], look, progress)
     _store(source_dataset(samples), field, numbers | {ObjectId(image["id"]): None for image in skipped})
     measured = [found for found in numbers.values() if found is not None]
-    means = {}
+    means: Numbers = {}
     for end in NUMBERS:
-        values = [found[end] for found in measured if found[end] is not None]
+        values = [value for found in measured if (value := found[end]) is not None]
         means[end] = float(np.mean(values)) if values else None
     return Coverage(len(measured), len(numbers) - len(measured), means, skipped)
 
@@ -109,7 +112,7 @@ def check_coverage(samples: SampleCollection, field: str) -> None:
             raise ArgumentError(f"Field '{name}' of an earlier measurement is read-only: it can't be replaced.")
 
 
-def _measured(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> dict[str, float | None]:
+def _measured(labels: Sequence[Document], size: tuple[int, int], use_masks: bool) -> Numbers:
     """An image's values, by the ends of the fields' names."""
     shapes = shapes_of(labels, size, use_masks)
     areas_px = areas_of(shapes)
@@ -125,7 +128,7 @@ def _measured(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool)
     }
 
 
-def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, dict | None]) -> None:
+def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, Numbers | None]) -> None:
     """Sets the fields of each sample; None are those of samples without numbers."""
     for end, (kind, description) in NUMBERS.items():
         dataset.add_sample_field(f"{field}_{end}", kind, description=description.format(field), info={_MARK: field})

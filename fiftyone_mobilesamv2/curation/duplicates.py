@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fiftyone.core.fields as fof
 import numpy as np
@@ -14,14 +15,16 @@ from pymongo import UpdateOne
 
 from ..evaluation.average_recall import Shapes, areas_of, ranking
 from ..evaluation.ranking import RANKINGS
-from ..fiftyone_internals import bulk_write, label_path, source_dataset
-from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
+from ..fiftyone_internals import Document, bulk_write, label_path, source_dataset
+from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
+from ..modeling.arrays import FloatArray, IntArray
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside
 
 if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
+
 
 DUPLICATE, PART, WHOLE = TAGS = ("duplicate", "part", "whole")
 ATTRIBUTES = {DUPLICATE: "duplicate_of", PART: "part_of"}
@@ -39,10 +42,10 @@ class Duplicates:
         skipped: of each image with a label that can't be used, its id, filepath and cause.
     """
 
-    samples: SampleCollection = field(repr=False)
+    samples: SampleCollection = dataclasses.field(repr=False)
     field: str
-    ids: dict[str, list[str]] = field(repr=False)
-    skipped: list[dict] = field(repr=False)
+    ids: dict[str, list[str]] = dataclasses.field(repr=False)
+    skipped: list[Skipped] = dataclasses.field(repr=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -61,7 +64,7 @@ def find_duplicates(
     containment: float = 0.9,
     use_masks: bool = True,
     rank_by: str = "confidence",
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> Duplicates:
     """Finds, and tags, labels of a field that cover the same object, and those that are parts of others.
 
@@ -134,7 +137,7 @@ class _Relation(NamedTuple):
     strength: float
 
 
-def _scores(labels: Sequence[Mapping], names: Sequence[str], areas: np.ndarray) -> Sequence[float]:
+def _scores(labels: Sequence[Document], names: Sequence[str], areas: FloatArray) -> Sequence[float] | FloatArray:
     """What the labels of an image are ranked by."""
     if all(label.get(name) is None for label in labels for name in names):
         return areas
@@ -142,20 +145,20 @@ def _scores(labels: Sequence[Mapping], names: Sequence[str], areas: np.ndarray) 
 
 
 def _related(
-    ids: Sequence[ObjectId], shapes: Shapes, order: np.ndarray, iou: float, containment: float
+    ids: Sequence[ObjectId], shapes: Shapes, order: IntArray, iou: float, containment: float
 ) -> dict[str, dict[ObjectId, _Relation]]:
     """By tag, the labels of an image that get it; `order` holds the indices of all, best-ranked first."""
     if not ids:
         return {}
     overlaps = ious(shapes, shapes)
-    duplicates = {}
-    kept = []
+    duplicates: dict[ObjectId, _Relation] = {}
+    kept: list[int] = []
     free = np.ones(len(ids), bool)
-    for best in order:
+    for best in order.tolist():
         if free[best]:
             kept.append(best)
             free[best] = False
-            rest = np.flatnonzero(free & (overlaps[best] >= iou))
+            rest = np.flatnonzero(free & (overlaps[best] >= iou)).tolist()
             duplicates |= {ids[i]: _Relation(ids[best], float(overlaps[best, i])) for i in rest}
             free[rest] = False
 
@@ -195,8 +198,10 @@ def _note(
                 changed.setdefault(has.get(label), []).append(label)
         if changed:
             # An update for each label would store the whole sample as many times.
-            values = {f"{path}.$[l{i}].{attribute}": value for i, value in enumerate(changed)}
-            filters = [{f"l{i}._id": {"$in": labels}} for i, labels in enumerate(changed.values())]
+            values: Document = {f"{path}.$[l{i}].{attribute}": value for i, value in enumerate(changed)}
+            filters: list[Mapping[str, Any]] = [
+                {f"l{i}._id": {"$in": labels}} for i, labels in enumerate(changed.values())
+            ]
             values["last_modified_at"] = datetime.now(timezone.utc)
             there = {"_id": id, f"{path}._id": {"$exists": True}}  # else a list that is None now would be an error
             operations.append(UpdateOne(there, {"$set": values}, array_filters=filters))

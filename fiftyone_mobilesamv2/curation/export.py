@@ -8,18 +8,17 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from ..errors import ArgumentError, LabelError
 from ..evaluation.run_fields import NO_CLASS
-from ..labels.documents import StoredImage, is_crowd, name_of, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, name_of, visit_images
 from ..labels.fields import check_shapes_field
 from ..labels.masks import masks_of
 from .findings import check_images
@@ -48,15 +47,15 @@ class Export:
     images: int
     annotations: int
     bytes: int
-    skipped: list[dict]
+    skipped: list[Skipped]
 
 
 def export_masks(
     samples: SampleCollection,
     field: str,
-    path: str | PathLike,
+    path: str | PathLike[str],
     overwrite: bool = False,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> Export:
     """Writes the masks of a field as COCO's `instances_*.json` holds them, as RLE.
 
@@ -108,9 +107,7 @@ def check_path(path: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{path} exists: choose another name, or overwrite it.")
 
 
-def check_export(
-    path: str | PathLike, samples: SampleCollection, field: str, progress: bool | Callable | None = None
-) -> None:
+def check_export(path: str | PathLike[str], samples: SampleCollection, field: str, progress: Progress = None) -> None:
     """Reads a file of :func:`export_masks` with pycocotools and compares all of it with what is stored.
 
     Raises:
@@ -147,10 +144,10 @@ def check_export(
 
 
 def _write(
-    path: Path, root: Path, samples: SampleCollection, field: str, progress: bool | Callable | None
-) -> tuple[int, int, list[dict]]:
+    path: Path, root: Path, samples: SampleCollection, field: str, progress: Progress
+) -> tuple[int, int, list[Skipped]]:
     """Writes the file; returns the numbers of images and annotations, and what was skipped."""
-    images: list[dict] = []
+    images: list[dict[str, Any]] = []
     categories: dict[str, int] = {}
     count = 0
     with path.open("w") as file:
@@ -159,7 +156,7 @@ def _write(
             nonlocal count
             annotations = _annotations(stored, field)
             file_name = Path(stored.name).relative_to(root).as_posix()
-            height, width = stored.size
+            height, width = stored.known_size
             images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
             for annotation in annotations:
                 category_id = categories.setdefault(annotation.pop("category"), len(categories) + 1)
@@ -174,7 +171,7 @@ def _write(
     return len(images), count, skipped
 
 
-def _annotations(stored: StoredImage, field: str) -> list[dict]:
+def _annotations(stored: StoredImage, field: str) -> list[dict[str, Any]]:
     """The image's annotations, without ids, and with the name of their `category`."""
     labels = stored.labels(field)
     annotations = []

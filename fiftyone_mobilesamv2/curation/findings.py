@@ -13,7 +13,7 @@ from pymongo import UpdateOne
 
 from ..errors import ArgumentError
 from ..evaluation.ranking import RANKINGS
-from ..fiftyone_internals import bulk_write, is_generated, label_path, label_type, root_dataset
+from ..fiftyone_internals import Document, bulk_write, is_generated, label_path, label_type, root_dataset
 from ..labels.fields import check_shapes_field
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_tagged_field(samples: SampleCollection, name: str, role: str, attribut
             raise ArgumentError(f"'{path}' is read-only: nothing can be noted on its labels.")
 
 
-def tags_of(label: Mapping) -> set[str]:
+def tags_of(label: Document) -> set[str]:
     """The tags of a label as the database holds it."""
     return set(label.get("tags") or [])
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..evaluation.average_recall import Shapes, ious_of
+from ..fiftyone_internals import Document
 from ..labels.masks import boxes_of, masks_of
+from ..modeling.arrays import FloatArray
 
 
-def shapes_of(labels: Sequence[Mapping], size: tuple[int, int], use_masks: bool) -> Shapes:
+def shapes_of(labels: Sequence[Document], size: tuple[int, int], use_masks: bool) -> Shapes:
     """The labels' masks, or their boxes. Raises as `stored_labels.masks_of` does."""
     return masks_of(labels, size) if use_masks else boxes_of(labels, size)
 
 
-def ious(shapes: Shapes, others: Shapes) -> np.ndarray:
+def ious(shapes: Shapes, others: Shapes) -> FloatArray:
     """float64 [shapes, others]: the IoU of each pair; 0 where one is empty."""
     return ious_of(shapes, others, np.zeros(len(others), bool))
 
 
-def shares_inside(shapes: Shapes, others: Shapes) -> np.ndarray:
+def shares_inside(shapes: Shapes, others: Shapes) -> FloatArray:
     """float64 [shapes, others]: the share of each shape's area that lies in each of the others; 0 where it is empty."""
     return ious_of(shapes, others, np.ones(len(others), bool))
 
 
-def shares_inside_any(shapes: Shapes, others: Shapes, size: tuple[int, int]) -> np.ndarray:
+def shares_inside_any(shapes: Shapes, others: Shapes, size: tuple[int, int]) -> FloatArray:
     """float64 [shapes]: the share of each shape's area that lies in the union of the others.
 
     Boxes are rounded to pixels for it. `size` is the image's (height, width).

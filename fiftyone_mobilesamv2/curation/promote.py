@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from pymongo.errors import DocumentTooLarge, WriteError
 
 from ..errors import ArgumentError, LabelError, MissingError
 from ..fiftyone_internals import (
+    Document,
     is_patches_view,
     label_path,
     label_type,
@@ -23,7 +24,7 @@ from ..fiftyone_internals import (
     sample_collection,
     source_dataset,
 )
-from ..labels.documents import StoredImage, labels_in, name_of, stored_images, value_in, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, value_in, visit_images
 from ..labels.fields import check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from .findings import LabelIds, check_images, check_tagged_field, retag
@@ -32,6 +33,8 @@ from .unlabeled import DISMISSED, PROMOTED
 if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
+
+    from ..modeling.rle import RLE
 
 UNLABELED = "unlabeled"  # the tag that `find_unlabeled_objects` gives
 PROMOTED_FROM = "promoted_from"  # the attribute of a label that holds the id of the proposal it was
@@ -53,7 +56,7 @@ class Promotion:
     already: int
     samples: int
     missing: list[str]
-    skipped: list[dict]
+    skipped: list[Skipped]
 
 
 def promote_to_labels(
@@ -63,7 +66,7 @@ def promote_to_labels(
     gt_field: str = "ground_truth",
     *,
     label: str,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> Promotion:
     """Makes proposals ground truth, in the dataset that `samples` is, or shows.
 
@@ -157,7 +160,7 @@ def check_promotion(samples: SampleCollection, pred_field: str, gt_field: str) -
         check_field_name(gt_field)
 
 
-def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mapping], gt_field: str, label: str) -> int:
+def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Document], gt_field: str, label: str) -> int:
     """Stores the labels of proposals of one sample that are none yet; returns how many.
 
     Raises:
@@ -165,8 +168,11 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mappi
     """
     kind = label_type(dataset, gt_field)
     path, attribute = (label_path(dataset, gt_field, name) for name in ("", PROMOTED_FROM))
-    collection, query = sample_collection(dataset), {"_id": stored.sample_id}
+    collection = sample_collection(dataset)
+    query: Document = {"_id": stored.sample_id}
     document = collection.find_one(query, {attribute: True})
+    if document is None:
+        raise LabelError("it was deleted meanwhile")
     before = {each.get(PROMOTED_FROM) for each in labels_in(document, gt_field)}
     new = [proposal for proposal in proposals if str(proposal["_id"]) not in before]
     if not new:
@@ -177,7 +183,7 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mappi
         # Someone else may be promoting the same proposals: the update finds only what is as it was read.
         if value_in(document, gt_field) is not None:
             query[attribute] = {"$nin": [made[PROMOTED_FROM] for made in labels]}
-            update = {"$push": {path: {"$each": labels}}}
+            update: Document = {"$push": {path: {"$each": labels}}}
         else:  # MongoDB adds to a list, but not to one that isn't there
             query[gt_field] = None
             update = {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}
@@ -190,10 +196,10 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Mappi
     return len(new)
 
 
-def _detection(proposal: Mapping, size: tuple[int, int], label: str) -> dict:
+def _detection(proposal: Document, size: tuple[int, int], label: str) -> Document:
     """As the database holds it; its mask, if in a file, in a file of its own."""
     _mask(proposal, size)  # only labels that can be used are made
-    made = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal)).to_dict()
+    made: Document = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal)).to_dict()
     if proposal.get("mask") is not None:
         made["mask"] = proposal["mask"]
     elif path := proposal.get("mask_path"):
@@ -202,20 +208,21 @@ def _detection(proposal: Mapping, size: tuple[int, int], label: str) -> dict:
     return made
 
 
-def _polyline(proposal: Mapping, size: tuple[int, int], label: str) -> dict:
+def _polyline(proposal: Document, size: tuple[int, int], label: str) -> Document:
     """As the database holds it."""
     if (mask := _mask(proposal, size)) is None:
         detection = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal))
     else:
         detection = fol.Detection.from_mask(mask_utils.decode(mask), label=label, **_origin(proposal))
-    return detection.to_polyline().to_dict()
+    made: Document = detection.to_polyline().to_dict()
+    return made
 
 
-def _origin(proposal: Mapping) -> dict[str, str]:
+def _origin(proposal: Document) -> dict[str, str]:
     return {PROMOTED_FROM: str(proposal["_id"])}
 
 
-def _mask(proposal: Mapping, size: tuple[int, int]) -> dict | None:
+def _mask(proposal: Document, size: tuple[int, int]) -> RLE | None:
     """COCO RLE; None of a box without a mask. Raises LabelError where either can't be used, or the mask is empty."""
     try:
         (mask,) = masks_of([proposal], size)

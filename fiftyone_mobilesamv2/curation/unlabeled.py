@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..errors import ArgumentError
 from ..evaluation.average_recall import areas_of
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import source_dataset
-from ..labels.documents import StoredImage, is_crowd, number_of, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
 from ..labels.fields import check_shapes_field
 from .duplicates import DUPLICATE
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
@@ -43,13 +44,13 @@ class FoundLabels:
         skipped: of each image with a label that can't be used, its id, filepath and cause.
     """
 
-    samples: SampleCollection = field(repr=False)
+    samples: SampleCollection = dataclasses.field(repr=False)
     field: str
     tag: str
-    ids: list[str] = field(repr=False)
+    ids: list[str] = dataclasses.field(repr=False)
     num_samples: int
     left_out: int
-    skipped: list[dict] = field(repr=False)
+    skipped: list[Skipped] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,7 +72,7 @@ def find_unlabeled_objects(
     rank_by: str = "confidence",
     use_masks: bool = True,
     tag: str = "unlabeled",
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> FoundLabels:
     """Finds and tags the proposals that no label explains.
 
@@ -131,7 +132,7 @@ def find_unsupported_labels(
     iou: float = 0.5,
     use_masks: bool = True,
     tag: str = "unsupported",
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> FoundLabels:
     """Finds and tags the labels that no proposal has an IoU of `iou` with: wrong ones, or objects the model misses.
 
@@ -168,7 +169,7 @@ def _found(
     field_name: str,
     find: Callable[[StoredImage], dict[ObjectId, float] | None],
     tag: str,
-    progress: bool | Callable | None,
+    progress: Progress,
 ) -> FoundLabels:
     """Tags the labels of `field_name` that `find` finds in the images.
 
@@ -191,7 +192,7 @@ def _found(
     skipped = visit_images(samples, field_names, look, progress)
     retag(source_dataset(samples), field_name, tag, before, found)
     places = {id: place for labels in found.values() for id, place in labels.items()}
-    ids = [str(id) for id in sorted(places, key=places.get)]
+    ids = [str(id) for id in sorted(places, key=places.__getitem__)]
     return FoundLabels(samples, field_name, tag, ids, len(found), left_out, skipped)
 
 

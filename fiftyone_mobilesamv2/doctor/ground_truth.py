@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from ..images import read_image
+from ..modeling.arrays import FloatArray, ImageArray, MaskArray
 from ..modeling.checkpoints.verification import file_hashes
 from ..training.scenes import TEST_SEED, make_scene
 
@@ -38,21 +39,22 @@ class KnownImage:
     """
 
     name: str
-    image: np.ndarray
+    image: ImageArray
     objects: list[str]
-    masks: np.ndarray
+    masks: MaskArray
 
     @property
-    def boxes(self) -> np.ndarray:
+    def boxes(self) -> FloatArray:
         """float32 [N, 4], xyxy: the tight box of each mask, ends exclusive."""
         x, y, w, h = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in self.masks], np.float32).T
         return np.stack([x, y, x + w, y + h], 1)
 
     @property
-    def fills(self) -> np.ndarray:
+    def fills(self) -> FloatArray:
         """[N], the share of its box that each object fills."""
         boxes = self.boxes
-        return self.masks.sum((1, 2)) / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        fills: FloatArray = self.masks.sum((1, 2)) / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        return fills
 
 
 def known_images(kind: str) -> list[KnownImage]:
@@ -69,7 +71,8 @@ def photos() -> list[KnownImage]:
     found = []
     for photo in json.loads(PHOTO_OBJECTS.read_text())["photos"]:
         spec = importlib.util.find_spec(photo["package"])
-        path = Path(spec.submodule_search_locations[0], photo["path"]) if spec else None
+        folders = spec.submodule_search_locations if spec else None
+        path = Path(folders[0], photo["path"]) if folders else None
         if path is None or not path.is_file() or file_hashes(path)[0] != photo["sha256"]:
             continue  # another version of the package, perhaps, with other photos
         image = read_image(str(path))
@@ -91,7 +94,7 @@ def scenes() -> list[KnownImage]:
     return found
 
 
-def filled(rings: list[list[list[float]]], size: tuple[int, int]) -> np.ndarray:
+def filled(rings: list[list[list[float]]], size: tuple[int, int]) -> MaskArray:
     """bool [H, W]: polygons of (x, y), filled even-odd; what they touch is inside."""
     mask = np.zeros(size, np.uint8)
     points = [np.round(np.array(ring, float) * 2**_FRACTION_BITS).astype(np.int32) for ring in rings]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from ..modeling.arrays import AnyArray, ImageArray, IntArray, MaskArray
 from ..modeling.masks import Segmentation
 from ..quickstart import draw_masks
 from .ground_truth import KnownImage
@@ -19,7 +20,7 @@ _CAPTION_HEIGHT = 24
 _GAP = 4
 
 
-def picture(images: Sequence[KnownImage], measured: Measured) -> np.ndarray:
+def picture(images: Sequence[KnownImage], measured: Measured) -> ImageArray:
     """uint8 RGB: a row an image, with the known masks, the masks from their boxes and their IoU, and all masks."""
     rows = [_captions()]
     first = 0
@@ -34,14 +35,14 @@ def picture(images: Sequence[KnownImage], measured: Measured) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _captions() -> np.ndarray:
+def _captions() -> ImageArray:
     line = np.full((_CAPTION_HEIGHT, len(CAPTIONS) * (TILE + _GAP), 3), 30, np.uint8)
     for column, caption in enumerate(CAPTIONS):
         cv2.putText(line, caption, (column * (TILE + _GAP) + 6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255,) * 3, 1)
     return line
 
 
-def _tile(image: np.ndarray) -> np.ndarray:
+def _tile(image: ImageArray) -> ImageArray:
     scale = TILE / max(image.shape[:2])
     size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
@@ -50,20 +51,20 @@ def _tile(image: np.ndarray) -> np.ndarray:
     return tile
 
 
-def _write(tile: np.ndarray, text: str, box: np.ndarray) -> None:
+def _write(tile: ImageArray, text: str, box: AnyArray) -> None:
     """In the middle of a box, white with a dark rim."""
     x, y = int((box[0] + box[2]) / 2) - 14, int((box[1] + box[3]) / 2) + 5
     for color, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(tile, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, thickness, cv2.LINE_AA)
 
 
-def _masks(found: Segmentation) -> list[tuple[np.ndarray, np.ndarray]]:
+def _masks(found: Segmentation) -> list[tuple[MaskArray, IntArray]]:
     """In order of confidence, so that the most confident are on top."""
     return [
         (found.masks[i], found.boxes[i]) for i in np.argsort(found.confidence, kind="stable") if found.masks[i].size
     ]
 
 
-def _cropped(mask: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cropped(mask: MaskArray, box: AnyArray) -> tuple[MaskArray, AnyArray]:
     x0, y0, x1, y1 = box
     return mask[y0:y1, x0:x1], box

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from ..modeling.arrays import FloatArray, ImageArray, MaskArray
 from ..modeling.grid_prompts import GridFilter
 from ..modeling.image_encoders import PIXEL_MEAN, PIXEL_STD, ImageEmbeddings, preprocess
 from ..modeling.masks import Segmentation, upsample
@@ -78,15 +79,15 @@ class Measured:
         prompted, everything: masks of each image, from the known boxes and from discovery.
     """
 
-    iou: np.ndarray
-    box_iou: np.ndarray
-    ellipse_iou: np.ndarray
+    iou: FloatArray
+    box_iou: FloatArray
+    ellipse_iou: FloatArray
     forms: dict[str, tuple[float, float]]
-    found: np.ndarray
+    found: MaskArray
     num_found: int
     agreement: float
     grid_masks: int
-    fingerprint: np.ndarray
+    fingerprint: FloatArray
     fingerprint_std: float
     inputs: dict[str, tuple[list[float], list[float]]]
     seconds: dict[str, float]
@@ -245,7 +246,7 @@ def _agreement_check(measured: Measured) -> Check:
 # Measurements --------------------------------------------------------------------------------------------------------
 
 
-def _iou(one: np.ndarray, other: np.ndarray) -> float:
+def _iou(one: MaskArray, other: MaskArray) -> float:
     return float((one & other).sum() / max(1, (one | other).sum()))
 
 
@@ -284,7 +285,7 @@ def _iou_in_form(
     return float(np.mean(ious))
 
 
-def _agreement(model: MobileSAMv2, image: np.ndarray, everything: Segmentation) -> tuple[float, int]:
+def _agreement(model: MobileSAMv2, image: ImageArray, everything: Segmentation) -> tuple[float, int]:
     """The share of the object-aware masks that masks of a grid agree with, unfiltered ones; and how many these are."""
     (grid,) = model.segment_everything(
         [image], prompting="grid", points_per_side=GRID, grid_filter=GridFilter(0, 0, 0.9)

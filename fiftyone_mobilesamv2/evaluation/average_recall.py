@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError
+from ..modeling.arrays import FloatArray, IntArray, MaskArray
+from ..modeling.rle import RLE
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 KS = (10, 100, 1000)
@@ -37,7 +40,7 @@ METRIC_NAMES = {
 NOT_FOUND = np.iinfo(np.int32).max  # a rank below no K
 
 # [N, 4] boxes as x, y, width, height in pixels, or N masks of one image as COCO RLE
-Shapes = np.ndarray | Sequence[dict]
+Shapes = FloatArray | Sequence[RLE]
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,15 @@ class Matches:
         unmatched: bool [proposals]: finds no object at IoU 0.5 and does not lie on a crowd.
     """
 
-    ious: np.ndarray
-    ranks: np.ndarray
-    unmatched: np.ndarray
+    ious: FloatArray
+    ranks: IntArray
+    unmatched: MaskArray
 
     @property
-    def best_ious(self) -> np.ndarray:
+    def best_ious(self) -> FloatArray:
         """float64 [objects]: the highest IoU of each with any proposal; 0 without proposals."""
-        return self.ious.max(0, initial=0.0)
+        best: FloatArray = self.ious.max(0, initial=0.0)
+        return best
 
 
 class AverageRecall:
@@ -103,10 +107,12 @@ class AverageRecall:
         """
         proposals = proposals[: self.ks[-1]]
         crowd = np.zeros(len(objects), bool) if is_crowd is None else np.asarray(is_crowd, bool)
-        areas = areas_of(objects) if areas is None else np.asarray(areas, float)
+        sizes = areas_of(objects) if areas is None else np.asarray(areas, float)
         ious = ious_of(proposals, objects, crowd)
 
-        groups = {name: (areas >= low) & (areas <= high) for name, (low, high) in AREA_RANGES.items()}
+        groups: dict[str, MaskArray] = {}
+        for name, (low, high) in AREA_RANGES.items():
+            groups[name] = (sizes >= low) & (sizes <= high)
         if frequencies is not None:
             groups |= {name: np.array([f == key for f in frequencies], bool) for name, key in FREQUENCIES.items()}
         first = _first_ranks(ious)
@@ -132,14 +138,14 @@ class AverageRecall:
                 merged.found[name] = merged.found.get(name, self._no_counts()) + part.found[name]
         return merged
 
-    def recalls(self, k: int, group: str = "all") -> np.ndarray:
+    def recalls(self, k: int, group: str = "all") -> FloatArray:
         """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN where there are none."""
         if not 1 <= k <= self.ks[-1]:
             raise ArgumentError(f"The {self.ks[-1]} best-ranked proposals were matched; K={k} is not among them.")
         found = self.found[group][:, :k].sum(1)
         return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
 
-    def curve(self, group: str = "all") -> np.ndarray:
+    def curve(self, group: str = "all") -> FloatArray:
         """float64 [max(ks)]: AR@1, AR@2, ... of the group."""
         found = self.found[group].cumsum(1).mean(0)
         return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
@@ -149,19 +155,19 @@ class AverageRecall:
 
         "AR" alone is what MobileSAMv2's tables call the average. NaN where a group has no objects.
         """
-        metrics = {}
+        metrics: dict[str, float] = {}
         for group in self.totals:
             values = {f"{METRIC_NAMES[group]}@{k}": float(self.recalls(k, group).mean()) for k in self.ks}
             metrics |= values | {METRIC_NAMES[group]: float(np.mean(list(values.values())))}
         return metrics
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         found = {name: counts.tolist() for name, counts in self.found.items()}
         return {"ks": list(self.ks), "images": self.images, "totals": dict(self.totals), "found": found}
 
     @classmethod
-    def from_dict(cls, d: Mapping) -> AverageRecall:
+    def from_dict(cls, d: Mapping[str, Any]) -> AverageRecall:
         """The inverse of :meth:`to_dict`."""
         recall = cls(d["ks"])
         recall.images = d["images"]
@@ -170,7 +176,7 @@ class AverageRecall:
         return recall
 
     @classmethod
-    def of_ranks(cls, ks: Iterable[int], ranks: np.ndarray) -> AverageRecall:
+    def of_ranks(cls, ks: Iterable[int], ranks: IntArray) -> AverageRecall:
         """That of objects whose ranks, [objects, thresholds], are known: one group, "all".
 
         Args:
@@ -181,10 +187,10 @@ class AverageRecall:
         recall._count("all", np.where(ranks < 0, NOT_FOUND, ranks).T)
         return recall
 
-    def _no_counts(self) -> np.ndarray:
+    def _no_counts(self) -> IntArray:
         return np.zeros((len(IOU_THRESHOLDS), self.ks[-1]), np.int64)
 
-    def _count(self, name: str, ranks: np.ndarray) -> None:
+    def _count(self, name: str, ranks: IntArray) -> None:
         self.totals[name] = self.totals.get(name, 0) + ranks.shape[1]
         counts = self.found.setdefault(name, self._no_counts())
         thresholds, objects = np.nonzero(ranks != NOT_FOUND)
@@ -203,34 +209,34 @@ def average_recall(images: Iterable[tuple[Shapes, Shapes]], ks: Sequence[int] = 
     return recall.metrics()
 
 
-def ranking(scores: Sequence[float], k: int) -> np.ndarray:
+def ranking(scores: Sequence[float | None] | FloatArray, k: int) -> IntArray:
     """The indices of the `k` highest scores, best first; equal ones keep their order, as in COCOeval.
 
     Raises:
         ValueError: a score is missing or NaN: it has no place in a ranking.
     """
-    scores = np.array([np.nan if score is None else score for score in scores], float)
-    if bad := int(np.isnan(scores).sum()):
-        raise ArgumentError(f"{bad} of {len(scores)} scores are missing or NaN")
-    return np.argsort(-scores, kind="stable")[:k]
+    known = np.array([np.nan if score is None else score for score in scores], float)
+    if bad := int(np.isnan(known).sum()):
+        raise ArgumentError(f"{bad} of {len(known)} scores are missing or NaN")
+    return np.argsort(-known, kind="stable")[:k]
 
 
-def areas_of(shapes: Shapes) -> np.ndarray:
+def areas_of(shapes: Shapes) -> FloatArray:
     if isinstance(shapes, np.ndarray):
         return shapes[:, 2] * shapes[:, 3]
     # One at a time: pycocotools' `area` of 256 or more fails with numpy 2.
     return np.array([mask_utils.area(rle) for rle in shapes], float)
 
 
-def ious_of(proposals: Shapes, objects: Shapes, crowd: np.ndarray) -> np.ndarray:
+def ious_of(proposals: Shapes, objects: Shapes, crowd: MaskArray) -> FloatArray:
     if not len(proposals) or not len(objects):
         return np.zeros((len(proposals), len(objects)))
-    if not isinstance(proposals, np.ndarray):
-        proposals, objects = list(proposals), list(objects)
-    return mask_utils.iou(proposals, objects, crowd.astype(int).tolist())
+    pair = (each if isinstance(each, np.ndarray) else list(each) for each in (proposals, objects))
+    ious: FloatArray = mask_utils.iou(*pair, crowd.astype(int).tolist())
+    return ious
 
 
-def _first_ranks(ious: np.ndarray) -> np.ndarray:
+def _first_ranks(ious: FloatArray) -> IntArray:
     """int64 [thresholds, objects]: the rank of the first proposal that overlaps the object enough, or `NOT_FOUND`."""
     best_so_far = np.maximum.accumulate(ious)
     # COCOeval's guard, for a threshold of 1.
@@ -239,7 +245,7 @@ def _first_ranks(ious: np.ndarray) -> np.ndarray:
     return np.where(ranks < len(ious), ranks, NOT_FOUND)
 
 
-def _settle(first: np.ndarray, ious: np.ndarray) -> np.ndarray:
+def _settle(first: IntArray, ious: FloatArray) -> IntArray:
     """COCO's greedy matching: each proposal, best-ranked first, takes the free object that it overlaps most.
 
     While no two objects name the same proposal as their first, that is the matching: a proposal finds all objects that
@@ -253,7 +259,7 @@ def _settle(first: np.ndarray, ious: np.ndarray) -> np.ndarray:
     Returns:
         int64 [thresholds, objects]: the rank of the proposal that finds the object, or `NOT_FOUND`.
     """
-    ranks = first.copy()
+    ranks: IntArray = first.copy()
     for number in np.flatnonzero(_repeated(ranks).any(1)):
         row, threshold = ranks[number], IOU_THRESHOLDS[number]
         while (repeated := _repeated(row)).any():
@@ -267,7 +273,8 @@ def _settle(first: np.ndarray, ious: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _repeated(ranks: np.ndarray) -> np.ndarray:
+def _repeated(ranks: IntArray) -> MaskArray:
     """bool: of each rank but the first, in ascending order along the last axis, whether it is the one before it."""
     ranks = np.sort(ranks)
-    return (ranks[..., 1:] == ranks[..., :-1]) & (ranks[..., 1:] != NOT_FOUND)
+    repeated: MaskArray = (ranks[..., 1:] == ranks[..., :-1]) & (ranks[..., 1:] != NOT_FOUND)
+    return repeated

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import fiftyone as fo
 import fiftyone.core.labels as fol
@@ -22,13 +23,14 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError
+from ..modeling.arrays import MaskArray
 
 logger = logging.getLogger(__name__)
 
 
 def load_coco(
-    images: str | PathLike,
-    annotations: str | PathLike,
+    images: str | PathLike[str],
+    annotations: str | PathLike[str],
     sample: int | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -67,6 +69,9 @@ def load_coco(
     return make_dataset(instances, paths, sample, seed, name, gt_field)
 
 
+Entry = dict[str, Any]  # of an image, a category or an annotation, as somebody has written it
+
+
 @dataclass(frozen=True)
 class Instances:
     """The content of a JSON file.
@@ -79,18 +84,18 @@ class Instances:
     """
 
     file: Path
-    images: dict[int, dict]
-    categories: dict[int, dict]
-    objects: Mapping[int, list[dict]]
+    images: dict[int, Entry]
+    categories: dict[int, Entry]
+    objects: Mapping[int, list[Entry]]
 
-    def value(self, entry: Mapping, key: str) -> object:
+    def value(self, entry: Entry, key: str) -> Any:
         """`entry[key]`; raises ValueError where it is missing."""
         if key not in entry:
             raise ArgumentError(f"{self.file}: entry {entry.get('id')} has no '{key}'; it has {', '.join(entry)}.")
         return entry[key]
 
 
-def read_instances(file: str | PathLike) -> Instances:
+def read_instances(file: str | PathLike[str]) -> Instances:
     """Reads a JSON file in the format of COCO or LVIS.
 
     Raises:
@@ -101,7 +106,7 @@ def read_instances(file: str | PathLike) -> Instances:
     try:
         content = json.loads(file.read_bytes())
         images, categories = ({entry["id"]: entry for entry in content[key]} for key in ("images", "categories"))
-        objects = defaultdict(list)
+        objects: dict[int, list[Entry]] = defaultdict(list)
         for annotation in content["annotations"]:
             objects[annotation["image_id"]].append(annotation)
             if annotation["image_id"] not in images or annotation["category_id"] not in categories:
@@ -189,7 +194,7 @@ def _samples(instances: Instances, paths: Mapping[int, Path], gt_field: str, emp
         yield sample
 
 
-def _detection(instances: Instances, annotation: Mapping, size: tuple[int, int]) -> fol.Detection:
+def _detection(instances: Instances, annotation: Entry, size: tuple[int, int]) -> fol.Detection:
     height, width = size
     try:
         mask = decode_segmentation(annotation.get("segmentation"), size)
@@ -222,7 +227,7 @@ def _whole_pixels(start: float, length: float, limit: int) -> tuple[int, int]:
     return first, min(max(math.ceil(start + length), first + 1), limit)
 
 
-def decode_segmentation(segmentation: list | Mapping | None, size: tuple[int, int]) -> np.ndarray:
+def decode_segmentation(segmentation: list[list[float]] | Mapping[str, Any] | None, size: tuple[int, int]) -> MaskArray:
     """A COCO segmentation as bool [height, width], by pycocotools.
 
     Args:
@@ -245,4 +250,5 @@ def decode_segmentation(segmentation: list | Mapping | None, size: tuple[int, in
         if list(segmentation["size"]) != [height, width] or (uncompressed and sum(counts) != height * width):
             raise ArgumentError(f"it has size {segmentation['size']}, or counts of another size")
         rle = mask_utils.frPyObjects(segmentation, height, width) if uncompressed else segmentation
-    return mask_utils.decode(rle).astype(bool)
+    mask: MaskArray = mask_utils.decode(rle).astype(bool)
+    return mask

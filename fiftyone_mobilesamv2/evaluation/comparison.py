@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.utils as fou
 import numpy as np
 
 from .. import zoo
 from ..errors import ArgumentError, Failure
+from ..labels.documents import Progress
 from ..modeling.grid_prompts import POINTS_PER_SIDE
 from .average_recall import KS, AverageRecall
 from .proposals import evaluate_proposals
@@ -58,7 +59,7 @@ class Measurement:
         """Milliseconds per image from prompts to low-res logits."""
         return 1000 * self.seconds["decode"]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON; metrics are shares, None for a group without objects."""
         figures = {
             "prompts_per_image": self.prompts,
@@ -85,7 +86,7 @@ def measure(
     use_masks: bool = True,
     area_field: str | None = None,
     batch_size: int = 1,
-    progress: Callable | None = None,
+    progress: Progress = None,
 ) -> Measurement:
     """Segments images into a field, and measures AR@K of what is found there.
 
@@ -170,7 +171,7 @@ class Comparison:
 
         side = self.points_per_side
         rows = {"object-aware": (self.object_aware, 1.0), f"grid {side}x{side}": (self.grid, self.ratio)}
-        table = pd.DataFrame(dtype=object)
+        table: pd.DataFrame = pd.DataFrame(dtype=object)
         for name, (measured, ratio) in rows.items():
             table.loc[name, "prompts"] = f"{measured.prompts:.1f}"
             table.loc[name, "objects"] = f"{measured.masks:.1f}"
@@ -193,7 +194,7 @@ class Comparison:
             f"s; {grid_cost}: {short(self.decoder_ratio)} times as long."
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "images": self.samples.values("id"),
@@ -247,18 +248,19 @@ def compare_promptings(
     """
     drawn = draw(samples, images)
     side = points_per_side
-    settings = {
+    settings: dict[str, dict[str, object]] = {
         "object-aware": {"prompting": OBJECT_AWARE},
         f"grid {side}x{side}": {"prompting": "grid", "points_per_side": side},
     }
-    measurements = []
+    measurements: list[Measurement] = []
     warm_up(model)
     with nullcontext(drawn) if keep else _copy(drawn, model, gt_field) as target:
         for field_name, (name, setting) in zip(kept_fields(side), settings.items()):
 
             def report(bar: fou.ProgressBar, name: str = name) -> None:
                 share = (len(measurements) + bar.iteration / bar.total) / len(settings)
-                progress(share, f"{name}: {bar.iteration:,} of {bar.total:,} images")
+                if progress is not None:
+                    progress(share, f"{name}: {bar.iteration:,} of {bar.total:,} images")
 
             measurements.append(
                 measure(
@@ -270,7 +272,7 @@ def compare_promptings(
                     gt_field,
                     f"ar_{field_name}" if keep else None,
                     use_masks,
-                    progress=progress and report,
+                    progress=None if progress is None else report,
                 )
             )
     return Comparison(drawn, side, *measurements)

@@ -12,8 +12,8 @@ from .coco import make_dataset, read_instances
 
 
 def load_lvis(
-    images: str | PathLike,
-    annotations: str | PathLike,
+    images: str | PathLike[str],
+    annotations: str | PathLike[str],
     sample: int | None = None,
     seed: int = 0,
     name: str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fiftyone.utils.eval.detection as foud
 import numpy as np
@@ -12,12 +12,19 @@ from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import label_root
+from ..modeling.arrays import AnyArray, IntArray, MaskArray
 from .average_recall import IOU_THRESHOLDS, AverageRecall
 
 if TYPE_CHECKING:
     import fiftyone as fo
     import pandas as pd
     import plotly.graph_objects as go
+    from fiftyone.core.collections import SampleCollection
+    from numpy.typing import ArrayLike
+
+    from ..labels.documents import Skipped
+    from .proposals import ProposalEvaluationConfig
+    from .run_fields import Match
 
 _COLORS = ("#ff6d04", "#4263eb", "#2b8a3e", "#c2255c", "#7048e8", "#0b7285", "#5c3d2e")
 
@@ -44,7 +51,17 @@ class ProposalResults(foud.DetectionResults):
         skipped: of each image that couldn't be measured, its id, filepath and cause.
     """
 
-    def __init__(self, samples, config, eval_key, matches, recall, ranks, skipped, **kwargs) -> None:
+    def __init__(
+        self,
+        samples: SampleCollection,
+        config: ProposalEvaluationConfig,
+        eval_key: str | None,
+        matches: Sequence[Match],
+        recall: dict[str, Any],
+        ranks: ArrayLike,
+        skipped: list[Skipped],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(samples, config, eval_key, matches, **kwargs)
         self.recall = recall
         self.ranks = np.array(ranks, np.int64).reshape(-1, len(IOU_THRESHOLDS))
@@ -58,27 +75,46 @@ class ProposalResults(foud.DetectionResults):
         return AverageRecall.from_dict(self.recall)
 
     @property
-    def _ranks(self) -> np.ndarray:
+    def _ranks(self) -> IntArray:
         """Of the objects in `ytrue`."""
         return self.ranks[np.isin(self._ytrue_ids_orig, self.ytrue_ids)] if self.has_subset else self.ranks
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(
+        self, classes: Sequence[str] | None = None, average: str | None = "micro", beta: float = 1.0
+    ) -> dict[str, float]:
         """AR@K by group of objects, e.g. `{"AR@10", "AR", "ARs@10", ...}`; NaN for a group without objects.
 
         "AR" is the mean over K. "recall" is the share of objects found at IoU 0.5 within the largest K, "support" the
         number of objects.
+
+        Args:
+            classes: of the objects that count, all as one group, "AR@10"; by default all objects, by size, too. Which
+                proposal finds which object was settled among the objects of all classes, as within `use_subset`.
+            average, beta: without effect; FiftyOne passes them to every method. Each object counts the same, and
+                proposals have no precision, so no F-score.
         """
-        custom = {} if self.has_subset else self._get_custom_metrics()
-        found = {"recall": _mean(self.ytrue == self.ypred), "support": len(self.ytrue)}
-        return custom | self.average_recall.metrics() | found
+        chosen = self._of_classes(classes)
+        if classes is None:
+            custom = {} if self.has_subset else self._get_custom_metrics()
+            recall = self.average_recall
+        else:
+            custom, recall = {}, AverageRecall.of_ranks(self.config.ks, self._ranks[chosen])
+        found = {"recall": _mean((self.ytrue == self.ypred)[chosen]), "support": int(chosen.sum())}
+        return custom | recall.metrics() | found
 
-    def print_metrics(self, digits: int = 3) -> None:
+    def print_metrics(
+        self, classes: Sequence[str] | None = None, average: str | None = "micro", beta: float = 1.0, digits: int = 3
+    ) -> None:
         """Prints :meth:`metrics`."""
-        self._print_metrics(self.metrics(), digits=digits)
+        self._print_metrics(self.metrics(classes, average, beta), digits=digits)
 
-    def mAR(self) -> float:
+    def mAR(self, classes: Sequence[str] | None = None) -> float:
         """AR at the largest K: the App's row of that name."""
-        return self.metrics()[f"AR@{self.config.ks[-1]}"]
+        return self.metrics(classes)[f"AR@{self.config.ks[-1]}"]
+
+    def _of_classes(self, classes: Sequence[str] | None) -> MaskArray:
+        """bool, of the objects in `ytrue`."""
+        return np.ones(len(self.ytrue), bool) if classes is None else np.isin(self.ytrue, list(classes))
 
     def report(self, classes: Sequence[str] | None = None) -> Report:
         """The table of AR@K; of each class (of the ground truth), the share that was found at IoU 0.5."""
@@ -103,7 +139,7 @@ class ProposalResults(foud.DetectionResults):
         import pandas as pd
 
         recall = self.average_recall
-        return pd.DataFrame(
+        table: pd.DataFrame = pd.DataFrame(
             [
                 {"group": group, "k": k, "iou": iou, "recall": share, "objects": total}
                 for group, total in recall.totals.items()
@@ -111,6 +147,7 @@ class ProposalResults(foud.DetectionResults):
                 for iou, share in zip(IOU_THRESHOLDS.round(2), recall.recalls(k, group))
             ]
         )
+        return table
 
     def plot(self, *others: ProposalResults) -> go.Figure:
         """AR against K, and recall against IoU at the largest K: by group of objects, or of this and other runs."""
@@ -176,7 +213,7 @@ class ProposalResults(foud.DetectionResults):
         here, there = self._found(iou, k), np.array([id in found_by_other for id in self.ytrue_ids], bool)
         return Comparison(gained=self._objects(here & ~there), lost=self._objects(there & ~here))
 
-    def _found(self, iou: float, k: int | None) -> np.ndarray:
+    def _found(self, iou: float, k: int | None) -> MaskArray:
         """bool, of the objects in `ytrue`."""
         most = self.config.ks[-1]
         k = most if k is None else k
@@ -185,17 +222,25 @@ class ProposalResults(foud.DetectionResults):
         ranks = self._ranks[:, _threshold_index(iou)]
         return (ranks >= 0) & (ranks < k)
 
-    def _objects(self, chosen: np.ndarray) -> fo.DatasetView:
+    def _objects(self, chosen: MaskArray) -> fo.DatasetView:
         ids = [ObjectId(id) for id in self.ytrue_ids[chosen]]
         return self.samples.filter_labels(self.config.gt_field, F("_id").is_in(ids))
 
     @classmethod
-    def _from_dict(cls, d, samples, config, eval_key, **kwargs):
+    def _from_dict(
+        cls,
+        d: dict[str, Any],
+        samples: SampleCollection,
+        config: ProposalEvaluationConfig,
+        eval_key: str,
+        **kwargs: Any,
+    ) -> ProposalResults:
         stored = {name: d[name] for name in ("recall", "ranks", "skipped")}
-        return super()._from_dict(d, samples, config, eval_key, **stored, **kwargs)
+        results: ProposalResults = super()._from_dict(d, samples, config, eval_key, **stored, **kwargs)
+        return results
 
 
-class Report(dict):
+class Report(dict[str, dict[str, float | None]]):
     """By class `{"precision": None, "recall", "support"}`, as in FiftyOne's reports; printed, the table of AR@K.
 
     Attributes:
@@ -203,7 +248,7 @@ class Report(dict):
             each group of objects.
     """
 
-    def __init__(self, by_class: dict[str, dict], recall: AverageRecall) -> None:
+    def __init__(self, by_class: dict[str, dict[str, float | None]], recall: AverageRecall) -> None:
         import pandas as pd
 
         super().__init__(by_class)
@@ -215,7 +260,7 @@ class Report(dict):
 
     def rounded(self, digits: int = 3) -> pd.DataFrame:
         """The table as text."""
-        text = self.table.map(lambda value: f"{value:.{digits}f}")
+        text: pd.DataFrame = self.table.map(lambda value: f"{value:.{digits}f}")
         text.loc["objects"] = [f"{number:.0f}" for number in self.table.loc["objects"]]
         return text
 
@@ -236,7 +281,8 @@ def comparison_table(runs: Mapping[str, ProposalResults]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame({name: results.average_recall.metrics() for name, results in runs.items()}).T
+    table: pd.DataFrame = pd.DataFrame({name: results.average_recall.metrics() for name, results in runs.items()}).T
+    return table
 
 
 def _threshold_index(iou: float) -> int:
@@ -247,5 +293,5 @@ def _threshold_index(iou: float) -> int:
     return index
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | AnyArray) -> float:
     return float(np.mean(values)) if len(values) else float("nan")

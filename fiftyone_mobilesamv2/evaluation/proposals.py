@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.utils as fou
 import fiftyone.core.validation as fov
@@ -24,20 +24,33 @@ from ..fiftyone_internals import (
     is_patches_view,
     root_dataset,
 )
-from ..labels.documents import StoredImage, ensure_metadata, is_crowd, log_skipped, number_of, visit_shard
+from ..labels.documents import (
+    Progress,
+    Skipped,
+    StoredImage,
+    ensure_metadata,
+    is_crowd,
+    log_skipped,
+    number_of,
+    visit_shard,
+)
 from ..labels.fields import check_shapes_field
 from ..labels.masks import boxes_may_overlap, boxes_of, masks_of
-from ..runs.cluster import check_workers, on_cluster
+from ..runs.cluster import Work, check_workers, on_cluster
 from ..runs.shards import Shard
-from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, ranking
+from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, Shapes, ranking
 from .proposal_results import ProposalResults
 from .ranking import RANKINGS
-from .run_fields import FOUND_AT, NO_CLASS, MeasuredImage, MeasuredObject, RunFields
+from .run_fields import FOUND_AT, NO_CLASS, Match, MeasuredImage, MeasuredObject, RunFields
 
 if TYPE_CHECKING:
+    import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
+    from fiftyone.core.video import FrameView
 
 logger = logging.getLogger(__name__)
+# What a worker of a cluster returns of a part: counts, images, what was skipped, how many images, how many samples.
+_Measured = tuple[AverageRecall, list[MeasuredImage], list[Skipped], int, int]
 
 
 def evaluate_proposals(
@@ -49,7 +62,7 @@ def evaluate_proposals(
     use_masks: bool = True,
     rank_by: str = "confidence",
     area_field: str | None = None,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
     cluster: str | None = None,
     workers: int | None = None,
 ) -> ProposalResults:
@@ -97,7 +110,8 @@ def evaluate_proposals(
     method.register_samples(samples, eval_key)
     if eval_key is not None:
         method.add_fields_to_sidebar_group(samples, eval_key)
-    return method.results
+    results: ProposalResults = method.results
+    return results
 
 
 class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
@@ -122,7 +136,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         iou: float = 0.5,
         classwise: bool = False,
         use_boxes: bool = False,
-        custom_metrics: list | dict | None = None,
+        custom_metrics: list[str] | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(pred_field, gt_field, iou=iou, classwise=False, custom_metrics=custom_metrics)
         self.ks = list(AverageRecall(ks).ks)
@@ -143,7 +157,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         return "proposals"
 
 
-class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
+class ProposalEvaluation(RunFields):
     """The method. It reads labels from the database itself, and each mask once.
 
     FiftyOne calls `register_run`, which would delete an earlier run, then `register_samples`, and then, having loaded
@@ -157,9 +171,16 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
         self.results: ProposalResults | None = None
         self._recall = AverageRecall(config.ks)
         self._images: list[MeasuredImage] = []
-        self._skipped: list[dict] = []
+        self._skipped: list[Skipped] = []
 
-    def register_run(self, samples, key, overwrite=True, cleanup=True, progress=None):
+    def register_run(
+        self,
+        samples: SampleCollection,
+        key: str | None,
+        overwrite: bool = True,
+        cleanup: bool = True,
+        progress: Progress = None,
+    ) -> None:
         if key is not None:
             self.validate_run(samples, key, overwrite=overwrite)
         self.check_fields(samples)
@@ -172,7 +193,7 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
         self.results = self._results(samples, key)
         super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
 
-    def register_samples(self, samples, eval_key, dynamic=True):
+    def register_samples(self, samples: SampleCollection, eval_key: str | None, dynamic: bool = True) -> None:
         if eval_key is None:
             return
         try:
@@ -182,12 +203,23 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
             self.delete_run(samples, eval_key)
             raise
 
-    def evaluate(self, doc, eval_key=None):
+    def evaluate(self, doc: fo.Sample | FrameView, eval_key: str | None = None) -> list[Match]:
         # FiftyOne counts these, and stores the counts once more.
         image = self._by_id.get(doc.id)
-        return [] if image is None else [o.match for o in image.objects] + [(None, NO_CLASS, *[None] * 4)] * image.fp
+        if image is None:
+            return []
+        unmatched: Match = (None, NO_CLASS, None, None, None, None)
+        return [found.match for found in image.objects] + [unmatched] * image.fp
 
-    def generate_results(self, samples, matches, eval_key=None, classes=None, missing=None, progress=None):
+    def generate_results(
+        self,
+        samples: SampleCollection,
+        matches: Sequence[Match],
+        eval_key: str | None = None,
+        classes: Sequence[str] | None = None,
+        missing: str | None = None,
+        progress: Progress = None,
+    ) -> ProposalResults:
         if eval_key is not None:
             self.forget_counts_of_skipped(samples, eval_key)
         self.results = self._results(samples, eval_key, classes, missing)
@@ -208,26 +240,26 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
-    def _measure(self, samples: SampleCollection, progress: bool | Callable | None) -> None:
+    def _measure(self, samples: SampleCollection, progress: Progress) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
         if self.cluster is None:
             total = self._measure_part(samples, progress)
         else:
-            total = self._measure_on_cluster(samples, progress)
+            total = self._measure_on_cluster(samples, self.cluster, progress)
         log_skipped(self._skipped, total)
         self._by_id = {str(image.id): image for image in self._images}
 
-    def _measure_part(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
+    def _measure_part(self, samples: SampleCollection, progress: Progress) -> int:
         fields = [self.config.pred_field, self.config.gt_field]
         skipped, total = visit_shard(samples, fields, lambda each: self._images.append(self._measured(each)), progress)
         self._skipped += skipped
         return total
 
-    def _measure_on_cluster(self, samples: SampleCollection, progress: bool | Callable | None) -> int:
+    def _measure_on_cluster(self, samples: SampleCollection, cluster: str, progress: Progress) -> int:
         if is_generated(samples):
             raise ArgumentError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
         ensure_metadata(samples, progress)
-        parts = on_cluster(samples, _measurer, (self.config,), uuid.uuid4().hex, self.cluster, self.workers)
+        parts = on_cluster(samples, _measurer, (self.config,), uuid.uuid4().hex, cluster, self.workers)
         total = 0
         with fou.ProgressBar(total=len(samples), progress=progress) as bar, closing(parts):
             for recall, images, skipped, count, num_samples in parts:
@@ -246,7 +278,7 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
         self,
         samples: SampleCollection,
         eval_key: str | None,
-        classes: list[str] | None = None,
+        classes: Sequence[str] | None = None,
         missing: str | None = None,
     ) -> ProposalResults:
         objects = [found for image in self._images for found in image.objects]
@@ -279,9 +311,11 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
         crowd = [is_crowd(label) for label in objects]
         areas = None if config.area_field is None else [number_of(label, [config.area_field]) for label in objects]
         frequencies = [label.get("frequency") for label in objects]
-        shapes = boxes_of(proposals, size), boxes_of(objects, size)
+        boxes = boxes_of(proposals, size), boxes_of(objects, size)
+        shapes: tuple[Shapes, Shapes] = boxes
         if config.use_masks:
-            shapes = masks_of(proposals, size, boxes_may_overlap(*shapes).any(1)), masks_of(objects, size)
+            wanted = np.asarray(boxes_may_overlap(*boxes).any(1))
+            shapes = masks_of(proposals, size, wanted), masks_of(objects, size)
         matches = self._recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
 
         counted = [i for i, ignored in enumerate(crowd) if not ignored]
@@ -310,10 +344,10 @@ class ProposalEvaluation(RunFields, foud.DetectionEvaluation):
         return image
 
 
-def _measurer(config: ProposalEvaluationConfig) -> Callable[[SampleCollection, Shard], tuple]:
+def _measurer(config: ProposalEvaluationConfig) -> Work[_Measured]:
     """What a worker of a cluster does with each part."""
 
-    def measure(samples: SampleCollection, shard: Shard) -> tuple:
+    def measure(samples: SampleCollection, shard: Shard) -> _Measured:
         part, method = shard.of(samples), config.build()
         total = method._measure_part(part, progress=False)
         return method._recall, method._images, method._skipped, total, len(part)
@@ -321,7 +355,7 @@ def _measurer(config: ProposalEvaluationConfig) -> Callable[[SampleCollection, S
     return measure
 
 
-def _panel_metrics(recall: AverageRecall) -> dict[str, dict]:
+def _panel_metrics(recall: AverageRecall) -> dict[str, dict[str, object]]:
     """As the App's panel shows them, where they are numbers."""
     return {
         name: {"key": name, "value": value, "label": name, "lower_is_better": False}

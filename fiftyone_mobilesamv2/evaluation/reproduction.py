@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import numpy as np
@@ -22,7 +22,7 @@ from .. import zoo
 from ..errors import ArgumentError
 from ..modeling.checkpoints.catalog import pretrained_model
 from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
-from .average_recall import AREA_RANGES, KS, METRIC_NAMES
+from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
 from .coco import load_coco, read_instances
 from .comparison import LABEL_BYTES, OBJECT_AWARE, Measurement, measure, warm_up
 from .lvis import load_lvis
@@ -36,7 +36,9 @@ GT_FIELD = "ground_truth"
 RESULTS_NAME, PICTURE_NAME = "reproduction.json", "reproduction.png"
 
 # The paper's figures, arXiv 2312.09579: AR in percent on 100 images of LVIS, ViT-H encoder where no other is named.
-PAPER_AR = {  # of all, small, medium and large objects; None: the mean over K
+PAPER_AR: dict[
+    str, dict[int | None, tuple[float, ...]]
+] = {  # of all, small, medium and large objects; None: the mean over K
     OBJECT_AWARE: {
         10: (17.6, 6.4, 35.0, 37.8),
         100: (50.6, 36.3, 73.1, 76.3),
@@ -77,31 +79,36 @@ class Reproduction:
         measurements: by the name of the field that holds the proposals: "object_aware", "grid_16", ...
     """
 
-    about: dict
+    about: dict[str, Any]
     measurements: dict[str, Measurement] = field(default_factory=dict)
 
-    def cells(self) -> list[dict]:
+    @property
+    def _recalls(self) -> dict[str, AverageRecall]:
+        return {name: each.recall for name, each in self.measurements.items() if each.recall is not None}
+
+    def cells(self) -> list[dict[str, Any]]:
         """One for each figure: "table", "row", "column", "ours", "paper"; AR in percent, None where there is none."""
         cells = []
 
         def add(table: str, row: str, column: str, ours: float, paper: float | None) -> None:
-            ours = None if math.isnan(ours) else 100 * ours
-            cells.append({"table": table, "row": row, "column": column, "ours": ours, "paper": paper})
+            percent = None if math.isnan(ours) else 100 * ours
+            cells.append({"table": table, "row": row, "column": column, "ours": percent, "paper": paper})
 
-        for name, measured in self.measurements.items():
-            metrics = measured.recall.metrics()
+        recalls = self._recalls
+        for name, recall in recalls.items():
+            metrics = recall.metrics()
             for k in (*KS, None):
                 suffix = "" if k is None else f"@{k}"
-                paper = dict(zip(AREA_RANGES, PAPER_AR.get(name, {}).get(k, ())))
-                for group in measured.recall.totals:
+                by_group = dict(zip(AREA_RANGES, PAPER_AR.get(name, {}).get(k, ())))
+                for group in recall.totals:
                     ours = metrics[METRIC_NAMES[group] + suffix]
-                    add("Mask AR by object size", f"{name} AR{suffix}", group, ours, paper.get(group))
-        for name, measured in self.measurements.items():
+                    add("Mask AR by object size", f"{name} AR{suffix}", group, ours, by_group.get(group))
+        for name, recall in recalls.items():
             if name != OBJECT_AWARE:
-                paper, *_ = PAPER_AR.get(name, {}).get(1000, [None])
-                add("AR@1000 by sampling", name, "all", measured.recall.metrics()["AR@1000"], paper)
-        if OBJECT_AWARE in self.measurements:
-            recall = self.measurements[OBJECT_AWARE].recall
+                paper = next(iter(PAPER_AR.get(name, {}).get(1000, ())), None)
+                add("AR@1000 by sampling", name, "all", recall.metrics()["AR@1000"], paper)
+        if OBJECT_AWARE in recalls:
+            recall = recalls[OBJECT_AWARE]
             for most in (320, 256):
                 ours = recall.recalls(most).mean()
                 add("AR@1000 by sampling", f"{most} boxes", "all", ours, PAPER_AR_BY_PROMPTS[most])
@@ -156,7 +163,7 @@ class Reproduction:
 
     def __str__(self) -> str:
         about = self.about
-        objects = next(iter(self.measurements.values())).recall.totals["all"]
+        objects = next(iter(self._recalls.values())).totals["all"]
         head = (
             f"{about['model']} (encoder {about['encoder']}) on {about['images']} images of {about['annotations']} with "
             f"{objects} objects.\nAR is in percent. In brackets: the paper's figure."
@@ -164,7 +171,7 @@ class Reproduction:
         tables = [f"{title}\n{table.fillna('').to_string()}" for title, table in self.tables().items()]
         return "\n\n".join([head, *tables, *self.notes()])
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As the JSON file holds it: "metrics" are shares, as of `evaluate_proposals`; "tables" are in percent."""
         measurements = {
             name: {**measured.to_dict(), "times_object_aware": self.ratio(name)}
@@ -198,20 +205,21 @@ class Reproduction:
         figure.savefig(path, dpi=110)
 
     def _plot_by_k(self, axes: Axes) -> None:
-        for name, measured in self.measurements.items():
-            curve = 100 * measured.recall.curve()
+        for name, recall in self._recalls.items():
+            curve = 100 * recall.curve()
             axes.plot(np.arange(1, len(curve) + 1), curve, color=_color(name), label=name)
             paper = {k: values[0] for k, values in PAPER_AR.get(name, {}).items() if k}
             if name == OBJECT_AWARE:
                 paper |= {most: ar for most, ar in PAPER_AR_BY_PROMPTS.items() if most < MAX_PROMPTS}
-            axes.plot(paper.keys(), paper.values(), "o", color=_color(name), markerfacecolor="white")
+            axes.plot(list(paper), list(paper.values()), "o", color=_color(name), markerfacecolor="white")
         axes.set(xscale="log", title="AR@K, %", xlabel="K: masks of an image that count")
 
     def _plot_by_size(self, axes: Axes) -> None:
-        width = 0.8 / len(self.measurements)
-        for number, (name, measured) in enumerate(self.measurements.items()):
-            metrics = measured.recall.metrics()
-            x = np.arange(len(AREA_RANGES)) + (number - (len(self.measurements) - 1) / 2) * width
+        recalls = self._recalls
+        width = 0.8 / len(recalls)
+        for number, (name, recall) in enumerate(recalls.items()):
+            metrics = recall.metrics()
+            x = np.arange(len(AREA_RANGES)) + (number - (len(recalls) - 1) / 2) * width
             ours = [100 * metrics[f"{METRIC_NAMES[group]}@1000"] for group in AREA_RANGES]
             axes.bar(x, ours, width * 0.9, color=_color(name))
             paper = PAPER_AR.get(name, {}).get(1000, ())
@@ -220,8 +228,8 @@ class Reproduction:
         axes.set(title="AR@1000, %, by object size")
 
     def _plot_by_cost(self, axes: Axes) -> None:
-        for name, measured in self.measurements.items():
-            ours = measured.ms, 100 * measured.recall.metrics()["AR@1000"]
+        for name, recall in self._recalls.items():
+            ours = self.measurements[name].ms, 100 * recall.metrics()["AR@1000"]
             axes.plot(*ours, "o", color=_color(name), markersize=9)
             axes.annotate(name, ours, (0, 9), textcoords="offset points", ha="center")
             if name in PAPER_MS:
@@ -233,8 +241,8 @@ class Reproduction:
 
 def _beside(ours: float | None, paper: float | None) -> str:
     """Ours, and in brackets the paper's; "-" where there is none."""
-    ours, paper = ("-" if value is None else f"{value:.1f}" for value in (ours, paper))
-    return f"{ours} ({paper})"
+    our_text, paper_text = ("-" if value is None else f"{value:.1f}" for value in (ours, paper))
+    return f"{our_text} ({paper_text})"
 
 
 def _color(name: str) -> str:
@@ -283,10 +291,10 @@ def reproduce(
     """
     if not 0 <= confidence <= 1:
         raise ArgumentError(f"confidence must be between 0 and 1, not {confidence}.")
-    fields = {}
+    fields: dict[str, dict[str, object]] = {}
     if object_aware:
-        settings = {"prompting": "object_aware", "max_prompts": MAX_PROMPTS, "confidence_thresh": confidence}
-        fields[OBJECT_AWARE] = settings
+        aware = {"prompting": "object_aware", "max_prompts": MAX_PROMPTS, "confidence_thresh": confidence}
+        fields[OBJECT_AWARE] = aware
     fields |= {f"grid_{side}": {"prompting": "grid", "points_per_side": side} for side in grids}
     if not fields:
         raise ArgumentError("Nothing to measure: choose object-aware prompting, a grid, or both.")
@@ -340,7 +348,7 @@ def _check_replaceable(name: str) -> None:
         raise ArgumentError(f"The dataset {name!r} exists and is no reproduction's: rename or delete it.")
 
 
-def _keep(dataset: fo.Dataset, name: str, about: dict) -> None:
+def _keep(dataset: fo.Dataset, name: str, about: dict[str, Any]) -> None:
     if fo.dataset_exists(name):
         fo.delete_dataset(name)
     dataset.name = name

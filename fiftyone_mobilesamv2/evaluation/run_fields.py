@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.fields as fof
 import fiftyone.core.utils as fou
+import fiftyone.utils.eval.detection as foud
 import numpy as np
 from bson import ObjectId
 from pymongo import UpdateOne
@@ -16,6 +17,7 @@ from pymongo import UpdateOne
 from ..errors import ArgumentError
 from ..fiftyone_internals import (
     FRAMES_PREFIX,
+    Document,
     bulk_write,
     delete_empty_sidebar_group,
     frame_collection,
@@ -29,11 +31,13 @@ from ..fiftyone_internals import (
     source_dataset,
     split_frame_field,
 )
+from ..modeling.arrays import IntArray
 
 if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
+    from ..labels.documents import Skipped
     from .proposals import ProposalEvaluationConfig
 
 NO_CLASS = "object"  # of objects without a class, which the App counts by their class
@@ -42,12 +46,16 @@ _UPDATES_AT_ONCE = 200
 _LABELS_IN_AN_UPDATE = 100  # MongoDB looks for each of them among all labels of the document
 
 
+# FiftyOne's (label of the object, of the proposal, IoU, confidence, id of the object, of the proposal).
+Match = tuple[str | None, str | None, float | None, float | None, str | None, str | None]
+
+
 @dataclass
 class MeasuredObject:
     id: ObjectId
     label: str
     best_iou: float
-    ranks: np.ndarray  # [thresholds], from 0
+    ranks: IntArray  # [thresholds], from 0
     match_id: ObjectId | None  # of the proposal that finds it at IoU 0.5; the next two are of this match
     match_iou: float | None
     match_confidence: float | None
@@ -58,8 +66,8 @@ class MeasuredObject:
         return None if self.match_id is None else int(self.ranks[FOUND_AT]) + 1
 
     @property
-    def match(self) -> tuple:
-        """FiftyOne's (label of the object, of the proposal, IoU, confidence, id of the object, of the proposal).
+    def match(self) -> Match:
+        """As FiftyOne has it.
 
         The proposal is given the object's label, or FiftyOne would not count it as a true positive.
         """
@@ -86,12 +94,12 @@ class MeasuredImage:
     objects: list[MeasuredObject] = field(default_factory=list)
 
 
-class RunFields:
+class RunFields(foud.DetectionEvaluation):
     """The part of :class:`.proposals.ProposalEvaluation` that stores, renames and deletes what was measured."""
 
     config: ProposalEvaluationConfig
     _images: list[MeasuredImage]
-    _skipped: list[dict]
+    _skipped: list[Skipped]
 
     def check_names(self, samples: SampleCollection, eval_key: str) -> None:
         """That nothing of the user's is where the run is going to store, and at last delete, its own."""
@@ -109,7 +117,9 @@ class RunFields:
             # Attributes of labels needn't be declared.
             paths = {split_frame_field(dataset, name)[0]: name for name in attributes}
             collection = frame_collection(dataset) if self._is_of_frames(dataset) else sample_collection(dataset)
-            if collection.find_one({"$or": [{path: {"$exists": True}} for path in paths]}, {"_id": True}):
+            if collection is not None and collection.find_one(
+                {"$or": [{path: {"$exists": True}} for path in paths]}, {"_id": True}
+            ):
                 taken = [name for path, name in paths.items() if collection.find_one({path: {"$exists": True}})]
         if taken:
             raise ArgumentError(f"'{taken[0]}' exists, and is no earlier evaluation's. Choose another eval_key.")
@@ -141,21 +151,20 @@ class RunFields:
                 values = {str(id): self._counts(images)[name] for id, images in videos.items()}
                 dataset.set_values(eval_key + name, values, key_field="id")
 
-    def _update(self, dataset: fo.Dataset, eval_key: str, query: Callable[[MeasuredImage], dict]) -> None:
+    def _update(self, dataset: fo.Dataset, eval_key: str, query: Callable[[MeasuredImage], Document]) -> None:
         for name, kind in self._fields(dataset, eval_key).items():
             name, of_frame = split_frame_field(dataset, name)
             (dataset.add_frame_field if of_frame else dataset.add_sample_field)(name, kind)
         of_frames = self._is_of_frames(dataset)
         has_counts = bool(self._count_fields(dataset, eval_key))
-        paths = []
-        for name in self._label_names(dataset):
-            path, is_list = label_root(dataset, name)
-            paths.append((split_frame_field(dataset, path)[0], is_list))
+        objects_path, proposals_path = (
+            self._label_path(dataset, name) for name in (self.config.gt_field, self.config.pred_field)
+        )
         ids: list[ObjectId] = []  # of what is in memory, too, and then reloaded
         operations: list[UpdateOne] = []
         for number, image in enumerate(self._images, 1):
             counts = {eval_key + name: value for name, value in self._counts([image]).items()} if has_counts else {}
-            operations += _updates(query(image), image, eval_key, *paths, counts)
+            operations += _updates(query(image), image, eval_key, objects_path, proposals_path, counts)
             ids.append(query(image).get("_id", image.id))  # a frame has its id in a view of frames as well
             if len(operations) >= _UPDATES_AT_ONCE or number == len(self._images):
                 bulk_write(dataset, operations, ids=ids, frames=of_frames)
@@ -178,11 +187,11 @@ class RunFields:
         """By the end of the field's name: what `images`, one or those of a video, sum up to."""
         objects = [found for image in images for found in image.objects]
         tp = sum(found.rank is not None for found in objects)
-        with_objects = [image for image in images if image.objects]
-        weights = [len(image.objects) for image in with_objects]
+        measured = [(image.recalls, len(image.objects)) for image in images if image.recalls is not None]
+        weights = [count for _, count in measured]
         recalls = {
-            f"_recall_at_{k}": float(np.average([image.recalls[i] for image in with_objects], weights=weights))
-            if with_objects
+            f"_recall_at_{k}": float(np.average([each[i] for each, _ in measured], weights=weights))
+            if measured
             else None
             for i, k in enumerate(self.config.ks)
         }
@@ -190,9 +199,19 @@ class RunFields:
 
     def _label_names(self, dataset: fo.Dataset) -> list[str]:
         """The fields of objects and proposals in `dataset`, which may be a view's source; only those that exist."""
-        prefix = FRAMES_PREFIX if self.config.view == "frames" and not is_frames_view(dataset) else ""
-        names = [prefix + name for name in (self.config.gt_field, self.config.pred_field)]
+        names = [self._label_name(dataset, name) for name in (self.config.gt_field, self.config.pred_field)]
         return [name for name in names if dataset.has_field(name)]
+
+    def _label_name(self, dataset: fo.Dataset, name: str) -> str:
+        return FRAMES_PREFIX + name if self.config.view == "frames" and not is_frames_view(dataset) else name
+
+    def _label_path(self, dataset: fo.Dataset, name: str) -> tuple[str, bool] | None:
+        """Where the labels are in a document of `dataset`, and whether in a list; None where it lacks the field."""
+        name = self._label_name(dataset, name)
+        if not dataset.has_field(name):
+            return None
+        path, is_list = label_root(dataset, name)
+        return split_frame_field(dataset, path)[0], is_list
 
     def _is_of_frames(self, samples: SampleCollection) -> bool:
         """Whether the labels are of videos' frames there."""
@@ -214,7 +233,7 @@ class RunFields:
         return of_frames if self.config.view == "frames" else fields | of_frames
 
     def _attributes(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
-        fields = {}
+        fields: dict[str, type[fof.Field]] = {}
         for name in self._label_names(dataset):
             root, _ = label_root(dataset, name)
             fields |= {
@@ -225,17 +244,18 @@ class RunFields:
             }
         return fields
 
-    def get_fields(self, samples, eval_key, include_custom_metrics=True):
-        fields = list(self._fields(source_dataset(samples), self.config.stored_as))
+    def get_fields(self, samples: SampleCollection, eval_key: str, include_custom_metrics: bool = True) -> list[str]:
+        fields = list(self._fields(source_dataset(samples), self.config.stored_as or eval_key))
         return fields + (self.get_custom_metric_fields(samples, eval_key) if include_custom_metrics else [])
 
-    def rename(self, samples, eval_key, new_eval_key):
+    def rename(self, samples: SampleCollection, eval_key: str, new_eval_key: str) -> None:
+        stored_as = self.config.stored_as or eval_key
         renamed = []
         for dataset in _datasets(samples):
-            names = zip(self._fields(dataset, self.config.stored_as), self._fields(dataset, new_eval_key))
-            renamed.append((dataset, {old: new for old, new in names if dataset.has_field(old)}))
+            pairs = zip(self._fields(dataset, stored_as), self._fields(dataset, new_eval_key))
+            renamed.append((dataset, {old: new for old, new in pairs if dataset.has_field(old)}))
             if taken := [new for new in renamed[-1][1].values() if dataset.has_field(new)]:
-                raise ArgumentError(f"'{taken[0]}' exists; the fields keep the name '{self.config.stored_as}'")
+                raise ArgumentError(f"'{taken[0]}' exists; the fields keep the name '{stored_as}'")
         for dataset, names in renamed:
             of_samples, of_frames = fou.split_frame_fields(names)
             if of_samples:
@@ -247,9 +267,9 @@ class RunFields:
         self.rename_custom_metrics(samples, eval_key, new_eval_key)
         rename_sidebar_group(samples, eval_key, new_eval_key)
 
-    def cleanup(self, samples, eval_key):
+    def cleanup(self, samples: SampleCollection, eval_key: str) -> None:
         for dataset in _datasets(samples):
-            self._delete_fields(dataset, self.config.stored_as)
+            self._delete_fields(dataset, self.config.stored_as or eval_key)
         self.cleanup_custom_metrics(samples, eval_key)
         delete_empty_sidebar_group(samples, eval_key)
 
@@ -263,29 +283,31 @@ class RunFields:
 
 
 def _updates(
-    query: dict,
+    query: Document,
     image: MeasuredImage,
     eval_key: str,
-    objects_path: tuple[str, bool],
-    proposals_path: tuple[str, bool],
-    values: dict,
+    objects_path: tuple[str, bool] | None,
+    proposals_path: tuple[str, bool] | None,
+    values: Document,
 ) -> Iterator[UpdateOne]:
     """Of one document: sets `values`, and the attributes of the image's objects and of the proposals that find them.
 
     Labels are told by id: a view may hide some, and others may have come and gone since they were read.
 
     Args:
-        objects_path, proposals_path: where the labels are in the document, and whether in a list.
+        objects_path, proposals_path: where the labels are in the document, and whether in a list; None: they aren't
+            there.
     """
-    notes = []
+    notes: list[tuple[tuple[str, bool], ObjectId, str, float | None, int | None, ObjectId | None]] = []
     for found in image.objects:
-        state = "fn" if found.rank is None else "tp"
-        notes.append((objects_path, found.id, state, found.best_iou, found.rank, found.match_id))
-        if found.rank is not None:
+        state = "fn" if found.match_id is None else "tp"
+        if objects_path is not None:
+            notes.append((objects_path, found.id, state, found.best_iou, found.rank, found.match_id))
+        if proposals_path is not None and found.match_id is not None:
             notes.append((proposals_path, found.match_id, state, found.match_iou, found.rank, found.id))
     values = {**values, "last_modified_at": datetime.now(timezone.utc)}
     for start in range(0, max(len(notes), 1), _LABELS_IN_AN_UPDATE):
-        filters = []
+        filters: list[Mapping[str, Any]] = []
         for (path, is_list), label_id, state, iou, rank, other in notes[start : start + _LABELS_IN_AN_UPDATE]:
             if is_list:
                 path += f".$[l{len(filters)}]"

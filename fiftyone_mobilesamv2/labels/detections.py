@@ -11,6 +11,8 @@ import fiftyone.core.labels as fol
 import numpy as np
 from bson import ObjectId
 
+from ..fiftyone_internals import Document
+from ..modeling.arrays import MaskArray
 from ..modeling.masks import Segmentation
 from .mask_files import MaskFiles
 from .masks import serialized
@@ -32,7 +34,7 @@ class Found(NamedTuple):
     prompts: Sequence[fol.Detection | fol.Keypoint] | None = None
 
 
-def mask_attributes(found: Segmentation, index: int) -> dict:
+def mask_attributes(found: Segmentation, index: int) -> Document:
     """The attributes that every mask is stored with; the box is relative, [x, y, width, height]."""
     height, width = found.size
     x0, y0, x1, y1 = (int(v) for v in found.boxes[index])
@@ -46,7 +48,7 @@ def mask_attributes(found: Segmentation, index: int) -> dict:
     }
 
 
-def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> np.ndarray:
+def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> MaskArray:
     """bool: what a mask has inside a relative box [x, y, width, height], in pixels of the box.
 
     Some may be outside the image. A box without an area has one, at its corner.
@@ -108,7 +110,7 @@ class DetectionWriter:
     label_bytes: int = LABEL_BYTES_PER_SAMPLE
     keep_boxes: bool = False
 
-    def documents(self, found: Found, files: MaskFiles) -> list[dict]:
+    def documents(self, found: Found, files: MaskFiles) -> list[Document]:
         """The detections as the database holds them.
 
         At 320 masks an image FiftyOne's own objects take ten times as long, all of it inside Python's lock, which the
@@ -131,7 +133,7 @@ class DetectionWriter:
             detections.append(detection)
         return fol.Detections(detections=detections)
 
-    def _without_masks(self, found: Found) -> list[tuple[dict, np.ndarray | None]]:
+    def _without_masks(self, found: Found) -> list[tuple[Document, MaskArray | None]]:
         """Each detection's document, without its mask, and the mask, bool [h, w]."""
         documents = []
         for i in range(len(found.masks)):
@@ -147,8 +149,8 @@ class DetectionWriter:
         return documents
 
     def _stored_masks(
-        self, documents: Sequence[tuple[dict, np.ndarray | None]], files: MaskFiles
-    ) -> list[tuple[dict, np.ndarray | None, bytes]]:
+        self, documents: Sequence[tuple[Document, MaskArray | None]], files: MaskFiles
+    ) -> list[tuple[Document, MaskArray | None, bytes]]:
         """Writes masks to files, from the largest, until the rest fits; these documents get their paths.
 
         Returns:
@@ -157,7 +159,7 @@ class DetectionWriter:
         with_masks = [(document, mask) for document, mask in documents if mask is not None]
         contents = [serialized(mask) if self.label_bytes else b"" for _, mask in with_masks]
         in_files = self._beyond_budget([len(content) for content in contents], len(documents))
-        stored = []
+        stored: list[tuple[Document, MaskArray | None, bytes]] = []
         for i, ((document, mask), content) in enumerate(zip(with_masks, contents)):
             if i in in_files:
                 document["mask_path"] = files.add(mask)

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import fiftyone.core.utils as fou
 from bson import ObjectId
 from fiftyone import ViewField as F
 
 from ..errors import ArgumentError, LabelError, MissingError
-from ..fiftyone_internals import aggregate, is_frame_field, split_frame_field
+from ..fiftyone_internals import Document, aggregate, is_frame_field, split_frame_field
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
+# What FiftyOne takes for one: whether there is a bar (None: as its settings say), or what is called with the bar.
+Progress = bool | Callable[[fou.ProgressBar], object] | None
+
+
+class Skipped(TypedDict):
+    """An image that could not be used."""
+
+    id: str
+    filepath: str
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class StoredImage:
         size: (height, width) in pixels; None where its metadata is missing.
     """
 
-    document: Mapping
+    document: Document
     sample_id: ObjectId
     name: str
     size: tuple[int, int] | None
@@ -44,7 +54,7 @@ class StoredImage:
             raise LabelError("it has no metadata, and its size can't be read from its file")
         return self.size
 
-    def labels(self, field_name: str) -> list[dict]:
+    def labels(self, field_name: str) -> list[Document]:
         """The single labels of a field that was asked for. Raises LabelError where one has no id."""
         found = labels_in(self.document, field_name)
         if not all("_id" in label for label in found):
@@ -63,18 +73,23 @@ def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iter
     if not any(is_frame_field(samples, name) for name in field_names):
         for document in aggregate(samples, pipeline=[{"$project": keep}]):
             metadata = document.get("metadata") or {}
-            size = metadata.get("height"), metadata.get("width")
-            sample_id = document.get("_sample_id", document["_id"])  # of the source, if it is a patch or a frame
-            yield StoredImage(document, sample_id, document["filepath"], size if all(size) else None)
+            # Of the source, if it is a patch or a frame.
+            sample_id = document["_sample_id"] if "_sample_id" in document else document["_id"]
+            size = _size(metadata.get("height"), metadata.get("width"))
+            yield StoredImage(document, sample_id, document["filepath"], size)
         return
     paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
-    videos = {ObjectId(id): (path, (h, w) if h and w else None) for id, path, h, w in zip(*samples.values(paths))}
+    videos = {ObjectId(id): (path, _size(h, w)) for id, path, h, w in zip(*samples.values(paths))}
     for document in aggregate(samples, frames_only=True, post_pipeline=[{"$project": keep}]):
         path, size = videos[document["_sample_id"]]
         yield StoredImage(document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size)
 
 
-def labels_in(document: Mapping, field_name: str) -> list[dict]:
+def _size(height: int | None, width: int | None) -> tuple[int, int] | None:
+    return (height, width) if height and width else None
+
+
+def labels_in(document: Document, field_name: str) -> list[Document]:
     """The single labels of a field of a document of a sample or frame."""
     labels = value_in(document, field_name)
     for name in ("detections", "polylines", "keypoints"):
@@ -83,9 +98,9 @@ def labels_in(document: Mapping, field_name: str) -> list[dict]:
     return [labels] if labels else []
 
 
-def value_in(document: Mapping, field_name: str) -> Mapping | None:
+def value_in(document: Document, field_name: str) -> Document | None:
     """Of a field of a document of a sample or frame: its labels, as they are stored."""
-    value = document
+    value: Document | None = document
     for part in field_name.removeprefix("frames.").split("."):
         value = (value or {}).get(part)
     return value
@@ -95,8 +110,8 @@ def visit_images(
     samples: SampleCollection,
     field_names: Sequence[str],
     look: Callable[[StoredImage], None],
-    progress: bool | Callable | None = None,
-) -> list[dict]:
+    progress: Progress = None,
+) -> list[Skipped]:
     """Calls `look` with each image and these fields of it; stores nothing but missing metadata.
 
     Returns:
@@ -110,7 +125,7 @@ def visit_images(
     return skipped
 
 
-def log_skipped(skipped: Sequence[Mapping], total: int) -> None:
+def log_skipped(skipped: Sequence[Skipped], total: int) -> None:
     """Logs which images could not be used. Raises ValueError where these are all."""
     if skipped:
         told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
@@ -123,13 +138,13 @@ def visit_shard(
     samples: SampleCollection,
     field_names: Sequence[str],
     look: Callable[[StoredImage], None],
-    progress: bool | Callable | None,
-) -> tuple[list[dict], int]:
+    progress: Progress,
+) -> tuple[list[Skipped], int]:
     """:func:`visit_images` of a part, of which perhaps no image can be used. Also returns how many images it has."""
     ensure_metadata(samples, progress)
     of_frames = any(is_frame_field(samples, name) for name in field_names)
     total = samples.count("frames") if of_frames else len(samples)
-    skipped = []
+    skipped: list[Skipped] = []
     with fou.ProgressBar(total=total, progress=progress) as bar:
         for stored in bar(stored_images(samples, field_names)):
             try:
@@ -141,7 +156,7 @@ def visit_shard(
     return skipped, total
 
 
-def ensure_metadata(samples: SampleCollection, progress: bool | Callable | None = None) -> None:
+def ensure_metadata(samples: SampleCollection, progress: Progress = None) -> None:
     """Computes and stores the sizes of the images that have none."""
     sides = ("metadata.height", "metadata.width")
     if samples.media_type == "video":
@@ -151,22 +166,24 @@ def ensure_metadata(samples: SampleCollection, progress: bool | Callable | None 
         missing.compute_metadata(overwrite=True, progress=progress)
 
 
-def number_of(label: Mapping, names: Iterable[str]) -> float:
+def number_of(label: Document, names: Iterable[str]) -> float:
     """The mean of these attributes.
 
     Raises:
         MissingError: the label lacks one. LabelError: one is no number.
     """
-    values = {name: label.get(name) for name in names}
-    for name, value in values.items():
+    values: list[float] = []
+    for name in names:
+        value = label.get(name)
         if value is None:
             raise MissingError(f"{name_of(label)} has no {name}")
         if not isinstance(value, (int, float)) or math.isnan(value):
             raise LabelError(f"{name_of(label)} has {name}={value!r}: a number was expected")
-    return sum(values.values()) / len(values)
+        values.append(value)
+    return sum(values) / len(values)
 
 
-def is_crowd(label: Mapping) -> bool:
+def is_crowd(label: Document) -> bool:
     """COCO's `iscrowd`: a region of several objects. Raises LabelError where it is neither 0 nor 1."""
     value = label.get("iscrowd")
     if value not in (None, 0, 1):  # False and True are equal to these
@@ -174,6 +191,6 @@ def is_crowd(label: Mapping) -> bool:
     return bool(value)
 
 
-def name_of(label: Mapping) -> str:
+def name_of(label: Document) -> str:
     """How messages call a label."""
     return f"{label.get('_cls', 'label')} {label.get('_id')}"

@@ -21,6 +21,8 @@ import cv2
 import numpy as np
 from bson import ObjectId
 
+from ..modeling.arrays import MaskArray
+
 UNCONFIRMED = "unconfirmed"
 NOTE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24})-(.+)")
 GONE = ".gone"
@@ -42,7 +44,7 @@ class MaskFiles:
         self._note = Path(folder) / UNCONFIRMED / f"{attempt}-{sample_id}-{quote(label_field, safe='')}"
         self._count = 0
 
-    def add(self, mask: np.ndarray) -> str:
+    def add(self, mask: MaskArray) -> str:
         """Writes a mask, bool [h, w], as FiftyOne does: 0 and 1. Returns its path."""
         if not self._count:
             make_folder(self._note.parent)

@@ -8,9 +8,8 @@ import io
 import math
 import tokenize
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import cv2
 import fiftyone.core.storage as fos
@@ -18,14 +17,15 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError, LabelError, MissingError
-from ..modeling.rle import rle_from_crop
+from ..fiftyone_internals import Document
+from ..modeling.arrays import AnyArray, FloatArray, MaskArray
+from ..modeling.rle import RLE, rle_from_crop
 from .documents import name_of
 
-if TYPE_CHECKING:
-    pass
 
-
-def masks_of(labels: Sequence[Mapping], size: tuple[int, int], wanted: Sequence[bool] | None = None) -> list[dict]:
+def masks_of(
+    labels: Sequence[Document], size: tuple[int, int], wanted: Sequence[bool] | MaskArray | None = None
+) -> list[RLE]:
     """COCO RLE of each label of an image.
 
     A mask of another resolution than its box in pixels is stretched to it, as the App draws it.
@@ -47,23 +47,24 @@ def masks_of(labels: Sequence[Mapping], size: tuple[int, int], wanted: Sequence[
     return [_mask_of(label, size) if decode else empty for label, decode in zip(labels, wanted)]
 
 
-def boxes_of(labels: Sequence[Mapping], size: tuple[int, int]) -> np.ndarray:
+def boxes_of(labels: Sequence[Document], size: tuple[int, int]) -> FloatArray:
     """float64 [N, 4]: x, y, width and height of each label, in pixels. Raises as :func:`masks_of` does."""
     scale = np.array([size[1], size[0]] * 2, float)
-    return np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
+    boxes: FloatArray = np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
+    return boxes
 
 
-def boxes_may_overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+def boxes_may_overlap(boxes: FloatArray, others: FloatArray) -> MaskArray:
     """bool [boxes, others], for x, y, width, height in pixels: whether labels of these boxes could overlap.
 
     They may be a pixel or two apart: masks begin at whole pixels, boxes need not.
     """
     starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
     ends = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
-    return (starts <= ends + 2).all(2)
+    return np.asarray((starts <= ends + 2).all(2))
 
 
-def _mask_of(label: Mapping, size: tuple[int, int]) -> dict:
+def _mask_of(label: Document, size: tuple[int, int]) -> RLE:
     if "points" in label:
         return _polygons_mask(label, size)
     mask = _stored_mask(label)
@@ -90,22 +91,23 @@ def _mask_of(label: Mapping, size: tuple[int, int]) -> dict:
     return rle_from_crop(mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]]), size)
 
 
-def _empty_mask(size: tuple[int, int]) -> dict:
+def _empty_mask(size: tuple[int, int]) -> RLE:
     return rle_from_crop(np.zeros((0, 0), bool), np.zeros(4), size)
 
 
-def _polygons_mask(label: Mapping, size: tuple[int, int]) -> dict:
+def _polygons_mask(label: Document, size: tuple[int, int]) -> RLE:
     height, width = size
-    polygons = [np.array(points, float).reshape(-1, 2) * [width, height] for points in label["points"]]
-    polygons = [points.ravel().tolist() for points in polygons if len(points) >= 3]
+    outlines = [np.array(points, float).reshape(-1, 2) * [width, height] for points in label["points"]]
+    polygons = [points.ravel().tolist() for points in outlines if len(points) >= 3]
     if not polygons:
         raise LabelError(f"{name_of(label)} has no polygon of at least 3 points")
     if not np.isfinite(np.concatenate(polygons)).all():
         raise LabelError(f"{name_of(label)} has non-finite points")
-    return mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
+    merged: RLE = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
+    return merged
 
 
-def _relative_box(label: Mapping) -> np.ndarray:
+def _relative_box(label: Document) -> FloatArray:
     if "points" in label:
         points = np.array([point for points in label["points"] for point in points], float).reshape(-1, 2)
         if not len(points):
@@ -121,9 +123,10 @@ def _relative_box(label: Mapping) -> np.ndarray:
     return np.array(box, float)
 
 
-def _stored_mask(label: Mapping) -> np.ndarray:
+def _stored_mask(label: Document) -> MaskArray:
     """bool [h, w]"""
     _check_has_mask(label)
+    mask: AnyArray | None
     if (stored := label.get("mask")) is not None:
         try:
             mask = _deserialized(stored)
@@ -149,7 +152,7 @@ def _stored_mask(label: Mapping) -> np.ndarray:
     return np.ascontiguousarray(mask)
 
 
-def _single_channel(label: Mapping, mask: np.ndarray) -> np.ndarray:
+def _single_channel(label: Document, mask: AnyArray) -> AnyArray:
     colors, alpha = mask[..., :3], mask[..., 3:]
     if (colors != colors[..., :1]).any() or (alpha != alpha.max(initial=0)).any():
         raise LabelError(
@@ -158,7 +161,7 @@ def _single_channel(label: Mapping, mask: np.ndarray) -> np.ndarray:
     return mask[..., 0]
 
 
-def _check_has_mask(label: Mapping) -> None:
+def _check_has_mask(label: Document) -> None:
     if label.get("mask") is None and not label.get("mask_path") and "points" not in label:
         raise MissingError(
             f"{name_of(label)} has no mask. Make masks from boxes by `apply_model(model, ..., prompt_field=...)`, or "
@@ -166,7 +169,7 @@ def _check_has_mask(label: Mapping) -> None:
         )
 
 
-def serialized(mask: np.ndarray) -> bytes:
+def serialized(mask: MaskArray) -> bytes:
     """What `fiftyone.core.utils.serialize_numpy_array` gives, compressed by run lengths.
 
     zlib then takes a quarter to a sixth of the time that it takes to look for whatever repeats. Masks of 100x100 pixels
@@ -178,7 +181,7 @@ def serialized(mask: np.ndarray) -> bytes:
     return compressor.compress(content.getvalue()) + compressor.flush()
 
 
-def _deserialized(stored: bytes) -> np.ndarray:
+def _deserialized(stored: bytes) -> AnyArray:
     """What `fiftyone.core.utils.deserialize_numpy_array` gives, but for the 60 µs of parsing the header each time."""
     data = zlib.decompress(stored)
     if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which numpy writes for headers of up to 64 KB

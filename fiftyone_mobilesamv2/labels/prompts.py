@@ -8,6 +8,7 @@ import fiftyone.core.labels as fol
 import numpy as np
 
 from ..errors import ArgumentError
+from ..modeling.arrays import FloatArray, IntArray
 
 _MAX_BOX_SIDES = 2  # sides of the image that a box has: a mask of it takes as many pixels; the evaluation takes no more
 
@@ -16,12 +17,15 @@ def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypo
     """The single labels of a field of prompts."""
     if prompts is None:
         return []
+    labels: list[fol.Detection] | list[fol.Keypoint] = [prompts]
     if isinstance(prompts, fol.Detections):
-        return prompts.detections
-    return prompts.keypoints if isinstance(prompts, fol.Keypoints) else [prompts]
+        labels = prompts.detections
+    elif isinstance(prompts, fol.Keypoints):
+        labels = prompts.keypoints
+    return labels
 
 
-def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[np.ndarray, np.ndarray]:
+def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[FloatArray, IntArray]:
     """Relative points [P, 2] and their labels [P]: 1 inside the object, 0 outside (the attribute "sam_labels", as with
     FiftyOne's own SAM; without it all are inside). Points that the image does not show (NaN, or not in 0..1) are left
     out.
@@ -59,6 +63,8 @@ def check_prompts(prompts: fol.Label | None) -> None:
 
 def _is_in_image(box: Sequence[float] | None) -> bool:
     """Whether a relative box, perhaps without an area, is at least partly in the image."""
+    if box is None:
+        return False
     try:
         x, y, width, height = map(float, box)
     except (TypeError, ValueError):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .arrays import AnyArray, ImageArray, IntArray
 from .grid_prompts import MAX_POINTS_PER_SIDE, GridFilter
 from .object_discovery import MAX_NMS_CANDIDATES
 
@@ -18,6 +21,10 @@ PROMPTINGS = ("object_aware", "grid")
 _MAX_COORDINATE = 1e9  # pixels that a prompt may be off: with more, its position would be no number
 
 
+@overload
+def checked_number(name: str, value: float, least: float, most: float, whole: Literal[True]) -> int: ...
+@overload
+def checked_number(name: str, value: float, least: float, most: float, whole: Literal[False] = False) -> float: ...
 def checked_number(name: str, value: float, least: float, most: float, whole: bool = False) -> float:
     """A plain Python number of that value. Raises ValueError unless it is one, from `least` to `most`.
 
@@ -55,7 +62,7 @@ def checked_grid(points_per_side: int, grid_filter: GridFilter) -> tuple[int, Gr
     )
 
 
-def check_images(images: Sequence[np.ndarray]) -> None:
+def check_images(images: Sequence[ImageArray]) -> None:
     _check_is_sequence("images", images)
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -65,7 +72,7 @@ def check_images(images: Sequence[np.ndarray]) -> None:
             raise ArgumentError(f"Image {i} has no pixels: its shape is {image.shape}.")
 
 
-def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) -> Tensor:
+def coordinates(index: int, name: str, values: Tensor | AnyArray, width: int) -> Tensor:
     """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
@@ -83,29 +90,29 @@ def coordinates(index: int, name: str, values: Tensor | np.ndarray, width: int) 
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _array(expected: str, values: Sequence) -> np.ndarray:
+def _array(expected: str, values: npt.ArrayLike) -> AnyArray:
     try:
         return np.asarray(values)
     except ValueError as error:  # parts of different lengths
         raise ArgumentError(f"{expected}: {error}") from error
 
 
-def _check_is_sequence(name: str, values: Sequence) -> None:
+def _check_is_sequence(name: str, values: object) -> None:
     if not isinstance(values, Sequence) and not (isinstance(values, np.ndarray | Tensor) and values.ndim):
         raise TypeError(f"{name} must be a sequence, not {type(values).__name__}.")
 
 
-def check_count(name: str, prompts: Sequence, images: int) -> None:
+def check_count(name: str, prompts: Sequence[object], images: int) -> None:
     _check_is_sequence(name, prompts)
     if len(prompts) != images:
         raise ArgumentError(f"{name} must hold one entry for each of the {images} images, not {len(prompts)}.")
 
 
 def check_prompts(
-    images: Sequence[np.ndarray],
-    boxes: Sequence[Tensor | np.ndarray] | None,
-    points: Sequence[Sequence[np.ndarray]] | None,
-    point_labels: Sequence[Sequence[np.ndarray]] | None,
+    images: Sequence[ImageArray],
+    boxes: Sequence[Tensor | AnyArray] | None,
+    points: Sequence[Sequence[AnyArray]] | None,
+    point_labels: Sequence[Sequence[AnyArray]] | None,
 ) -> None:
     """Raises ValueError unless there are prompts, one entry for each image; TypeError for no sequence."""
     check_images(images)
@@ -123,10 +130,10 @@ def check_prompts(
 
 def points_with_labels(
     index: int,
-    points: Sequence[np.ndarray],
-    point_labels: Sequence[np.ndarray] | None,
+    points: Sequence[AnyArray],
+    point_labels: Sequence[AnyArray] | None,
     num_boxes: int | None,
-) -> tuple[list[Tensor], list[np.ndarray]]:
+) -> tuple[list[Tensor], list[IntArray]]:
     """The points of each prompt of image `index`, float32 [P, 2], and their labels, int64 [P].
 
     Args:

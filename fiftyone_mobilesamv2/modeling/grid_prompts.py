@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from .arrays import FloatArray, MaskArray
 from .masks import Segmentation
 
 POINTS_PER_SIDE = 32
@@ -38,7 +39,7 @@ class GridFilter:
         """bool [N], which masks of these predicted IoUs are kept."""
         return iou > self.pred_iou_thresh if self.pred_iou_thresh > 0 else torch.ones_like(iou, dtype=torch.bool)
 
-    def by_stability(self, stability: np.ndarray) -> np.ndarray:
+    def by_stability(self, stability: FloatArray) -> MaskArray:
         """bool [N], which masks of these stability scores are kept."""
         threshold = self.stability_score_thresh
         return stability >= threshold if threshold > 0 else np.ones(len(stability), bool)
@@ -47,7 +48,7 @@ class GridFilter:
 SAM_GRID_FILTER = GridFilter()
 
 
-def grid_points(points_per_side: int, size: tuple[int, int]) -> np.ndarray:
+def grid_points(points_per_side: int, size: tuple[int, int]) -> FloatArray:
     """float32 [points_per_side ** 2, 2], xy in pixels of an image of `size` (h, w), row by row, cells' centres."""
     offset = 0.5 / points_per_side
     side = np.linspace(offset, 1 - offset, points_per_side)

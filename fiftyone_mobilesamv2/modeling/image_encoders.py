@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import timm
@@ -25,6 +26,7 @@ from ultralytics.models.sam.modules.tiny_encoder import TinyViT
 from ultralytics.nn.modules import LayerNorm2d
 
 from ..errors import ArgumentError
+from .arrays import ImageArray
 
 # Mean and standard deviation of the RGB values that every released encoder was trained with (0..255).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -39,7 +41,7 @@ class SamNeck(nn.Module):
 
     def __init__(self, in_channels: list[int], head_width: int, head_depth: int, out_channels: int, size: int) -> None:
         super().__init__()
-        norm = partial(nn.BatchNorm2d, eps=1e-6)
+        norm: Any = partial(nn.BatchNorm2d, eps=1e-6)  # timm calls it, yet its annotations ask for a class
         self.size = size
         self.input_ops = nn.ModuleList(
             ConvNormAct(channels, head_width, 1, norm_layer=norm, act_layer=None) for channels in reversed(in_channels)
@@ -64,7 +66,8 @@ class SamNeck(nn.Module):
             if x.shape[-1] != self.size:
                 x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", align_corners=False)
             total = x if total is None else total + x
-        return self.output_ops[0](self.middle(total))
+        out: Tensor = self.output_ops[0](self.middle(total))
+        return out
 
 
 class SamNeckEncoder(nn.Module):
@@ -81,15 +84,17 @@ class SamNeckEncoder(nn.Module):
         self, backbone: nn.Module, head_width: int, head_depth: int, embed_dim: int, embed_size: int, network_size: int
     ) -> None:
         super().__init__()
+        feature_info: Any = backbone.feature_info
         self.network_size = network_size
         self.backbone = backbone
-        self.neck = SamNeck(backbone.feature_info.channels(), head_width, head_depth, embed_dim, embed_size)
+        self.neck = SamNeck(feature_info.channels(), head_width, head_depth, embed_dim, embed_size)
         self.norm = LayerNorm2d(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.network_size:
             x = F.interpolate(x, size=(self.network_size, self.network_size), mode="bilinear", align_corners=False)
-        return self.norm(self.neck(self.backbone(x)))
+        out: Tensor = self.norm(self.neck(self.backbone(x)))
+        return out
 
 
 def _rename_efficientvit(key: str) -> str:
@@ -148,6 +153,7 @@ def _tiny_vit() -> nn.Module:
 
 
 def _sam_vit(embed_dim: int, depth: int, num_heads: int, global_attn_indexes: tuple[int, ...]) -> nn.Module:
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)  # ultralytics calls it, yet its annotations ask for a class
     return ImageEncoderViT(
         img_size=1024,
         patch_size=16,
@@ -157,7 +163,7 @@ def _sam_vit(embed_dim: int, depth: int, num_heads: int, global_attn_indexes: tu
         mlp_ratio=4,
         out_chans=256,
         qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=norm,
         use_rel_pos=True,
         window_size=14,
         global_attn_indexes=global_attn_indexes,
@@ -220,7 +226,7 @@ class ImageEmbeddings:
         return len(self.original_sizes)
 
 
-def preprocess(image: np.ndarray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
+def preprocess(image: ImageArray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
     """An image as the encoders take it.
 
     Args:

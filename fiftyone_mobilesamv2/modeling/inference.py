@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from ultralytics.nn.modules import Detect
 
 from ..errors import ArgumentError
 
+# The attribute of a prepared module with the device type and dtype that it was prepared for.
+_PREPARED_FOR = "prepared_for"
 # A ViT-B's bias of so many rows takes 50 MB.
 _QUERY_ROWS = 4
 
@@ -27,18 +30,21 @@ _QUERY_ROWS = 4
 class WindowAttention(nn.Module):
     """TinyViT's attention by `scaled_dot_product_attention`, its bias gathered once."""
 
+    bias: Tensor
+
     def __init__(self, attention: tiny_encoder.Attention) -> None:
         super().__init__()
         self.norm, self.qkv, self.proj = attention.norm, attention.qkv, attention.proj
         self.num_heads = attention.num_heads
-        bias = attention.attention_biases[:, attention.attention_bias_idxs]
-        self.register_buffer("bias", bias[None].detach(), persistent=False)
+        indices: Tensor = attention.get_buffer("attention_bias_idxs")
+        self.register_buffer("bias", attention.attention_biases[:, indices][None].detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens of windows [B, N, C] -> [B, N, C]."""
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, -1)).transpose(1, 2).chunk(3, dim=3)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.expand(len(x), -1, -1, -1))
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class RelativePositionAttention(nn.Module):
@@ -47,6 +53,9 @@ class RelativePositionAttention(nn.Module):
     The bias of a query is the sum of a term for the key's row and one for its column. It is written out for a few rows
     of queries at a time: for a whole 64 x 64 grid and 12 heads it would take 800 MB.
     """
+
+    rel_pos_h: Tensor
+    rel_pos_w: Tensor
 
     def __init__(self, attention: sam_vit.REAttention) -> None:
         super().__init__()
@@ -71,7 +80,8 @@ class RelativePositionAttention(nn.Module):
             )
             for queries, row, column in zip(*(t.split(_QUERY_ROWS, dim=2) for t in (grid, rows, columns)))
         ]
-        return self.proj(torch.cat(attended, dim=2).transpose(1, 2).reshape(x.shape))
+        out: Tensor = self.proj(torch.cat(attended, dim=2).transpose(1, 2).reshape(x.shape))
+        return out
 
 
 class InFloat32(nn.Module):
@@ -82,11 +92,13 @@ class InFloat32(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x.float())
+        out: Tensor = self.module(x.float())
+        return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InFloat32:
         # `Module.to` comes down to this: follow it to the device, not to the dtype.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return self
 
 
 class Float32Detect(nn.Module):
@@ -96,13 +108,13 @@ class Float32Detect(nn.Module):
         super().__init__()
         for layers in (*head.cv2, *head.cv3):
             layers[-1] = InFloat32(layers[-1])
-        head.dfl = InFloat32(head.dfl)
+        head.set_submodule("dfl", InFloat32(head.dfl))
         head.dynamic = True  # or it would keep its anchors, and on the device where it was first used
         self.head = head
         self.f, self.i = head.f, head.i  # by these ultralytics knows a layer's input and output
 
-    def forward(self, features: list[Tensor]) -> tuple[Tensor, dict]:
-        raw = self.head.forward_head(features, **self.head.one2many)
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        raw: dict[str, Any] = self.head.forward_head(features, **self.head.one2many)
         raw["feats"] = [feature.float() for feature in features]  # whose dtype the anchors get
         return self.head._inference(raw), raw
 
@@ -135,23 +147,28 @@ class Strips(nn.Module):
 
 def fuse_batch_norms(module: nn.Module) -> None:
     """Folds each batch norm into the convolution that was registered last before it, which in all encoders feeds it."""
-    convolution = None
+    last: tuple[str, nn.Conv2d] | None = None
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.Conv2d):
-            convolution = name
-        elif type(child) is nn.BatchNorm2d:  # and none that does more, as timm has
-            module.set_submodule(convolution, fuse_conv_bn_eval(module.get_submodule(convolution), child))
+            last = name, child
+        elif type(child) is nn.BatchNorm2d and last is not None:  # and none that does more, as timm has
+            convolution_name, convolution = last
+            fused = fuse_conv_bn_eval(convolution, child)
+            module.set_submodule(convolution_name, fused)
             module.set_submodule(name, nn.Identity())
+            last = convolution_name, fused
 
 
-_FASTER: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
+_Replacements = dict[type[nn.Module], Callable[[Any], nn.Module]]  # each makes a faster module of one of that type
+
+_FASTER: _Replacements = {
     tiny_encoder.Attention: WindowAttention,
     sam_vit.REAttention: RelativePositionAttention,
     Detect: Float32Detect,
 }
 
 # On a CPU. TinyViT's hidden layers take 64 and 32 MiB at 1024 px, in strips 8 and 2.
-_IN_STRIPS: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
+_IN_STRIPS: _Replacements = {
     tiny_encoder.MBConv: partial(Strips, rows=32, halo=1, dim=2),
     tiny_encoder.MLP: partial(Strips, rows=1024, halo=0, dim=1),
 }
@@ -167,17 +184,17 @@ def prepare_for_inference(module: nn.Module, device: torch.device, dtype: torch.
         ValueError: it has been prepared for another device or dtype.
     """
     wanted = (device.type, dtype)
-    prepared = getattr(module, "prepared_for", wanted)
+    prepared = getattr(module, _PREPARED_FOR, wanted)
     if prepared != wanted:
         raise ArgumentError(f"This {type(module).__name__} was prepared for {prepared}: load another one for {wanted}.")
-    module.prepared_for = wanted
+    setattr(module, _PREPARED_FOR, wanted)
     module.eval().requires_grad_(False)
     fuse_batch_norms(module)
     _replace(module, _FASTER | (_IN_STRIPS if device.type == "cpu" else {}))
-    module.to(device, dtype, memory_format=torch.channels_last)
+    module.to(device, dtype).to(memory_format=torch.channels_last)
 
 
-def _replace(module: nn.Module, faster: dict[type[nn.Module], Callable[[nn.Module], nn.Module]]) -> None:
+def _replace(module: nn.Module, faster: _Replacements) -> None:
     for name, child in module.named_children():
         if type(child) in faster:
             setattr(module, name, faster[type(child)](child))

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rle import rle_from_crop
+from .arrays import FloatArray, IntArray, MaskArray
+from .rle import RLE, rle_from_crop
 
 # SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
 # automatic mask generator, `stability_score_offset`).
@@ -42,23 +43,23 @@ class Segmentation:
         points: float32 [N, 2], the point prompt of each mask, where the grid search found it; else None.
     """
 
-    boxes: np.ndarray
-    masks: list[np.ndarray]
-    confidence: np.ndarray
-    predicted_iou: np.ndarray
-    stability: np.ndarray
+    boxes: IntArray
+    masks: list[MaskArray]
+    confidence: FloatArray
+    predicted_iou: FloatArray
+    stability: FloatArray
     size: tuple[int, int]
-    points: np.ndarray | None = field(default=None, repr=False)
+    points: FloatArray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.masks)
 
     @property
-    def areas(self) -> np.ndarray:
+    def areas(self) -> IntArray:
         """int64 [N], pixels of each mask."""
         return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Segmentation:
+    def select(self, indices: Sequence[int] | IntArray) -> Segmentation:
         """The masks `indices`, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
         return Segmentation(
@@ -71,14 +72,14 @@ class Segmentation:
             points=None if self.points is None else self.points[indices],
         )
 
-    def full_mask(self, index: int) -> np.ndarray:
+    def full_mask(self, index: int) -> MaskArray:
         """bool [H, W], mask `index` at its place in the image."""
         full = np.zeros(self.size, bool)
         x0, y0, x1, y1 = self.boxes[index]
         full[y0:y1, x0:x1] = self.masks[index]
         return full
 
-    def rle(self) -> list[dict]:
+    def rle(self) -> list[RLE]:
         """The masks as compressed COCO RLE of the full image: `{"size": [H, W], "counts": bytes}`."""
         return [rle_from_crop(mask, box, self.size) for mask, box in zip(self.masks, self.boxes)]
 
@@ -145,7 +146,7 @@ def upsampling_axis(logit_size: int, image_size: int, input_length: int, length:
 
 def crop_masks(
     low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]
-) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+) -> tuple[IntArray, list[MaskArray], FloatArray]:
     """`upsample(...) > 0`, each mask cropped to its tight box: the same pixels, without the full-size maps.
 
     Arguments as for :func:`upsample`.
@@ -165,28 +166,28 @@ def crop_masks(
     tolerances = (logits.abs().amax((1, 2)) * 2 * _ROUNDING).tolist() if len(logits) else []
 
     boxes = np.zeros((len(logits), 4), np.int32)
-    masks: list[np.ndarray] = [np.zeros((0, 0), bool)] * len(logits)
+    masks: list[MaskArray] = [np.zeros((0, 0), bool)] * len(logits)
     stability = np.zeros(len(logits), np.float32)
     for i, tolerance in enumerate(tolerances):
-        r, c = _extent(row_used[i]), _extent(column_used[i])
-        if r is None or c is None:
+        used_rows, used_columns = _extent(row_used[i]), _extent(column_used[i])
+        if used_rows is None or used_columns is None:
             continue
-        r, c = rows.pixels_near(r), columns.pixels_near(c)
+        r, c = rows.pixels_near(used_rows), columns.pixels_near(used_columns)
         if r.start == r.stop or c.start == c.stop:  # all of it lies in the padding
             continue
         in_rows, in_columns = rows.cells_of(r), columns.cells_of(c)
-        values = rows.weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
-        values = values.cpu().numpy()  # NumPy compares and counts several times faster than torch does on a CPU
+        upsampled = rows.weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
+        values = upsampled.cpu().numpy()  # NumPy compares and counts several times faster than torch does on a CPU
         mask, possible = values > tolerance, values >= -tolerance
         if np.count_nonzero(mask) != np.count_nonzero(possible):
-            y, x = np.nonzero(possible & ~mask)
-            few = len(y) <= _MAX_DOUBTS
-            decided = _decided(logits[i], rows.weights[r][y], columns.weights[c][x]) if few else None
+            doubt_y, doubt_x = np.nonzero(possible & ~mask)
+            few = len(doubt_y) <= _MAX_DOUBTS
+            decided = _decided(logits[i], rows.weights[r][doubt_y], columns.weights[c][doubt_x]) if few else None
             if decided is None:
                 values = upsample(logits[i : i + 1], image_size, input_size, size)[0, r, c].cpu().numpy()
                 mask = values > 0
             else:
-                mask[y, x] = decided
+                mask[doubt_y, doubt_x] = decided
         y, x = _extent(mask.any(1)), _extent(mask.any(0))
         if y is None or x is None:
             continue
@@ -197,7 +198,7 @@ def crop_masks(
     return boxes, masks, stability
 
 
-def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.ndarray | None:
+def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> MaskArray | None:
     """Whether K pixels are above 0, where rounding leaves no doubt about any of them; else None.
 
     Args:
@@ -209,7 +210,7 @@ def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> np.
     return (values > 0).numpy() if bool((values.abs() > doubt).all()) else None
 
 
-def _extent(used: np.ndarray) -> slice | None:
+def _extent(used: MaskArray) -> slice | None:
     """The range of the true entries of a bool vector."""
     (indices,) = np.nonzero(used)
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else None

@@ -6,7 +6,7 @@ image -> encode (once) -> discover boxes -> decode all prompts of the image agai
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -26,6 +26,7 @@ from .arguments import (
     coordinates,
     points_with_labels,
 )
+from .arrays import AnyArray, ImageArray
 from .checkpoints.catalog import pretrained_model
 from .checkpoints.files import fetch_model
 from .checkpoints.loading import load_decoder, load_detector, load_encoder
@@ -82,7 +83,7 @@ class MobileSAMv2(nn.Module):
         self.discovery = discovery
         self.device = usable_device(device)
         self.dtype = dtype
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         for module in (image_encoder, *([discovery.detector] if discovery is not None else [])):
             prepare_for_inference(module, self.device, dtype)
         self.to(self.device).requires_grad_(False).eval()
@@ -95,7 +96,7 @@ class MobileSAMv2(nn.Module):
         name: str,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        **files: str | PathLike,
+        **files: str | PathLike[str],
     ) -> MobileSAMv2:
         """A model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies what is missing.
 
@@ -118,9 +119,9 @@ class MobileSAMv2(nn.Module):
     def from_checkpoints(
         cls,
         encoder: str,
-        encoder_checkpoint: str | PathLike,
-        decoder_checkpoint: str | PathLike,
-        detector_checkpoint: str | PathLike | None = None,
+        encoder_checkpoint: str | PathLike[str],
+        decoder_checkpoint: str | PathLike[str],
+        detector_checkpoint: str | PathLike[str] | None = None,
         detector_size: int = INPUT_SIZE,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -149,7 +150,7 @@ class MobileSAMv2(nn.Module):
         )
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[np.ndarray]) -> ImageEmbeddings:
+    def encode(self, images: Sequence[ImageArray]) -> ImageEmbeddings:
         """Encodes images of any sizes.
 
         Args:
@@ -175,7 +176,7 @@ class MobileSAMv2(nn.Module):
     @torch.inference_mode()
     def discover(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[ImageArray],
         conf: float = CONFIDENCE,
         iou: float = NMS_IOU,
         max_prompts: int = MAX_PROMPTS,
@@ -202,7 +203,7 @@ class MobileSAMv2(nn.Module):
 
     @torch.inference_mode()
     def decode(
-        self, embeddings: ImageEmbeddings, boxes: Sequence[Tensor | np.ndarray]
+        self, embeddings: ImageEmbeddings, boxes: Sequence[Tensor | AnyArray]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decodes box prompts, each against the encoding of its own image.
 
@@ -225,7 +226,7 @@ class MobileSAMv2(nn.Module):
     @torch.inference_mode()
     def segment_everything(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[ImageArray],
         prompting: str = "object_aware",
         conf: float = CONFIDENCE,
         iou: float = NMS_IOU,
@@ -263,10 +264,10 @@ class MobileSAMv2(nn.Module):
     @torch.inference_mode()
     def segment_anything(
         self,
-        images: Sequence[np.ndarray],
-        boxes: Sequence[Tensor | np.ndarray] | None = None,
-        points: Sequence[Sequence[np.ndarray]] | None = None,
-        point_labels: Sequence[Sequence[np.ndarray]] | None = None,
+        images: Sequence[ImageArray],
+        boxes: Sequence[Tensor | AnyArray] | None = None,
+        points: Sequence[Sequence[AnyArray]] | None = None,
+        point_labels: Sequence[Sequence[AnyArray]] | None = None,
     ) -> list[Segmentation]:
         """SegAny: one mask a prompt, in the order of the prompts; an empty mask where the decoder finds nothing.
 
@@ -297,16 +298,16 @@ class MobileSAMv2(nn.Module):
         embeddings: ImageEmbeddings,
         index: int,
         boxes: Tensor | None,
-        points: Sequence[np.ndarray] | None,
-        point_labels: Sequence[np.ndarray] | None,
+        points: Sequence[AnyArray] | None,
+        point_labels: Sequence[AnyArray] | None,
     ) -> Segmentation:
         if points is None:
             return self._segment(embeddings, index, self._embed(embeddings, index, boxes=boxes))
         count = None if boxes is None else len(boxes)
-        points, labels = points_with_labels(index, points, point_labels, count)
+        tensors, labels = points_with_labels(index, points, point_labels, count)
         # Prompts with the same number of points have the same number of tokens and are decoded together.
         groups: dict[int, list[int]] = defaultdict(list)
-        for i, p in enumerate(points):
+        for i, p in enumerate(tensors):
             groups[len(p)].append(i)
         parts: list[Segmentation] = []
         for num_points, members in groups.items():
@@ -316,7 +317,7 @@ class MobileSAMv2(nn.Module):
                 embeddings,
                 index,
                 boxes=None if boxes is None else boxes[members],
-                points=torch.stack([points[i] for i in members]) if num_points else None,
+                points=torch.stack([tensors[i] for i in members]) if num_points else None,
                 point_labels=torch.from_numpy(np.stack([labels[i] for i in members])) if num_points else None,
             )
             parts.append(self._segment(embeddings, index, prompts, ambiguous=boxes is None and num_points == 1))
@@ -368,9 +369,8 @@ class MobileSAMv2(nn.Module):
         scale = torch.tensor([input_width / width, input_height / height], dtype=torch.float32)
         if boxes is not None:
             boxes = (boxes.cpu().float().reshape(-1, 2, 2) * scale).reshape(-1, 4).to(self.device)
-        if points is not None:
-            points = (points.float() * scale).to(self.device)
-            point_labels = point_labels.to(self.device)
+        if points is not None and point_labels is not None:
+            points, point_labels = (points.float() * scale).to(self.device), point_labels.to(self.device)
         with self._timed("decode"):
             return self.decoder.embed_prompts(boxes, points, point_labels)
 
@@ -380,7 +380,8 @@ class MobileSAMv2(nn.Module):
 
     def _decode(self, side: ImageSide, prompts: Tensor, masks: slice = SINGLE_MASK) -> tuple[Tensor, Tensor]:
         with self._timed("decode"):
-            return self.decoder(side, prompts, masks)
+            decoded: tuple[Tensor, Tensor] = self.decoder(side, prompts, masks)
+        return decoded
 
     def _crop(self, embeddings: ImageEmbeddings, index: int, logits: Tensor, iou: Tensor) -> Segmentation:
         size = embeddings.original_sizes[index]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 from ultralytics.data.augment import LetterBox
 from ultralytics.utils.ops import xywh2xyxy
+
+from .arrays import ImageArray
 
 # The release's settings, and the paper's limit on prompts (table 6; the release stays at ultralytics' default of 300).
 CONFIDENCE = 0.4
@@ -42,7 +43,7 @@ class BoxPrompts:
         return len(self.boxes)
 
 
-def letterbox(image: np.ndarray, input_size: int) -> Tensor:
+def letterbox(image: ImageArray, input_size: int) -> Tensor:
     """uint8 RGB [H, W, 3] -> float32 [1, 3, h, w] in 0..1, long side `input_size`, sides multiples of 32.
 
     The shape depends on the image alone, so an image is seen the same way in every batch.
@@ -109,11 +110,12 @@ class ObjectDiscovery(nn.Module):
         self.input_size = input_size
 
     def forward(
-        self, image: np.ndarray, conf: float = CONFIDENCE, iou: float = NMS_IOU, max_prompts: int = MAX_PROMPTS
+        self, image: ImageArray, conf: float = CONFIDENCE, iou: float = NMS_IOU, max_prompts: int = MAX_PROMPTS
     ) -> BoxPrompts:
         """Boxes of the objects of one uint8 RGB image [H, W, 3]; possibly none."""
         pixels = letterbox(image, self.input_size).to(next(self.detector.parameters()))
         raw = self.detector(pixels)[0]
         if isinstance(raw, tuple):  # a segmentation model: predictions and mask prototypes
             raw = raw[0]
-        return boxes_from_raw(raw[0], tuple(pixels.shape[-2:]), image.shape[:2], conf, iou, max_prompts)
+        height, width = pixels.shape[-2:]
+        return boxes_from_raw(raw[0], (height, width), image.shape[:2], conf, iou, max_prompts)

@@ -22,13 +22,15 @@ less than half:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.models.sam.modules.decoders import MaskDecoder
 from ultralytics.models.sam.modules.encoders import PromptEncoder
-from ultralytics.models.sam.modules.transformer import Attention, TwoWayTransformer
+from ultralytics.models.sam.modules.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from ultralytics.nn.modules import LayerNorm2d
 
 # Bytes of the image tokens that a chunk of prompts has at a time; 8 MiB are two prompts in float32 at the release's
 # geometry. On a CPU they and what is computed from them stay within the last-level cache; a GPU wants many prompts.
@@ -76,7 +78,8 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _shared_heads(projection: nn.Linear, x: Tensor, attention: Attention) -> Tensor:
     """Image tokens [S, C], projected -> [h, S, d]"""
-    return projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1).contiguous()
+    heads: Tensor = projection(x).unflatten(-1, (attention.num_heads, -1))
+    return heads.transpose(0, 1).contiguous()
 
 
 def _merge_heads(x: Tensor) -> Tensor:
@@ -91,19 +94,22 @@ def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(
         _heads(attention.q_proj(q), heads), _heads(attention.k_proj(k), heads), _heads(attention.v_proj(v), heads)
     )
-    return attention.out_proj(_merge_heads(out))
+    projected: Tensor = attention.out_proj(_merge_heads(out))
+    return projected
 
 
 def _per_head(weight: Tensor, num_heads: int) -> Tensor:
     """A projection's weight [h * d, C] -> [h, d, C]"""
-    return weight.unflatten(0, (num_heads, -1))
+    per_head: Tensor = weight.unflatten(0, (num_heads, -1))
+    return per_head
 
 
 def _scores(few: Tensor, shared: Tensor) -> Tensor:
     """Products of each prompt's tokens `few` [N, h, T, d] with what all share, [h, S, d] -> [N, h, T, S]"""
     n, num_heads, tokens, width = few.shape
     few = few.transpose(0, 1).reshape(num_heads, n * tokens, width).to(shared.dtype)
-    return (few @ shared.transpose(1, 2)).unflatten(1, (n, tokens)).transpose(0, 1)
+    scores: Tensor = (few @ shared.transpose(1, 2)).unflatten(1, (n, tokens))
+    return scores.transpose(0, 1)
 
 
 def _fold(few: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
@@ -113,7 +119,8 @@ def _fold(few: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
     """
     _, num_heads, tokens, _ = few.shape
     folded = (few @ _per_head(weight, num_heads)).flatten(1, 2).to(keys.dtype)  # [N, h * T, C]
-    return (folded @ keys.transpose(1, 2)).unflatten(1, (num_heads, tokens))
+    products: Tensor = (folded @ keys.transpose(1, 2)).unflatten(1, (num_heads, tokens))
+    return products
 
 
 def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: Tensor) -> Tensor:
@@ -132,7 +139,8 @@ def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: 
     p = torch.softmax(scores, dim=-1).flatten(1, 2)  # [N, h * T, S]
     attended = (p @ keys).unflatten(1, (heads, -1)).to(queries.dtype)  # [N, h, T, C]
     v = _merge_heads(attended @ _per_head(attention.v_proj.weight, heads).transpose(1, 2))
-    return attention.out_proj(v + attention.v_proj.bias)  # softmax's rows sum to 1: so the bias can come after it
+    out: Tensor = attention.out_proj(v + attention.v_proj.bias)  # softmax's rows sum to 1: the bias can come after it
+    return out
 
 
 def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, shared_q: Tensor, first: bool) -> Tensor:
@@ -158,7 +166,7 @@ def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, s
     return torch.baddbmm(keys, p.transpose(1, 2), v.flatten(1, 2).to(keys.dtype))
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: nn.LayerNorm | LayerNorm2d, x: Tensor) -> Tensor:
     """Layer norm over the last dimension, of any dtype, with the weights of `norm`."""
     return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
@@ -166,7 +174,9 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 def _pixel_linear(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """A transposed convolution of stride 2 and kernel 2: each pixel becomes 2 x 2. [..., C] -> [..., 4, C']"""
     weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2).to(x.dtype)
-    return F.linear(x, weight, convolution.bias.repeat(4).to(x.dtype)).unflatten(-1, (4, -1))
+    bias = None if convolution.bias is None else convolution.bias.repeat(4).to(x.dtype)
+    pixels: Tensor = F.linear(x, weight, bias).unflatten(-1, (4, -1))
+    return pixels
 
 
 # What of the decoder's four masks is asked for: the one of an unambiguous prompt, or the three of an ambiguous one.
@@ -198,6 +208,14 @@ class PromptGuidedDecoder(nn.Module):
             iou_head_hidden_dim=256,
         )
 
+    @property
+    def _transformer(self) -> TwoWayTransformer:
+        return cast(TwoWayTransformer, self.mask_decoder.transformer)
+
+    @property
+    def _layers(self) -> tuple[TwoWayAttentionBlock, TwoWayAttentionBlock]:
+        return cast("tuple[TwoWayAttentionBlock, TwoWayAttentionBlock]", tuple(self._transformer.layers))
+
     def embed_prompts(
         self, boxes: Tensor | None = None, points: Tensor | None = None, point_labels: Tensor | None = None
     ) -> Tensor:
@@ -213,7 +231,7 @@ class PromptGuidedDecoder(nn.Module):
         """
         with_points = None if points is None else (points, point_labels)
         with self._full_precision():
-            tokens, _ = self.prompt_encoder(points=with_points, boxes=boxes, masks=None)
+            tokens: Tensor = self.prompt_encoder(points=with_points, boxes=boxes, masks=None)[0]
         return tokens
 
     def _full_precision(self) -> torch.autocast:
@@ -227,11 +245,10 @@ class PromptGuidedDecoder(nn.Module):
         Args:
             dtype: in which image tokens are to be computed.
         """
-        transformer = self.mask_decoder.transformer
-        second = transformer.layers[1]
+        _, second = self._layers
         with self._full_precision():
             pe = self.prompt_encoder.get_dense_pe()[0].flatten(1).T
-        to_image = (second.cross_attn_token_to_image, transformer.final_attn_token_to_image)
+        to_image = (second.cross_attn_token_to_image, self._transformer.final_attn_token_to_image)
         return Positions(
             pe=pe,
             k=[_shared_heads(attention.k_proj, pe, attention).to(dtype) for attention in to_image],
@@ -247,7 +264,7 @@ class PromptGuidedDecoder(nn.Module):
         """
         keys = features.flatten(1).T + self.prompt_encoder.no_mask_embed.weight
         with_pe = keys + positions.pe
-        first = self.mask_decoder.transformer.layers[0]
+        first, _ = self._layers
         to_image, to_token = first.cross_attn_token_to_image, first.cross_attn_image_to_token
         return ImageSide(
             keys=keys.to(positions.dtype).contiguous(),
@@ -259,7 +276,7 @@ class PromptGuidedDecoder(nn.Module):
 
     def _first_layer(self, side: ImageSide, tokens: Tensor) -> Tensor:
         """The part of layer 0 that concerns the prompt tokens [N, T, C]: the image is the same for all of them."""
-        layer = self.mask_decoder.transformer.layers[0]
+        layer, _ = self._layers
         queries = layer.norm1(_attend(layer.self_attn, tokens, tokens, tokens))
         attention = layer.cross_attn_token_to_image
         n, count, _ = tokens.shape
@@ -267,12 +284,13 @@ class PromptGuidedDecoder(nn.Module):
         out = F.scaled_dot_product_attention(q.to(side.first_k.dtype), side.first_k[None], side.first_v[None])
         out = _merge_heads(out).reshape(n, count, -1).to(queries.dtype)
         queries = layer.norm2(queries + attention.out_proj(out))
-        return layer.norm3(queries + layer.mlp(queries))
+        normed: Tensor = layer.norm3(queries + layer.mlp(queries))
+        return normed
 
     def _decode_chunk(self, side: ImageSide, tokens: Tensor, queries: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
         """From layer 0's queries to low-res logits and predicted IoU; see :meth:`forward`."""
-        decoder, transformer = self.mask_decoder, self.mask_decoder.transformer
-        first, second = transformer.layers
+        decoder, transformer = self.mask_decoder, self._transformer
+        first, second = self._layers
         keys = side.keys.expand(len(queries), -1, -1)
         keys = _image_to_tokens(
             first.cross_attn_image_to_token, keys, queries + tokens, queries, side.first_q, first=True
@@ -306,7 +324,10 @@ class PromptGuidedDecoder(nn.Module):
         Returns:
             float32 [N, M, 4G, 4G]
         """
-        first, norm, activation, second, _ = self.mask_decoder.output_upscaling
+        first, norm, activation, second, _ = cast(
+            "tuple[nn.ConvTranspose2d, LayerNorm2d, nn.Module, nn.ConvTranspose2d, nn.Module]",
+            tuple(self.mask_decoder.output_upscaling),
+        )
         weights = weights.transpose(1, 2).to(keys.dtype)
         width = self.prompt_encoder.image_embedding_size[1]
         strips = []

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import numpy as np
 
+from .arrays import AnyArray, MaskArray
 
-def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> dict:
+
+class RLE(TypedDict):
+    """A mask of a whole image as COCO stores it, compressed."""
+
+    size: list[int]  # height, width
+    counts: bytes
+
+
+def rle_from_crop(mask: MaskArray, box: AnyArray, size: tuple[int, int]) -> RLE:
     """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
     from pycocotools import mask as mask_utils  # here, so that masks can be made where it is not installed
 
@@ -19,4 +30,5 @@ def rle_from_crop(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> d
     starts = [x0 * height] if pixels[:1].any() else []
     ends = np.concatenate([starts, changes, [height * width]]).astype(np.int64)
     ends[1:] -= ends[:-1].copy()
-    return mask_utils.frPyObjects({"size": [height, width], "counts": ends.tolist()}, height, width)
+    rle: RLE = mask_utils.frPyObjects({"size": [height, width], "counts": ends.tolist()}, height, width)
+    return rle

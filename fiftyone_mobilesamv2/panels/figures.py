@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from ..modeling.arrays import AnyArray, FloatArray
 
 if TYPE_CHECKING:
     from ..evaluation.average_recall import AverageRecall
@@ -14,14 +16,16 @@ if TYPE_CHECKING:
 COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # on dark and on white
 _CURVE_POINTS = 100
 _BINS = 20
+_JSON = dict[str, Any]  # an object of plotly's
+_Values = Sequence[object] | AnyArray
 _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
 
 
 class Figure(NamedTuple):
     """Plotly's `data` and `layout`."""
 
-    data: list[dict]
-    layout: dict
+    data: list[_JSON]
+    layout: _JSON
 
 
 def recall_by_k(runs: Mapping[str, AverageRecall]) -> Figure:
@@ -95,7 +99,7 @@ def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
     return Figure(data, layout)
 
 
-def _line(name: str, number: int, x: np.ndarray, y: np.ndarray, hover: str, size: int | list[int]) -> dict:
+def _line(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: int | list[int]) -> _JSON:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -108,16 +112,14 @@ def _line(name: str, number: int, x: np.ndarray, y: np.ndarray, hover: str, size
     }
 
 
-def _bar(name: str, number: int, x: Sequence, y: Sequence, hover: str, **more: object) -> dict:
-    x, y = np.asarray(x).tolist(), np.asarray(y).tolist()
-    hover = f"{hover}<extra></extra>"
+def _bar(name: str, number: int, x: _Values, y: _Values, hover: str, **more: object) -> _JSON:
     return {
         "type": "bar",
         "name": name,
-        "x": x,
-        "y": y,
+        "x": np.asarray(x).tolist(),
+        "y": np.asarray(y).tolist(),
         "marker": {"color": _color(number)},
-        "hovertemplate": hover,
+        "hovertemplate": f"{hover}<extra></extra>",
         **more,
     }
 
@@ -126,11 +128,11 @@ def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
+def _numbers(values: FloatArray) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
-def _layout(x: str | None, y: str | None, legend: bool) -> dict:
+def _layout(x: str | None, y: str | None, legend: bool) -> _JSON:
     return _BACKGROUND | {
         "height": 260,
         "margin": {"t": 28 if legend else 8, "l": 56, "r": 16, "b": 44 if x else 24},

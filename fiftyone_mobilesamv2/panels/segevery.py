@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,10 +22,14 @@ from ..panels import figures
 from ..registration import PLUGIN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fiftyone.core.collections import SampleCollection
     from fiftyone.operators.executor import ExecutionContext
 
     from ..evaluation.proposal_results import ProposalResults
+    from ..fiftyone_internals import Document
+    from ..labels.documents import StoredImage
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +87,7 @@ class SegEvery(foo.Panel):
             logger.error("%s of SegEvery failed", name, exc_info=error)
             ctx.ops.notify(_told(error), variant="error")
             ctx.ops.show_panel_output(self.render(ctx))
+            return None
 
     # Events ---------------------------------------------------------------------------------------------------------
 
@@ -217,7 +222,12 @@ class SegEvery(foo.Panel):
 
 
 def _add_plot(
-    panel: types.Object, name: str, title: str, caption: str, figure: figures.Figure, on_click: Callable | None
+    panel: types.Object,
+    name: str,
+    title: str,
+    caption: str,
+    figure: figures.Figure,
+    on_click: Callable[[ExecutionContext], None] | None,
 ) -> None:
     stack = panel.v_stack(name, gap=0, columns=1, componentsProps=_PLOT)
     stack.md(f"**{title}**  \n{caption}", name="title")
@@ -237,7 +247,8 @@ def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> N
     from ..evaluation.proposal_results import comparison_table
 
     table = comparison_table(results)
-    columns = [*sorted((name for name in table if name.startswith("AR@")), key=lambda name: int(name[3:])), "AR"]
+    names = [name for name in map(str, table) if name.startswith("AR@")]
+    columns = [*sorted(names, key=lambda name: int(name[3:])), "AR"]
     lines = ["| Evaluation | " + " | ".join(columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
     for key, row in table[columns].iterrows():
         lines.append(f"| {key} | " + " | ".join("-" if value != value else f"{value:.3f}" for value in row) + " |")
@@ -282,7 +293,8 @@ def _results(dataset: fo.Dataset, key: str) -> ProposalResults:
 def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults:
     """For figures alone, as its samples are as they were at that time. The App has another dataset for each event."""
     with _one_load:
-        return fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
+        results: ProposalResults = fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
+    return results
 
 
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
@@ -300,7 +312,8 @@ def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
     """The number of labels of each image, or frame, that has any or was found to have none."""
     has_labels, number = _labels(samples, field_name)
     if not is_frame_field(samples, field_name):
-        return samples.match(has_labels).values(number)
+        numbers: list[int] = samples.match(has_labels).values(number)
+        return numbers
     return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
 
 
@@ -335,7 +348,7 @@ def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
     for image in stored_images(missed, [config.gt_field]):
         labels = image.labels(config.gt_field)
         try:
-            areas = _areas(labels, image.size, config)
+            areas = _areas(labels, image, config)
         except LabelError as error:
             logger.warning("%s is left out: %s", image.name, error)
         else:
@@ -343,7 +356,7 @@ def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
     return missed.filter_labels(config.gt_field, F("_id").is_in(ids))
 
 
-def _areas(labels: list[dict], size: tuple[int, int], config: fo.EvaluationMethodConfig) -> list[float]:
+def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMethodConfig) -> list[float]:
     """In pixels, as the evaluation took them."""
     from pycocotools import mask as mask_utils
 
@@ -352,8 +365,8 @@ def _areas(labels: list[dict], size: tuple[int, int], config: fo.EvaluationMetho
     if config.area_field is not None:
         return [label[config.area_field] for label in labels]
     if config.use_masks:
-        return [float(mask_utils.area(mask)) for mask in masks_of(labels, size)]
-    return boxes_of(labels, size)[:, 2:].prod(1).tolist()
+        return [float(mask_utils.area(mask)) for mask in masks_of(labels, image.known_size)]
+    return [float(area) for area in boxes_of(labels, image.known_size)[:, 2:].prod(1)]
 
 
 # Clicks -------------------------------------------------------------------------------------------------------------
@@ -362,7 +375,8 @@ def _areas(labels: list[dict], size: tuple[int, int], config: fo.EvaluationMetho
 def _clicked(ctx: ExecutionContext) -> ProposalResults:
     """The evaluation that the clicked point is of."""
     with _one_load:
-        return ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
+        results: ProposalResults = ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
+    return results
 
 
 def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:

@@ -7,9 +7,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from numbers import Integral
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ArgumentError, ClusterError
 from ..fiftyone_internals import restored_view, root_dataset, serialized_view
@@ -27,19 +28,20 @@ _TRIES = 3
 _START = 300  # seconds that workers may take
 _VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # what workers take over where it is set
 # A function of a part's samples, and of the part, that a worker makes once.
-Work = Callable[["SampleCollection", Shard], object]
+T = TypeVar("T")
+Work = Callable[["SampleCollection", Shard], T]
 
 
 def on_cluster(
     samples: SampleCollection,
-    make_work: Callable[..., Work],
-    arguments: tuple,
+    make_work: Callable[..., Work[T]],
+    arguments: tuple[object, ...],
     group: str,
     cluster: str,
     workers: int | None,
     died: Callable[[Shard], None] = lambda shard: None,
     waiting: Callable[[], None] = lambda: None,
-) -> Iterator[object]:
+) -> Generator[T, None, None]:
     """What `make_work(*arguments)(part of the samples, the part)` returns on workers, part by part in any order.
 
     A part whose worker dies is given to another one, twice at most.
@@ -63,17 +65,17 @@ def on_cluster(
             ray.init(address=cluster, logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(f"The Ray cluster '{cluster}' can't be reached: {error}") from error
-    actors: list = []
+    actors: list[Any] = []
     try:
         count, resources = _workers(ray, workers)
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
         num_parts = count * SHARDS_PER_WORKER
         pending = deque((Shard(index, num_parts, group), 1) for index in range(num_parts))
         collection = _Collection(samples)
-        running: dict = {}  # what it will return -> actor, part, tries
+        running: dict[Any, tuple[Any, Shard, int]] = {}  # what it will return -> actor, part, tries
         failed_starts = 0
-        starting: dict = {}  # what it returns once it is there -> actor
-        idle: list = []
+        starting: dict[Any, Any] = {}  # what it returns once it is there -> actor
+        idle: list[Any] = []
 
         def start() -> None:
             actors.append(create())
@@ -84,8 +86,8 @@ def on_cluster(
         since = time.monotonic()
         while pending or running:
             while pending and idle:
-                actor, (part, tries) = idle.pop(), pending.popleft()
-                running[actor.run.remote(collection, part)] = actor, part, tries
+                actor, (following, tries) = idle.pop(), pending.popleft()
+                running[actor.run.remote(collection, following)] = actor, following, tries
             if running:
                 since = time.monotonic()
             elif time.monotonic() - since > _START:
@@ -93,6 +95,7 @@ def on_cluster(
                     f"No worker could be started within {_START} s: each needs {resources} of the cluster, which has "
                     f"{ray.available_resources()} left. Ask for fewer, or stop other work."
                 )
+            part: Shard | None
             for ref in ray.wait([*running, *starting], timeout=1)[0]:
                 if ref in starting:
                     actor, part, tries = starting.pop(ref), None, 1
@@ -138,7 +141,7 @@ def check_workers(cluster: str | None, workers: int | None) -> None:
         raise ArgumentError("workers are those of a cluster: say which one, such as cluster='local'.")
 
 
-def _ray() -> object:
+def _ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
@@ -146,7 +149,7 @@ def _ray() -> object:
     return ray
 
 
-def _workers(ray: object, workers: int | None) -> tuple[int, dict]:
+def _workers(ray: ModuleType, workers: int | None) -> tuple[int, dict[str, float]]:
     """How many workers, and what each takes of the cluster."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -157,7 +160,7 @@ def _workers(ray: object, workers: int | None) -> tuple[int, dict]:
     return count, {"num_cpus": max(1, cpus // math.ceil(count / len(nodes)))}
 
 
-def _environment(samples: SampleCollection, ray: object) -> dict[str, str]:
+def _environment(samples: SampleCollection, ray: ModuleType) -> dict[str, str]:
     """Variables of the workers, the address of the database among them."""
     import fiftyone as fo
     import fiftyone.core.odm as foo
@@ -185,7 +188,13 @@ def _environment(samples: SampleCollection, ray: object) -> dict[str, str]:
     return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
-def _actor_class(ray: object, resources: dict, environment: dict, make_work: Callable, arguments: tuple) -> Callable:
+def _actor_class(
+    ray: ModuleType,
+    resources: dict[str, float],
+    environment: dict[str, str],
+    make_work: Callable[..., Work[Any]],
+    arguments: tuple[object, ...],
+) -> Callable[[], Any]:
     # As bytes: a worker has to know the database before it imports FiftyOne, which these need.
     work = ray.cloudpickle.dumps((make_work, arguments))
     actor = ray.remote(**resources)(_Worker)
@@ -201,7 +210,7 @@ class _Worker:
 
         torch.set_num_threads(threads)
         self._to_load = work
-        self._work: Work | None = None
+        self._work: Work[object] | None = None
 
     def is_there(self) -> bool:
         return True

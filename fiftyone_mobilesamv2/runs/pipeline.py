@@ -22,9 +22,9 @@ from bson import ObjectId
 from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
 from ..errors import ArgumentError
-from ..fiftyone_internals import dataset_id, label_root, reload_samples, root_dataset, sample_collection
+from ..fiftyone_internals import Document, dataset_id, label_root, reload_samples, root_dataset, sample_collection
 from ..labels.detections import Found
-from ..labels.documents import StoredImage, stored_images
+from ..labels.documents import Progress, StoredImage, stored_images
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles, make_folder
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
@@ -51,7 +51,7 @@ def segment_and_store(
     update: Update,
     run: SegmentationRun,
     batch_size: int,
-    progress: bool | Callable | None,
+    progress: Progress,
 ) -> None:
     """Segments images in batches. While the model is at one, the next is read, and the one before stored.
 
@@ -80,7 +80,8 @@ def segment_and_store(
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
-        ahead, behind = reader.submit(read_batch), Future()
+        ahead = reader.submit(read_batch)
+        behind: Future[None] = Future()
         behind.set_result(None)
         try:
             while batch := ahead.result():
@@ -141,8 +142,9 @@ def _store(
     for item, masks in zip(items, found):
         if masks is None:
             continue
-        files = MaskFiles(_dataset_mask_folder(dataset, run.mask_dir), item.sample_id, run.label_field)
-        documents: list[dict] = []
+        sample_id = str(item.sample_id)
+        files = MaskFiles(_dataset_mask_folder(dataset, mask_folder(model.config)), sample_id, run.label_field)
+        documents: list[Document] = []
         is_stored = False
         try:
             documents = model.writer.documents(masks, files)
@@ -150,24 +152,25 @@ def _store(
                 raise ArgumentError("another run has taken this one for dead, and has deleted them")
             condition, values = update(documents)
             values["last_modified_at"] = datetime.now(timezone.utc)
-            change = {"_id": ObjectId(item.sample_id)} | condition, [{"$set": values}]
+            change = {"_id": ObjectId(sample_id)} | condition, [{"$set": values}]
             # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
             result = retry_while_unavailable(
                 partial(with_journaled_writes(sample_collection(dataset)).update_one, *change), given_up
             )
             # A first try whose answer got lost leaves nothing to do for the second.
-            is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, item.sample_id, documents)
+            is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, sample_id, documents)
         except Exception as error:
             if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
                 raise  # perhaps they are stored: the next run will know what to do with the files
             if isinstance(error, OSError):  # the next ones would fare the same
                 _discard(files)
                 raise _no_room(model.config, error) from error
-            cause = error.details["errmsg"] if isinstance(error, WriteError) else str(error)
+            cause = (error.details or {}).get("errmsg") if isinstance(error, WriteError) else None
+            cause = str(cause or error)
             model.fail(item, f"its masks can't be stored: {cause[:200]}")
         if is_stored:
             files.confirm()
-            stored.append(item.sample_id)
+            stored.append(sample_id)
             run.objects += len(documents)
         else:
             _discard(files)
@@ -189,7 +192,7 @@ def _discard(files: MaskFiles) -> None:
         files.discard()
 
 
-def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents: Sequence[dict]) -> bool:
+def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents: Sequence[Document]) -> bool:
     if not documents:
         return False
     root, _ = label_root(dataset, label_field)

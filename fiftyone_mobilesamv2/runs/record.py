@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import fiftyone.core.odm as foo
 import psutil
 from gridfs.errors import NoFile
+from pymongo import ReturnDocument
 
 from ..errors import Cancelled, Failure, FieldBusyError
-from ..fiftyone_internals import dataset_id, reload_list_of_runs, root_dataset
+from ..fiftyone_internals import Document, dataset_id, reload_list_of_runs, root_dataset
 from .retry import PATIENCE, retry_while_unavailable
 from .shards import Shard
 
@@ -66,7 +67,7 @@ class SegmentationRun:
     """
 
     label_field: str
-    parameters: dict
+    parameters: Document
     started: str = field(default_factory=lambda: _now().isoformat())
     images: int = 0
     objects: int = 0
@@ -163,7 +164,9 @@ def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]
 
 def mark_abandoned(group: str, index: int | None = None) -> None:
     """Marks one shard of a run, or all, as abandoned: other workers may take it over at once."""
-    query: dict = {"run.shard.group": group} | ({} if index is None else {"run.shard.index": index})
+    query: Document = {"run.shard.group": group}
+    if index is not None:
+        query["run.shard.index"] = index
     retry_while_unavailable(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
 
 
@@ -177,8 +180,8 @@ def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
     here = _of_field(dataset, run.label_field)
     fields = {**here, "run": _document(run), "owner": _this_process(), "ended": False}
     now = {"$currentDate": {"claimed": True, "seen": True}}
-    retry_while_unavailable(lambda: collection.update_one(mine, {"$set": fields, **now}, upsert=True))
-    own = collection.find_one(mine)
+    change = partial(collection.find_one_and_update, mine, {"$set": fields, **now}, upsert=True)
+    own = retry_while_unavailable(partial(change, return_document=ReturnDocument.AFTER))
     for other in collection.find({**here, "ended": False, "_id": {"$ne": own["_id"]}}):
         is_earlier = (other["claimed"], other["_id"]) < (own["claimed"], own["_id"])
         if is_earlier and _is_alive(other, own["seen"]) and not _are_shards_of_one_run(_run(other), run):
@@ -202,16 +205,16 @@ def _heartbeat(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event
             logger.debug("No sign of life: %s", error)
 
 
-def _is_alive(document: Mapping, now: datetime) -> bool:
+def _is_alive(document: Document, now: datetime) -> bool:
     if document["ended"]:
         return False
     owner, here = document["owner"], _this_process()
     if owner["machine"] != here["machine"]:
-        return now - document["seen"] <= _SILENCE
+        return bool(now - document["seen"] <= _SILENCE)
     if owner["pid"] == here["pid"]:
         return document["run"]["run_id"] in _going_on
     try:  # it may be silent for long: waiting for the database, or stopped, or on a laptop that sleeps
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _CLOCK
+        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _CLOCK)
     except psutil.NoSuchProcess:
         return False
 
@@ -223,7 +226,7 @@ def _are_shards_of_one_run(run: SegmentationRun, other: SegmentationRun) -> bool
     )
 
 
-def _this_process() -> dict:
+def _this_process() -> Document:
     host = socket.gethostname()
     return {
         "host": host,
@@ -283,9 +286,9 @@ def _copied(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
 
 def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
     """The runs of the parts of a dataset, as one run."""
-    if len(parts) == 1 and parts[0].shard is None:
-        return parts[0]
     first, shard = parts[0], parts[0].shard
+    if shard is None:
+        return first
     seconds: dict[str, float] = {}
     for part in parts:
         for stage, value in part.seconds.items():
@@ -294,8 +297,9 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
     ends = [start + timedelta(seconds=part.seconds.get("total", 0)) for start, part in zip(starts, parts)]
     seconds["total"] = (max(ends) - min(starts)).total_seconds()
     # A part that was tried again: what failed the first time was, too.
-    last = {part.shard.index: part for part in parts}
-    retried = [part for part in parts if part is not last[part.shard.index]]
+    by_shard = [(part.shard.index, part) for part in parts if part.shard is not None]
+    last = dict(by_shard)
+    retried = [part for index, part in by_shard if part is not last[index]]
     return replace(
         first,
         images=sum(part.images for part in parts) - sum(part.num_failures for part in retried),
@@ -303,41 +307,42 @@ def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
         seconds=seconds,
         failures=[failure for part in last.values() for failure in part.failures],
         num_failures=sum(part.num_failures for part in last.values()),
-        cancelled=len({part.shard.index for part in parts if not part.cancelled}) < shard.count,
+        cancelled=len({index for index, part in by_shard if not part.cancelled}) < shard.count,
         shard=None,
         run_id=shard.group,
     )
 
 
-def _document(run: SegmentationRun) -> dict:
+def _document(run: SegmentationRun) -> Document:
     failures = [asdict(failure) for failure in run.failures[:_MAX_FAILURES]]
     return asdict(replace(run, failures=[])) | {"failures": failures}
 
 
-def _run(document: Mapping) -> SegmentationRun:
+def _run(document: Document) -> SegmentationRun:
     return _from_dict(document["run"])
 
 
-def _from_dict(run: Mapping) -> SegmentationRun:
+def _from_dict(run: Document) -> SegmentationRun:
     shard = run.get("shard")
     failures = [Failure(**failure) for failure in run["failures"]]
     return SegmentationRun(**{**run, "failures": failures, "shard": shard and Shard(**shard)})
 
 
-def _collection() -> Collection:
-    return foo.get_db_conn()[_COLLECTION]
+def _collection() -> Collection[Document]:
+    collection: Collection[Document] = foo.get_db_conn()[_COLLECTION]
+    return collection
 
 
-def _write(dataset: fo.Dataset, run: SegmentationRun, values: dict) -> None:
+def _write(dataset: fo.Dataset, run: SegmentationRun, values: Document) -> None:
     fields = {**_of_field(dataset, run.label_field), "run": _document(run), **values}
     _collection().update_one(_id(dataset, run), {"$set": fields}, upsert=True)
 
 
-def _id(dataset: fo.Dataset, run: SegmentationRun) -> dict:
+def _id(dataset: fo.Dataset, run: SegmentationRun) -> Document:
     return {"_id": f"{dataset_id(dataset)}/{run.run_id}"}  # a clone has the same runs
 
 
-def _of_field(dataset: fo.Dataset, label_field: str) -> dict:
+def _of_field(dataset: fo.Dataset, label_field: str) -> Document:
     return {"dataset_id": dataset_id(dataset), "label_field": label_field}
 
 

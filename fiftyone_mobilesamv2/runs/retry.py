@@ -14,6 +14,8 @@ from pymongo.errors import ConnectionFailure, ExecutionTimeout, WriteConcernErro
 if TYPE_CHECKING:
     from pymongo.collection import Collection
 
+    from ..fiftyone_internals import Document
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # What passes by itself: no server; one that restarts or steps down; one that ran out of the time it was given, or that
@@ -54,7 +56,7 @@ def retry_while_unavailable(call: Callable[[], T], given_up: threading.Event | N
             return found
 
 
-def with_journaled_writes(collection: Collection) -> Collection:
+def with_journaled_writes(collection: Collection[Document]) -> Collection[Document]:
     """The collection, with writes that are acknowledged only when they are in the journal: MongoDB forgets what was
     written in the last tenth of a second before it is killed.
     """

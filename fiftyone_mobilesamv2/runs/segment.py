@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.labels as fol
 import fiftyone.core.utils as fou
@@ -18,7 +18,7 @@ from mongoengine.errors import ValidationError
 
 from ..errors import ArgumentError, Cancelled, LabelError
 from ..fiftyone_internals import label_root, root_dataset
-from ..labels.documents import StoredImage
+from ..labels.documents import Progress, StoredImage
 from ..labels.fields import check_label_field, check_prompt_field, declare_label_field, declare_mask_attributes
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
@@ -44,7 +44,7 @@ def segment_everything(
     label_field: str = "segmentations",
     replace: bool = False,
     batch_size: int = 8,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
     shard: Shard | None = None,
     cluster: str | None = None,
     workers: int | None = None,
@@ -117,7 +117,7 @@ def _segment_on_cluster(
     label_field: str,
     replace: bool,
     batch_size: int,
-    progress: bool | Callable | None,
+    progress: Progress,
     cluster: str,
     workers: int | None,
 ) -> SegmentationRun:
@@ -163,7 +163,7 @@ def _segment_on_cluster(
 
 
 def _segmenter(
-    parameters: dict, label_field: str, replace: bool, batch_size: int
+    parameters: dict[str, Any], label_field: str, replace: bool, batch_size: int
 ) -> Callable[[SampleCollection, Shard], None]:
     """What a worker of a cluster does with each part."""
     model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
@@ -181,7 +181,7 @@ def segment_anything(
     label_field: str | None = None,
     replace: bool = False,
     batch_size: int = 8,
-    progress: bool | Callable | None = None,
+    progress: Progress = None,
 ) -> SegmentationRun:
     """Turns boxes or keypoints into masks.
 
@@ -214,15 +214,16 @@ def segment_anything(
         read_prompted = ImageGetItem({"prompt_field": prompt_field})
 
         def read(image: StoredImage) -> ImageItem | None:
-            item = ImageItem(str(image.sample_id), image.name, prompted=True, skip_failures=True)
+            sample_id = str(image.sample_id)
+            item = ImageItem(sample_id, image.name, prompted=True, skip_failures=True)
             try:
                 prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
             except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
                 return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
-            left = prompts_left(prompts, label_field is None, replace, answered.get(item.sample_id) or ())
+            left = prompts_left(prompts, label_field is None, replace, answered.get(sample_id) or ())
             if left is None:
                 return None
-            return read_prompted({"id": item.sample_id, "filepath": item.filepath, "prompt_field": left})
+            return read_prompted({"id": sample_id, "filepath": item.filepath, "prompt_field": left})
 
         with fou.SetAttributes(model.writer, keep_boxes=label_field is None):
             segment_and_store(samples, model, [prompt_field], read, update, run, batch_size, progress)
@@ -248,7 +249,7 @@ def _recorded(
     samples: SampleCollection,
     model: MobileSAMv2Model,
     label_field: str,
-    parameters: dict,
+    parameters: dict[str, Any],
     shard: Shard | None = None,
     replace: bool = False,
 ) -> Iterator[SegmentationRun]:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from ..fiftyone_internals import Document
 from ..labels.fields import MASK_ATTRIBUTES
 
-if TYPE_CHECKING:
-    pass
-
 # The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
-Update = Callable[[list[dict]], tuple[dict, dict]]
+Update = Callable[[list[Document]], tuple[Document, Document]]
 
 
 # Values of samples --------------------------------------------------------------------------------------------------
-def new_labels(documents: list[dict], label_field: str, replace: bool) -> tuple[dict, dict]:
+def new_labels(documents: list[Document], label_field: str, replace: bool) -> tuple[Document, Document]:
     """Where labels are not to be replaced, what someone else has put there meanwhile stays."""
     labels = {"_cls": "Detections", "detections": documents}
     return {} if replace else {label_field: None}, {label_field: {"$literal": labels}}
 
 
-def merged_labels(documents: list[dict], label_field: str) -> tuple[dict, dict]:
+def merged_labels(documents: list[Document], label_field: str) -> tuple[Document, Document]:
     """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
     others = {
         "$filter": {
@@ -33,7 +30,7 @@ def merged_labels(documents: list[dict], label_field: str) -> tuple[dict, dict]:
     return {}, {f"{label_field}._cls": "Detections", f"{label_field}.detections": labels}
 
 
-def masks_in_place(documents: list[dict], root: str, is_list: bool) -> tuple[dict, dict]:
+def masks_in_place(documents: list[Document], root: str, is_list: bool) -> tuple[Document, Document]:
     """Labels are told by id: others may have come and gone since they were read."""
     ids, masks = [], []
     for document in documents:

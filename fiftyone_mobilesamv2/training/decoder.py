@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..modeling.arrays import FloatArray, ImageArray, MaskArray
 from ..modeling.image_encoders import encoder_config, preprocess
 from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .scenes import TRAIN_SEED, make_scene
@@ -30,7 +32,7 @@ EMA_DECAY = 0.995
 SAVE_EVERY = 100
 
 
-class PromptedScenes(Dataset):
+class PromptedScenes(Dataset[tuple[Tensor, ...]]):
     """Scenes with prompts drawn for them; item i is always the same.
 
     Each item: network input [3, S, S]; target masks [P, L, L] in 0..1 at the resolution of the low-res logits; outlines
@@ -70,7 +72,7 @@ class PromptedScenes(Dataset):
             torch.from_numpy(points * scale).float()[:, None],
         )
 
-    def _outlines(self, labels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    def _outlines(self, labels: ImageArray, size: tuple[int, int]) -> Tensor:
         """[L, L], 1 where the outline of any object of the scene passes."""
         outline = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
         resized = F.interpolate(torch.from_numpy(outline)[None, None].float(), size=size, mode="area")[0]
@@ -78,7 +80,7 @@ class PromptedScenes(Dataset):
         return (F.avg_pool2d(padded, self.image_size // self.logit_size)[0] > 0.25).float()
 
     @staticmethod
-    def _point_inside(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    def _point_inside(rng: np.random.Generator, mask: MaskArray) -> FloatArray:
         y, x = np.nonzero(mask)
         i = rng.integers(len(y))
         return np.array([x[i] + 0.5, y[i] + 0.5])
@@ -114,12 +116,9 @@ class DemoTrainer:
         self.output, self.steps, self.batch_size, self.learning_rate = output, steps, batch_size, learning_rate
         self.device = device
         self.config = encoder_config(ENCODER)
-        self.model = nn.ModuleDict(
-            {
-                "image_encoder": self.config.build(),
-                "decoder": PromptGuidedDecoder(self.config.embed_dim, self.config.embed_size, self.config.image_size),
-            }
-        ).to(device, memory_format=torch.channels_last)
+        self.decoder = PromptGuidedDecoder(self.config.embed_dim, self.config.embed_size, self.config.image_size)
+        self.model = nn.ModuleDict({"image_encoder": self.config.build(), "decoder": self.decoder})
+        self.model.to(device).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         # Outlines of all objects, read off the embedding: a dense signal that teaches the encoder faster than
         # prompts alone. Used in training only.
@@ -132,7 +131,7 @@ class DemoTrainer:
     def checkpoint(self) -> Path:
         return self.output / "last.pt"
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         names = ("model", "ema", "outline_head", "optimizer")
         return {"step": self.step, **{name: getattr(self, name).state_dict() for name in names}}
 
@@ -150,10 +149,10 @@ class DemoTrainer:
 
     def loss(self, pixels: Tensor, targets: Tensor, outlines: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
         features = self.model["image_encoder"](pixels.contiguous(memory_format=torch.channels_last))
-        decoder: PromptGuidedDecoder = self.model["decoder"]
+        decoder = self.decoder
         half = PROMPTS_PER_IMAGE // 2
         positions = decoder.positions()
-        total = features.new_zeros(())
+        total: Tensor = features.new_zeros(())
         for i in range(len(pixels)):
             prompts = torch.cat(
                 [

@@ -14,11 +14,14 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
+
+from ..modeling.arrays import AnyArray, FloatArray, ImageArray, MaskArray
 
 # Seeds of the sets that this project uses. Measured figures refer to TEST_SEED.
 TRAIN_SEED = 1
@@ -38,18 +41,19 @@ class Scene:
         labels: uint8 [H, W]; 0 is background, i the visible part of object i.
     """
 
-    image: np.ndarray
-    labels: np.ndarray
+    image: ImageArray
+    labels: ImageArray
 
     @property
     def num_objects(self) -> int:
         return int(self.labels.max())
 
-    def masks(self) -> np.ndarray:
+    def masks(self) -> MaskArray:
         """bool [N, H, W], the visible part of each object."""
-        return self.labels[None] == np.arange(1, self.num_objects + 1, dtype=np.uint8)[:, None, None]
+        masks: MaskArray = self.labels[None] == np.arange(1, self.num_objects + 1, dtype=np.uint8)[:, None, None]
+        return masks
 
-    def boxes(self) -> np.ndarray:
+    def boxes(self) -> FloatArray:
         """float32 [N, 4], xyxy: the tight box of each visible part, ends exclusive."""
         boxes = np.zeros((self.num_objects, 4), np.float32)
         for i in range(self.num_objects):
@@ -62,7 +66,7 @@ def make_scene(seed: int, index: int) -> Scene:
     """The scene number `index` of the set `seed`: sides of 256 to 512 px, 3 to 20 objects."""
     rng = np.random.default_rng((seed, index))
     height, width = (int(v) for v in rng.integers(256, 513, 2))
-    image = _texture(rng, height, width, _color(rng), contrast=0.7)
+    image: AnyArray = _texture(rng, height, width, _color(rng), contrast=0.7)
     labels = np.zeros((height, width), np.uint8)
     areas: list[int] = []
     for _ in range(int(rng.integers(3, 21))):
@@ -80,7 +84,7 @@ def make_scene(seed: int, index: int) -> Scene:
     return Scene(np.clip(np.round(image), 0, 255).astype(np.uint8), labels)
 
 
-def _leaves_all_visible(labels: np.ndarray, areas: list[int], shape: np.ndarray) -> bool:
+def _leaves_all_visible(labels: ImageArray, areas: list[int], shape: ImageArray) -> bool:
     """Whether `shape` is large enough and hides no earlier object too far."""
     if int(np.count_nonzero(shape)) < MIN_OBJECT_AREA:
         return False
@@ -88,12 +92,13 @@ def _leaves_all_visible(labels: np.ndarray, areas: list[int], shape: np.ndarray)
     return all(n >= max(MIN_OBJECT_AREA, MIN_VISIBLE_SHARE * area) for n, area in zip(left, areas))
 
 
-def _color(rng: np.random.Generator) -> np.ndarray:
+def _color(rng: np.random.Generator) -> FloatArray:
     hsv = np.array([[[rng.uniform(0, 180), rng.uniform(20, 255), rng.uniform(40, 250)]]], np.uint8)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+    color: FloatArray = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+    return color
 
 
-def _shape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _shape(rng: np.random.Generator, height: int, width: int) -> ImageArray:
     """uint8 [H, W], 1 inside: a closed outline in polar form around a random centre."""
     # Log-uniform sizes, so that small objects are as common as large ones.
     radius = 0.5 * min(height, width) * float(np.exp(rng.uniform(np.log(0.05), np.log(0.55))))
@@ -123,12 +128,13 @@ def _shape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return shape
 
 
-def _texture(rng: np.random.Generator, height: int, width: int, color: np.ndarray, contrast: float) -> np.ndarray:
+def _texture(rng: np.random.Generator, height: int, width: int, color: FloatArray, contrast: float) -> FloatArray:
     """float32 [H, W, 3] around `color`: plain, gradient, stripes, checks, or cloudy noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     turn = rng.uniform(0, np.pi)
     along = x * np.float32(np.cos(turn)) + y * np.float32(np.sin(turn))
     kind = rng.integers(0, 5)
+    pattern: AnyArray
     if kind == 0:
         pattern = np.zeros((height, width), np.float32)
     elif kind == 1:
@@ -144,16 +150,18 @@ def _texture(rng: np.random.Generator, height: int, width: int, color: np.ndarra
         pattern = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     other = _color(rng)
     strength = contrast * rng.uniform(0.2, 0.7)
-    return color + pattern[..., None] * np.float32(strength) * (other - color)
+    texture: FloatArray = color + pattern[..., None] * np.float32(strength) * (other - color)
+    return texture
 
 
-def _shaded(rng: np.random.Generator, texture: np.ndarray, shape: np.ndarray) -> np.ndarray:
+def _shaded(rng: np.random.Generator, texture: FloatArray, shape: ImageArray) -> FloatArray:
     """Light that falls off towards the outline on some objects, as on a curved surface."""
     if rng.random() < 0.5:
         return texture
     depth = cv2.distanceTransform(np.pad(shape, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     light = 1 - rng.uniform(0.1, 0.45) * np.exp(-depth / max(1.0, 0.2 * float(depth.max())))
-    return texture * light[..., None].astype(np.float32)
+    shaded: FloatArray = texture * light[..., None].astype(np.float32)
+    return shaded
 
 
 def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
@@ -166,7 +174,8 @@ def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
     """
     images_folder, file = folder / "images", folder / "scenes.json"
     images_folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc="Making scenes"):
         scene = make_scene(TEST_SEED, index)
         path = images_folder / f"{index:03d}.png"

@@ -267,6 +267,22 @@ def test_two_at_once_promote_once(labelled, monkeypatch, number):
     assert labelled.count_values("ground_truth.detections.label") == {"dog": 1, "first": 1}
 
 
+def test_sample_that_is_deleted_meanwhile(labelled, monkeypatch):
+    ids = ids_of(labelled)
+    kept, gone = (labelled.match(fo.ViewField("proposals.detections").length() == count).first() for count in (3, 1))
+    promote_one = promote._promote
+
+    def after_deletion(dataset, stored, *args):
+        dataset._sample_collection.delete_one({"_id": gone._id})
+        return promote_one(dataset, stored, *args)
+
+    monkeypatch.setattr(promote, "_promote", after_deletion)
+    result = promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
+    skipped = {"id": gone.id, "filepath": gone.filepath, "cause": "it was deleted meanwhile"}
+    assert counts(result) == (3, 0, 1, [], [skipped])
+    assert len(labelled[kept.id].ground_truth.detections) == 4
+
+
 def test_refuses(labelled, stored):
     labelled.add_sample_field("class", fo.EmbeddedDocumentField, embedded_doc_type=fo.Classification)
     labelled.add_sample_field("outlines", fo.EmbeddedDocumentField, embedded_doc_type=fo.Polylines)

@@ -370,6 +370,22 @@ def test_patches(labeled, images):
     evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
 
 
+def test_proposals_that_only_the_patches_have(labeled):
+    patches = labeled.to_patches("ground_truth")
+    labels = [fo.Detections(detections=[label.copy()]) for label in patches.values("ground_truth")]
+    for each in labels:
+        each.detections[0].confidence = 0.5
+    patches.set_values("mine", labels)
+    assert not labeled.has_field("mine")
+    results = evaluate_proposals(patches, "mine", eval_key="ar", ks=KS, progress=False)
+    assert results.metrics()["recall"] == 1
+    noted = [state for state in labeled.values("ground_truth.detections.ar", unwind=True) if state]
+    assert noted == ["tp"] * len(results.ytrue)
+    assert not labeled.has_field("mine")
+    patches.delete_evaluation("ar")
+    assert not labeled.has_field("ground_truth.detections.ar")
+
+
 def test_clips_are_refused(dataset, images):
     sample = fo.Sample("/nowhere/0.mp4")
     sample.metadata = fo.VideoMetadata(frame_width=WIDTH, frame_height=HEIGHT, total_frame_count=2)
@@ -680,6 +696,25 @@ def test_subsets(labeled):
     assert metrics["AR@5"] == pytest.approx(np.mean(expected))
     assert "ARs@5" not in metrics
     assert results.metrics() == pytest.approx(whole, nan_ok=True)
+
+
+def test_metrics_of_classes(labeled, capsys):
+    results = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
+    with results.use_subset({"type": "attribute", "field": "label", "value": "cat"}):
+        cats = results.metrics()
+        assert results.metrics(classes=["cat"]) == pytest.approx(cats, nan_ok=True)
+        assert results.metrics(classes=["dog"])["support"] == 0
+    assert 0 < cats["support"] < results.metrics()["support"]
+    # As FiftyOne's own results take them; no average and no beta change what recall is.
+    assert results.metrics(["cat"], "macro", 2.0) == results.metrics(classes=["cat"]) == pytest.approx(cats)
+    both = results.metrics(classes=["cat", "dog"])
+    assert both == pytest.approx({name: results.metrics()[name] for name in both})
+    assert results.mAR(classes=["cat"]) == cats["AR@20"]
+    assert math.isnan(results.metrics(classes=["bird"])["AR"])
+    capsys.readouterr()
+    results.print_metrics(classes=["cat"], average=None, beta=1.0, digits=2)
+    printed = capsys.readouterr().out
+    assert "AR@5" in printed and "ARs@5" not in printed
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

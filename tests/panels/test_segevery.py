@@ -194,6 +194,12 @@ def test_sizes_are_those_of_the_evaluation(panel, measured, options):
         assert Told(panel, measured, "show_missed_by_group", trace="other", id="small").objects() == ["small1"]
 
 
+def test_sizes_of_images_without_metadata(panel, measured):
+    measured.clear_sample_field("metadata")
+    told = Told(panel, measured, "show_missed_by_group", trace="good_ar", id="small")
+    assert set(told.calls) == {"notify"}  # the image is left out
+
+
 def test_objects_per_image(panel, measured):
     told = Told(panel, measured, "refresh", runs=BOTH)
     bars = told.plot("counts")

@@ -232,8 +232,10 @@ DEMO_DETECTOR = Weights("demo_detector.safetensors", (), megabytes=6)
 DEMO_MODEL = "mobilesamv2-demo-torch"
 
 
-def _released(encoder: str, encoder_weights: Weights, decoder_weights: Weights, *texts: str) -> PretrainedModel:
-    return PretrainedModel(encoder, encoder_weights, decoder_weights, OBJECT_AWARE_MODEL, *texts)
+def _released(
+    encoder: str, encoder_weights: Weights, decoder_weights: Weights, description: str, hint: str
+) -> PretrainedModel:
+    return PretrainedModel(encoder, encoder_weights, decoder_weights, OBJECT_AWARE_MODEL, description, hint)
 
 
 # Which decoder goes with which encoder: the prompt-guided one works on ViT-H's embedding space, so with ViT-H and with

@@ -14,7 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import tenacity
 from tqdm import tqdm
@@ -161,19 +161,28 @@ def check_host(url: str) -> None:
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: object) -> urllib.request.Request | None:
-        check_host(args[-1])
-        return super().redirect_request(*args)
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        check_host(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def open_url(url: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
     """A response from one of the known hosts, redirects included."""
     check_host(url)
     request = urllib.request.Request(url, headers=headers, method=method)
-    return urllib.request.build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT)
+    response: http.client.HTTPResponse = urllib.request.build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT)
+    return response
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """An error of a request as part of a sentence, without secrets."""
     if status := http_status(error):
         text = f"HTTP status {status} ({getattr(error, 'reason', '') or http.client.responses.get(status)})"
@@ -259,14 +268,16 @@ def retried(request: Callable[[], T], partial: Path | None = None, progress: Dow
                 progress(partial.stem, partial.stat().st_size if partial.exists() else 0, None)
             time.sleep(min(left, 0.5))
 
+    def tell(state: tenacity.RetryCallState) -> None:
+        if (error := _error_of(state)) and state.next_action:
+            logger.info("%s; trying again in %.0f s", explain(error), state.next_action.sleep)
+
     return tenacity.Retrying(
         sleep=sleep,
         retry=tenacity.retry_if_exception(_may_pass),
         stop=_Attempts(partial),
         wait=_wait,
-        before_sleep=lambda state: logger.info(
-            "%s; trying again in %.0f s", explain(state.outcome.exception()), state.next_action.sleep
-        ),
+        before_sleep=tell,
         reraise=True,
     )(request)
 
@@ -297,8 +308,13 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    asked = _asked_wait(state.outcome.exception())
+    error = _error_of(state)
+    asked = None if error is None else _asked_wait(error)
     return FIRST_WAIT * 2 ** (min(state.attempt_number, MAX_ATTEMPTS) - 1) if asked is None else asked
+
+
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    return None if state.outcome is None else state.outcome.exception()
 
 
 def http_status(error: BaseException) -> int | None:

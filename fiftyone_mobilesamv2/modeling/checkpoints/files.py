@@ -228,7 +228,7 @@ def verified_sha256(weights: Weights) -> str:
     return read_record(record_path(path)).get("sha256") or file_hashes(path)[0]
 
 
-def weights_sha256(name: str, files: Mapping[str, str | PathLike]) -> dict[str, str]:
+def weights_sha256(name: str, files: Mapping[str, str | PathLike[str]]) -> dict[str, str]:
     """The sha256 of every file that the model `name` runs with, of those that are here.
 
     Args:

@@ -33,7 +33,7 @@ from .saved_tensors import SavedModule, named_tensors, read_saved
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def load_encoder(path: str | PathLike, name: str) -> nn.Module:
+def load_encoder(path: str | PathLike[str], name: str) -> nn.Module:
     """The image encoder `name` with the weights of a file in any layout.
 
     Raises:
@@ -53,7 +53,7 @@ def load_encoder(path: str | PathLike, name: str) -> nn.Module:
     return module
 
 
-def load_decoder(path: str | PathLike, encoder: str) -> PromptGuidedDecoder:
+def load_decoder(path: str | PathLike[str], encoder: str) -> PromptGuidedDecoder:
     """The prompt-guided decoder that goes with `encoder`, with the weights of a file in any layout.
 
     Raises:
@@ -72,7 +72,7 @@ def load_decoder(path: str | PathLike, encoder: str) -> PromptGuidedDecoder:
     return decoder
 
 
-def load_detector(path: str | PathLike) -> nn.Module:
+def load_detector(path: str | PathLike[str]) -> nn.Module:
     """The class-agnostic YOLOv8 whose tensors a file holds, fused for inference.
 
     The architecture is ultralytics' own for the scale that the tensors have; nothing of the file but tensors is used.
@@ -86,24 +86,26 @@ def load_detector(path: str | PathLike) -> nn.Module:
     mask_branch = ("model.22.cv4.", "model.22.proto.")
     tensors = {key: tensor for key, tensor in read_tensors(path).items() if not key.startswith(mask_branch)}
     scales = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}
-    stem, scores = tensors.get("model.0.conv.weight"), tensors.get("model.22.cv3.0.2.weight")
-    bins = tensors.get("model.22.dfl.conv.weight")
-    convolutions = [tensor is not None and tensor.ndim == 4 for tensor in (stem, scores, bins)]
-    if not all(convolutions) or stem.shape[0] not in scales or not 1 <= bins.shape[1] <= 64:
+    names = ("model.0.conv.weight", "model.22.cv3.0.2.weight", "model.22.dfl.conv.weight")
+    convolutions = [tensors[name] for name in names if name in tensors and tensors[name].ndim == 4]
+    if len(convolutions) < len(names):
+        raise CheckpointError(f"{path} holds no YOLOv8 detector: found tensors {_some(tensors)}.")
+    stem, scores, bins = convolutions
+    if stem.shape[0] not in scales or not 1 <= bins.shape[1] <= 64:
         raise CheckpointError(f"{path} holds no YOLOv8 detector: found tensors {_some(tensors)}.")
     if len(scores) != 1:
         raise CheckpointError(f"{path} detects {len(scores)} classes; object discovery needs one class, 'object'.")
     name = f"yolov8{scales[stem.shape[0]]}.yaml"
     # The release regresses box sides over 26 bins (as FastSAM does), where YOLOv8 has 16.
     config = yaml_model_load(name) | {"nc": 1, "reg_max": bins.shape[1]}
-    model = DetectionModel(config, verbose=False)
-    _load_strictly(model, tensors, f"{path} does not fit {name}")
-    model = model.eval().fuse(verbose=False)
+    unfused = DetectionModel(config, verbose=False)
+    _load_strictly(unfused, tensors, f"{path} does not fit {name}")
+    model: nn.Module = unfused.eval().fuse(verbose=False)
     _check_numbers(model.state_dict(), f"{path} is no detector that can be used")
     return model
 
 
-def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
+def read_tensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a file by name, nested names joined by dots; wrappers that say nothing are taken off.
 
     Raises:

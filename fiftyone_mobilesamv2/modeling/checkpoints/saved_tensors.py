@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ _STORAGES = {
     "torch.BoolStorage": torch.bool,
 }
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_Arguments = tuple[Any, ...]  # of what an instruction calls: a file may hold anything
 _KEYS = (str, int, float, type(None))  # to hash a tuple that holds another twice, which holds ..., takes for ever
 
 
@@ -59,9 +60,9 @@ class SavedModule:
     """
 
     def __init__(self) -> None:
-        self.state: dict = {}
+        self.state: dict[object, object] = {}
 
-    def parts(self) -> Iterator[tuple[dict, Collection]]:
+    def parts(self) -> Iterator[tuple[dict[object, object], Collection[object]]]:
         """Its parameters, buffers and modules by name, and which of these are not to be saved."""
         left_out = self.state.get("_non_persistent_buffers_set")
         for name in ("_parameters", "_buffers", "_modules"):
@@ -79,7 +80,7 @@ class _Name(NamedTuple):
     """What an instruction names, and what is made in place of calling it with a tuple of arguments."""
 
     text: str
-    make: Callable[[tuple], object]
+    make: Callable[[_Arguments], object]
 
 
 def read_saved(path: Path) -> object:
@@ -122,7 +123,10 @@ def read_saved(path: Path) -> object:
 
 
 def named_tensors(
-    content: dict | SavedModule, prefix: str = "", left_out: Collection = (), seen: set[int] | None = None
+    content: dict[Any, Any] | SavedModule,
+    prefix: str = "",
+    left_out: Collection[object] = (),
+    seen: set[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors in what was saved, as (name, tensor), names within names joined by dots.
 
@@ -162,9 +166,9 @@ def _interpret(program: bytes, storage: Callable[[str], bytearray]) -> object:
     Raises:
         Exception: it has an instruction that torch.save doesn't write, names something else, or makes no sense.
     """
-    stack: list = []
-    below: list[list] = []  # the rest of the stack, for each mark
-    memo: dict[int, object] = {}
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the rest of the stack, for each mark
+    memo: dict[object, object] = {}
     for instruction, argument, _ in pickletools.genops(program):
         match instruction.name:
             case "BINGET" | "LONG_BINGET":
@@ -205,7 +209,7 @@ def _interpret(program: bytes, storage: Callable[[str], bytearray]) -> object:
                 items, stack = stack, below.pop()
                 _update(stack[-1], zip(items[::2], items[1::2]))
             case "GLOBAL":
-                stack.append(_name(argument))
+                stack.append(_name(str(argument)))
             case "NEWOBJ" | "REDUCE":
                 arguments, called = stack.pop(), stack.pop()
                 stack.append(called.make(arguments) if isinstance(called, _Name) else None)
@@ -224,12 +228,12 @@ def _interpret(program: bytes, storage: Callable[[str], bytearray]) -> object:
     raise ValueError("its pickle has no end")
 
 
-def _extend(target: object, items: list) -> None:
+def _extend(target: object, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
 
 
-def _update(target: object, items: Iterable[tuple]) -> None:
+def _update(target: object, items: Iterable[tuple[Any, Any]]) -> None:
     if isinstance(target, dict):
         target.update((key, value) for key, value in items if isinstance(key, _KEYS))
 
@@ -257,7 +261,7 @@ def _storage(reference: object, storage: Callable[[str], bytearray]) -> _Storage
     raise ValueError("its pickle refers to something that is no storage")
 
 
-def _tensor(arguments: tuple, dtype: torch.dtype | None = None) -> Tensor | None:
+def _tensor(arguments: _Arguments, dtype: torch.dtype | None = None) -> Tensor | None:
     storage, offset, size, stride = arguments[:4]
     dtype = dtype or storage.dtype
     if dtype is None:  # complex or quantized
@@ -268,35 +272,35 @@ def _tensor(arguments: tuple, dtype: torch.dtype | None = None) -> Tensor | None
     return flat.as_strided(size, stride, offset)  # raises where it would go beyond
 
 
-def _tensor_of_dtype(arguments: tuple) -> Tensor | None:
+def _tensor_of_dtype(arguments: _Arguments) -> Tensor | None:
     return _tensor(arguments, _DTYPES[arguments[6].text])
 
 
-def _tensor_with_attributes(arguments: tuple) -> Tensor | None:
+def _tensor_with_attributes(arguments: _Arguments) -> Tensor | None:
     made_by, kind, arguments, _ = arguments
     is_plain = kind.text in ("torch.Tensor", "torch.nn.parameter.Parameter")
     return made_by.make(arguments) if is_plain and made_by.make in (_tensor, _tensor_of_dtype, _parameter) else None
 
 
-def _parameter(arguments: tuple) -> object:
+def _parameter(arguments: _Arguments) -> object:
     return arguments[0]
 
 
-def _module(arguments: tuple) -> SavedModule:
+def _module(arguments: _Arguments) -> SavedModule:
     return SavedModule()
 
 
-def _dict(arguments: tuple) -> dict:
+def _dict(arguments: _Arguments) -> dict[object, object]:
     return {}
 
 
-def _set(arguments: tuple) -> set | None:
+def _set(arguments: _Arguments) -> set[str] | None:
     """Such as the names of a module's buffers that are not to be saved."""
     (items,) = arguments
     return {item for item in items if isinstance(item, str)} if len(items) <= _MAX_LEFT_OUT else None
 
 
-def _nothing(arguments: tuple) -> None: ...
+def _nothing(arguments: _Arguments) -> None: ...
 
 
 _MAKE = {

@@ -9,6 +9,7 @@ import os
 import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ...errors import CheckpointError
 from .catalog import Weights
@@ -74,7 +75,8 @@ def file_sha256(path: Path) -> str:
 def _file_sha256(path: Path, mtime_ns: int, size: int) -> str:
     record = read_record(record_path(path))
     if {"size": size, "mtime_ns": mtime_ns}.items() <= record.items() and "sha256" in record:
-        return record["sha256"]
+        recorded: str = record["sha256"]
+        return recorded
     return file_hashes(path)[0]
 
 
@@ -94,7 +96,7 @@ def record_path(path: Path) -> Path:
     return path.with_name(path.name + ".verified.json")
 
 
-def read_record(record: Path) -> dict:
+def read_record(record: Path) -> dict[str, Any]:
     """The hashes that were recorded, with size and time of the file; empty if none were."""
     try:
         content = json.loads(record.read_text())
@@ -105,7 +107,7 @@ def read_record(record: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _write_record(record: Path, content: dict) -> None:
+def _write_record(record: Path, content: dict[str, Any]) -> None:
     try:
         # Written aside and moved: another process may be reading.
         aside = record.with_name(f"{record.name}.{os.getpid()}-{threading.get_ident()}")
