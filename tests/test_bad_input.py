@@ -245,6 +245,7 @@ def good(tmp_path_factory, scenes):
     return {str(folder / f"{number}.png"): image for number, image in enumerate(scenes)}
 
 
+@pytest.mark.slow
 def test_each_file_is_segmented_rightly_or_refused(dataset, model, readable, unreadable, good):
     odd = [*readable, *unreadable]
     assert len(odd) > 60
@@ -567,6 +568,7 @@ def test_mask_in_any_box(place, box, seed):
     np.testing.assert_array_equal(mask_in_box(found, 0, box), there)
 
 
+@pytest.mark.slow
 def test_5000_prompts(dataset, model, good):
     (path, pixels), (other, _) = good.items()
     rng = np.random.default_rng(0)

@@ -78,7 +78,6 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
-    pytest.importorskip("setuptools", minversion="77", reason="builds without isolation, so with what is installed")
     folder = tmp_path_factory.mktemp("wheel")
     source = shutil.copytree(checkout, tmp_path_factory.mktemp("build") / "repository")  # building leaves things in it
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -333,6 +332,7 @@ report(left=listed(foz), again=registration.uninstall())
     assert tree(installed) == package
 
 
+@pytest.mark.slow
 def test_install_from_a_checkout_without_pip(bare_python, checkout, user):
     before = tree(checkout)
     result, _ = run(user, [bare_python, "-m", "fiftyone_mobilesamv2.cli", "install"], PYTHONPATH=str(checkout))
@@ -500,6 +500,7 @@ def archive_url(checkout, tmp_path):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_source(bare_python, user, archive_url):
     before = tree(user)
     found = run_code(

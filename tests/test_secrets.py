@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 URI = "mongodb://user:S3CRET@127.0.0.1:9/?serverSelectionTimeoutMS=300&appName=S3CRET"
 PROGRAM = """
 import logging, threading, traceback
@@ -34,6 +36,7 @@ for attempt in (
 """
 
 
+@pytest.mark.slow
 def test_database_out_of_reach():
     """Every way to it, and the log while it is waited for."""
     environment = os.environ | {"FIFTYONE_DATABASE_URI": URI, "FIFTYONE_DO_NOT_TRACK": "true"}

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fiftyone_mobilesamv2.doctor import machine
 from fiftyone_mobilesamv2.doctor.machine import machine_checks
 
@@ -42,6 +44,7 @@ def test_server_that_ends_at_once(mongod, monkeypatch):
     assert failed == "The App's server doesn't start: it ended with exit status 1"
 
 
+@pytest.mark.slow
 def test_database_out_of_reach(tmp_path):
     """In a process of its own: FiftyOne connects once."""
     program = """

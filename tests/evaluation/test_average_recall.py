@@ -178,10 +178,12 @@ def of_annotations(photo, proposals, objects, **kwargs):
 
 
 def test_masks_of_photos(annotated):
-    images = [of_annotations(p, p.proposals, p.objects, areas=[a["area"] for a in p.annotations]) for p in annotated]
+    images = [
+        of_annotations(p, p.proposals, p.objects, areas=[a["area"] for a in p.annotations]) for p in annotated[::2]
+    ]
     assert assert_equals_cocoeval(images, "segm", KS), "no rivals: this shows little"
     # By default, areas are those of the masks; on photos with few proposals, for time.
-    assert_equals_cocoeval([of_annotations(p, p.proposals, p.objects) for p in annotated[1::4]], "segm", KS)
+    assert_equals_cocoeval([of_annotations(p, p.proposals, p.objects) for p in annotated[1::8]], "segm", KS)
 
 
 @pytest.mark.parametrize("areas_from", ["annotations", "boxes"])
@@ -342,7 +344,8 @@ def test_frequencies_by_hand():
 
 @pytest.fixture
 def lvis(monkeypatch):
-    lvis = pytest.importorskip("lvis")
+    import lvis
+
     monkeypatch.setattr(np, "float", float, raising=False)  # which numpy no longer has, but lvis uses
     return lvis
 

@@ -15,7 +15,7 @@ ENCODERS = [
     "efficientvit_l0",
     "efficientvit_l1",
     "efficientvit_l2",
-    "sam_vit_b",
+    pytest.param("sam_vit_b", marks=pytest.mark.slow),  # tens of seconds an image
     pytest.param("sam_vit_h", marks=pytest.mark.slow),  # 2.5 GB of weights
 ]
 

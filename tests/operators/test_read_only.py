@@ -118,6 +118,7 @@ def samples_of(uri):
     return list(database[dataset["sample_collection_name"]].find())
 
 
+@pytest.mark.slow
 def test_read_only_database(database, scene_files, tmp_path):
     owner, reader = database
     run(MAKE, owner, tmp_path, *scene_files)

@@ -90,6 +90,7 @@ def kill_a_worker(dataset, field):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_worker_that_is_killed_midway(scenes, tmp_path):
     killed = []
     killer = threading.Thread(target=lambda: killed.append(kill_a_worker(scenes, "own")), daemon=True)
@@ -120,6 +121,7 @@ def test_worker_that_is_killed_midway(scenes, tmp_path):
     assert files == set(scenes.values("own.detections.mask_path", unwind=True))
 
 
+@pytest.mark.slow
 def test_view_and_second_run(scenes):
     view = scenes.match(fo.ViewField("filepath").ends_with("0.png"))
     run = segment_everything(view, config(), "own", cluster="auto", workers=2, progress=False)
@@ -133,6 +135,7 @@ def test_view_and_second_run(scenes):
     assert (run.images, run.cancelled) == (0, False)
 
 
+@pytest.mark.slow
 def test_nothing_to_do_but_to_settle(scenes, tmp_path, monkeypatch):
     """The driver was killed after everything had been stored, and before that was noted."""
     on_disk = config(masks_on_disk=True, mask_dir=str(tmp_path))
@@ -148,6 +151,7 @@ def test_nothing_to_do_but_to_settle(scenes, tmp_path, monkeypatch):
     assert len(segmentation_runs.recorded_runs(scenes, "own")) == 1
 
 
+@pytest.mark.slow
 def test_errors_of_workers_are_raised_here(scenes):
     nowhere = config(encoder_checkpoint="/nowhere/weights.pt")
     with pytest.raises(CheckpointError, match=r"/nowhere/weights\.pt"):
@@ -173,6 +177,7 @@ def test_workers_of_no_cluster(dataset):
             work()
 
 
+@pytest.mark.slow
 def test_cancelled(scenes):
     def cancel(bar):
         if bar.iteration:
@@ -186,6 +191,7 @@ def test_cancelled(scenes):
     assert labels(scenes, "own") == labels(scenes, "reference")
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same(scenes):
     scenes.clone_sample_field("reference", "ground_truth")
     for sample in scenes.iter_samples(autosave=True):
@@ -210,10 +216,11 @@ def test_evaluation_is_the_same(scenes):
         assert scenes.values(path.format("alone")) == scenes.values(path.format("spread"))
 
 
-def test_without_ray(scenes, monkeypatch):
+def test_without_ray(dataset, tmp_path, monkeypatch):
+    dataset.add_sample(fo.Sample(str(tmp_path / "image.png")))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(cluster.ClusterError, match=r"pip install 'fiftyone-mobilesamv2\[ray\]'"):
-        segment_everything(scenes, config(), "own", cluster="auto")
+        segment_everything(dataset, config(), "own", cluster="auto")
 
 
 @given(

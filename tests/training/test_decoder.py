@@ -46,12 +46,12 @@ def test_schedule():
 
 
 def test_resuming_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "SAVE_EVERY", 2)
+    monkeypatch.setattr(decoder, "SAVE_EVERY", 1)
     torch.use_deterministic_algorithms(True)
     try:
-        whole = DemoTrainer(tmp_path / "whole", 4, 2, 1e-3, "cpu")
+        whole = DemoTrainer(tmp_path / "whole", 2, 1, 1e-3, "cpu")
         whole.run()
-        killed = DemoTrainer(tmp_path / "killed", 4, 2, 1e-3, "cpu")
+        killed = DemoTrainer(tmp_path / "killed", 2, 1, 1e-3, "cpu")
         save = killed.save
 
         def save_and_die():
@@ -61,9 +61,9 @@ def test_resuming_goes_on_where_it_stopped(tmp_path, monkeypatch):
         killed.save = save_and_die
         with pytest.raises(KeyboardInterrupt):
             killed.run()
-        resumed = DemoTrainer(tmp_path / "killed", 4, 2, 1e-3, "cpu")
+        resumed = DemoTrainer(tmp_path / "killed", 2, 1, 1e-3, "cpu")
         resumed.restore()
-        assert resumed.step == 2
+        assert resumed.step == 1
         resumed.run()
     finally:
         torch.use_deterministic_algorithms(False)

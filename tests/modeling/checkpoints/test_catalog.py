@@ -32,7 +32,7 @@ from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDeco
 
 NOTES = Path(__file__).resolve().parents[4] / "shared" / "notes" / "paper.md"
 RELEASED = [name for name, model in MODELS.items() if not model.encoder_weights.is_packaged]
-LARGE = {"mobilesamv2-vitl-torch", "mobilesamv2-vith-torch"}
+SMALL = {"mobilesamv2-tinyvit-torch", "mobilesamv2-efficientvit-l0-torch"}
 BOXES = np.array([[20, 30, 200, 180], [5, 5, 300, 235], [150, 60, 160, 200]], np.float32)
 
 # What is declared ----------------------------------------------------------------------------------------------------
@@ -186,11 +186,11 @@ def image(height: int = 240, width: int = 320) -> np.ndarray:
     return np.uint8(127.5 * (1 + waves))
 
 
-def slow_where_large(names):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+def slow_unless_small(names):
+    return [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", slow_where_large(RELEASED))
+@pytest.mark.parametrize("name", slow_unless_small(RELEASED))
 def test_model_is_downloaded_and_segments(served, hub, folder, name):
     model = served(name)
     loaded = MobileSAMv2.from_pretrained(name, device="cpu")
@@ -208,7 +208,8 @@ def test_model_is_downloaded_and_segments(served, hub, folder, name):
     assert np.isfinite(found.predicted_iou).all()
 
 
-@pytest.mark.parametrize("name", slow_where_large(["mobilesamv2-vitb-torch", "mobilesamv2-vitl-torch"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilesamv2-vitb-torch", "mobilesamv2-vitl-torch"])
 def test_sam_with_its_own_decoder_computes_what_metas_code_does(served, name, record_property):
     """Embedding, logits, predicted IoU and masks of the whole SAM in one file, as segment-anything has it."""
     model = served(name)
