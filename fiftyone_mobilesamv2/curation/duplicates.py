@@ -60,6 +60,7 @@ class Duplicates:
 def find_duplicates(
     samples: SampleCollection,
     field: str,
+    *,
     iou: float = 0.8,
     containment: float = 0.9,
     use_masks: bool = True,
@@ -109,7 +110,7 @@ def find_duplicates(
             noted[name][stored.sample_id] = {id: value for id, value in values.items() if value is not None}
         labels = [label for label in labels if not is_crowd(label)]
         shapes = shapes_of(labels, stored.known_size, use_masks)
-        scores = _scores(labels, RANKINGS[rank_by], areas_of(shapes))
+        scores = _scores(labels, RANKINGS[rank_by].attributes, areas_of(shapes))
         ids = [label["_id"] for label in labels]
         for tag, relations in _related(ids, shapes, ranking(scores, len(labels)), iou, containment).items():
             found[tag][stored.sample_id] = relations

@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from ..errors import ArgumentError, LabelError
-from ..evaluation.run_fields import NO_CLASS
+from ..evaluation.measuring import NO_CLASS
 from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, name_of, visit_images
 from ..labels.fields import check_shapes_field
 from ..labels.masks import masks_of

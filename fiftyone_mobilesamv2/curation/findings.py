@@ -12,7 +12,7 @@ from bson import ObjectId
 from pymongo import UpdateOne
 
 from ..errors import ArgumentError
-from ..evaluation.ranking import RANKINGS
+from ..evaluation.ranking import check_ranking
 from ..fiftyone_internals import Document, bulk_write, is_generated, label_path, label_type, root_dataset
 from ..labels.fields import check_shapes_field
 
@@ -28,8 +28,7 @@ LabelIds = Mapping[ObjectId, Iterable[ObjectId]]
 
 def check_options(rank_by: str = "confidence", **shares: float) -> None:
     """Raises ValueError unless this is a ranking, and the others, by the names of their arguments, lie in (0, 1]."""
-    if rank_by not in RANKINGS:
-        raise ArgumentError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
+    check_ranking(rank_by)
     for name, share in shares.items():
         if not 0 < share <= 1:
             raise ArgumentError(f"{name}={share}: more than 0, and at most 1, was expected.")

@@ -65,6 +65,7 @@ def find_unlabeled_objects(
     samples: SampleCollection,
     pred_field: str,
     gt_field: str = "ground_truth",
+    *,
     iou: float = 0.5,
     max_inside: float = 0.7,
     min_score: float = 0.0,
@@ -111,7 +112,7 @@ def find_unlabeled_objects(
 
     def unlabeled(stored: StoredImage) -> dict[ObjectId, float]:
         proposals = [label for label in stored.labels(pred_field) if not tags_of(label) & NOT_SUGGESTED]
-        scores = np.array([number_of(label, RANKINGS[rank_by]) for label in proposals])
+        scores = np.array([number_of(label, RANKINGS[rank_by].attributes) for label in proposals])
         proposals = [label for label, score in zip(proposals, scores) if score >= min_score]
         scores = scores[scores >= min_score]
         objects, size = stored.labels(gt_field), stored.known_size
@@ -129,6 +130,7 @@ def find_unsupported_labels(
     samples: SampleCollection,
     pred_field: str,
     gt_field: str = "ground_truth",
+    *,
     iou: float = 0.5,
     use_masks: bool = True,
     tag: str = "unsupported",

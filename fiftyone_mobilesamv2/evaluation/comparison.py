@@ -33,6 +33,22 @@ LABEL_BYTES = 12 * 2**20
 
 
 @dataclass(frozen=True)
+class Truth:
+    """The objects that proposals are measured by.
+
+    Attributes:
+        field: of the labels.
+        use_masks, area_field: as for :func:`evaluate_proposals`.
+        is_kept: whether the evaluation stays, as "ar_<field of the proposals>".
+    """
+
+    field: str
+    use_masks: bool = True
+    area_field: str | None = None
+    is_kept: bool = True
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What a way of prompting finds, and what it costs.
 
@@ -80,11 +96,9 @@ def measure(
     model: zoo.MobileSAMv2Model,
     field_name: str,
     settings: Mapping[str, object],
+    truth: Truth | None,
+    *,
     label_bytes: int,
-    gt_field: str | None = None,
-    eval_key: str | None = None,
-    use_masks: bool = True,
-    area_field: str | None = None,
     batch_size: int = 1,
     progress: Progress = None,
 ) -> Measurement:
@@ -95,9 +109,8 @@ def measure(
 
     Args:
         settings: of the model's configuration, for this run.
+        truth: the objects; None measures time alone.
         label_bytes: what the labels of an image may take in its document.
-        gt_field: the objects; None measures time alone.
-        eval_key, use_masks, area_field: as for :func:`evaluate_proposals`.
         progress: of segmenting, as everywhere in FiftyOne.
 
     Raises:
@@ -113,15 +126,15 @@ def measure(
     if not segmented:
         raise ArgumentError(f"No image could be segmented; the first, {failures[0].filepath}: {failures[0].error}")
     recall = None
-    if gt_field is not None:
+    if truth is not None:
         results = evaluate_proposals(
             samples,
             field_name,
-            gt_field,
-            eval_key,
-            use_masks=use_masks,
+            truth.field,
+            f"ar_{field_name}" if truth.is_kept else None,
+            use_masks=truth.use_masks,
             rank_by="sam" if is_grid else "confidence",
-            area_field=area_field,
+            area_field=truth.area_field,
             progress=None if progress is None else False,
         )
         recall = results.average_recall
@@ -226,6 +239,7 @@ def compare_promptings(
     model: zoo.MobileSAMv2Model,
     points_per_side: int = POINTS_PER_SIDE,
     images: int = IMAGES,
+    *,
     gt_field: str | None = None,
     use_masks: bool = True,
     keep: bool = False,
@@ -252,6 +266,7 @@ def compare_promptings(
         "object-aware": {"prompting": OBJECT_AWARE},
         f"grid {side}x{side}": {"prompting": "grid", "points_per_side": side},
     }
+    truth = None if gt_field is None else Truth(gt_field, use_masks, is_kept=keep)
     measurements: list[Measurement] = []
     warm_up(model)
     with nullcontext(drawn) if keep else _copy(drawn, model, gt_field) as target:
@@ -268,10 +283,8 @@ def compare_promptings(
                     model,
                     field_name,
                     setting,
-                    LABEL_BYTES // (len(settings) + 1),  # and one for the ground truth
-                    gt_field,
-                    f"ar_{field_name}" if keep else None,
-                    use_masks,
+                    truth,
+                    label_bytes=LABEL_BYTES // (len(settings) + 1),  # and one for the ground truth
                     progress=None if progress is None else report,
                 )
             )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..labels.documents import Skipped
+    from .measuring import Match
     from .proposals import ProposalEvaluationConfig
-    from .run_fields import Match
 
 _COLORS = ("#ff6d04", "#4263eb", "#2b8a3e", "#c2255c", "#7048e8", "#0b7285", "#5c3d2e")
 

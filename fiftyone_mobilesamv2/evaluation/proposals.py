@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import fiftyone.core.utils as fou
 import fiftyone.core.validation as fov
 import fiftyone.utils.eval.detection as foud
 import numpy as np
-from bson import ObjectId
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import (
@@ -26,22 +22,15 @@ from ..fiftyone_internals import (
 )
 from ..labels.documents import (
     Progress,
-    Skipped,
-    StoredImage,
-    ensure_metadata,
-    is_crowd,
     log_skipped,
-    number_of,
-    visit_shard,
 )
 from ..labels.fields import check_shapes_field
-from ..labels.masks import boxes_may_overlap, boxes_of, masks_of
-from ..runs.cluster import Work, check_workers, on_cluster
-from ..runs.shards import Shard
-from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall, Shapes, ranking
+from ..runs.cluster import Cluster
+from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall
+from .measuring import Measured, MeasuredImage, measure, measure_on_cluster
 from .proposal_results import ProposalResults
-from .ranking import RANKINGS
-from .run_fields import FOUND_AT, NO_CLASS, Match, MeasuredImage, MeasuredObject, RunFields
+from .ranking import check_ranking
+from .run_fields import FOUND_AT, NO_CLASS, Match, RunFields
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -49,8 +38,6 @@ if TYPE_CHECKING:
     from fiftyone.core.video import FrameView
 
 logger = logging.getLogger(__name__)
-# What a worker of a cluster returns of a part: counts, images, what was skipped, how many images, how many samples.
-_Measured = tuple[AverageRecall, list[MeasuredImage], list[Skipped], int, int]
 
 
 def evaluate_proposals(
@@ -58,6 +45,7 @@ def evaluate_proposals(
     pred_field: str,
     gt_field: str = "ground_truth",
     eval_key: str | None = None,
+    *,
     ks: Sequence[int] = KS,
     use_masks: bool = True,
     rank_by: str = "confidence",
@@ -101,11 +89,11 @@ def evaluate_proposals(
         ValueError: a field is missing or of the wrong type; a mask, a score or an area is missing; what a run of this
             key would store is there already and no earlier run's; or every image had to be skipped.
     """
-    check_workers(cluster, workers)
+    spread = Cluster.of(cluster, workers)
     method = ProposalEvaluationConfig(
         pred_field, gt_field, ks=ks, use_masks=use_masks, rank_by=rank_by, area_field=area_field
     ).build()
-    method.cluster, method.workers = cluster, workers
+    method.cluster = spread
     method.register_run(samples, eval_key, progress=progress)
     method.register_samples(samples, eval_key)
     if eval_key is not None:
@@ -145,8 +133,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         self.area_field = area_field
         self.view = view
         self.stored_as = stored_as
-        if rank_by not in RANKINGS:
-            raise ArgumentError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
+        check_ranking(rank_by)
         if iou != IOU_THRESHOLDS[FOUND_AT]:
             raise ArgumentError(f'iou={iou}: "tp" and "fn" are told at 0.5; the results have recall at 0.5 to 0.95.')
         if pred_field == gt_field:
@@ -166,12 +153,9 @@ class ProposalEvaluation(RunFields):
 
     def __init__(self, config: ProposalEvaluationConfig) -> None:
         super().__init__(config)
-        self.cluster: str | None = None
-        self.workers: int | None = None
+        self.cluster: Cluster | None = None
         self.results: ProposalResults | None = None
-        self._recall = AverageRecall(config.ks)
-        self._images: list[MeasuredImage] = []
-        self._skipped: list[Skipped] = []
+        self._measured = Measured(AverageRecall(config.ks))
 
     def register_run(
         self,
@@ -243,36 +227,15 @@ class ProposalEvaluation(RunFields):
     def _measure(self, samples: SampleCollection, progress: Progress) -> None:
         """Reads and matches everything, and stores nothing but missing metadata."""
         if self.cluster is None:
-            total = self._measure_part(samples, progress)
+            self._measured = measure(samples, self.config, progress)
         else:
-            total = self._measure_on_cluster(samples, self.cluster, progress)
-        log_skipped(self._skipped, total)
+            self._measured = measure_on_cluster(samples, self.config, self.cluster, progress)
+        log_skipped(self._measured.skipped, self._measured.num_images)
         self._by_id = {str(image.id): image for image in self._images}
 
-    def _measure_part(self, samples: SampleCollection, progress: Progress) -> int:
-        fields = [self.config.pred_field, self.config.gt_field]
-        skipped, total = visit_shard(samples, fields, lambda each: self._images.append(self._measured(each)), progress)
-        self._skipped += skipped
-        return total
-
-    def _measure_on_cluster(self, samples: SampleCollection, cluster: str, progress: Progress) -> int:
-        if is_generated(samples):
-            raise ArgumentError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
-        ensure_metadata(samples, progress)
-        parts = on_cluster(samples, _measurer, (self.config,), uuid.uuid4().hex, cluster, self.workers)
-        total = 0
-        with fou.ProgressBar(total=len(samples), progress=progress) as bar, closing(parts):
-            for recall, images, skipped, count, num_samples in parts:
-                self._recall += recall
-                self._images += images
-                self._skipped += skipped
-                total += count
-                bar.update(num_samples)
-        # As if they had been measured one after the other.
-        places = {sample_id: place for place, sample_id in enumerate(samples.values("_id"))}
-        self._images.sort(key=lambda image: (places[image.sample_id], image.frame_number or 0))
-        self._skipped.sort(key=lambda each: places.get(ObjectId(each["id"]), -1))
-        return total
+    @property
+    def _images(self) -> list[MeasuredImage]:
+        return self._measured.images
 
     def _results(
         self,
@@ -290,69 +253,14 @@ class ProposalEvaluation(RunFields):
             self.config,
             eval_key,
             [found.match for found in objects],
-            recall=self._recall.to_dict(),
+            recall=self._measured.recall.to_dict(),
             ranks=np.where(ranks == NOT_FOUND, -1, ranks),
-            skipped=self._skipped,
+            skipped=self._measured.skipped,
             classes=classes,
             missing=missing,
-            custom_metrics=_panel_metrics(self._recall),
+            custom_metrics=_panel_metrics(self._measured.recall),
             backend=self,
         )
-
-    def _measured(self, stored: StoredImage) -> MeasuredImage:
-        """Matches the image's proposals to its objects, and counts them."""
-        size = stored.known_size
-        config = self.config
-        objects = stored.labels(config.gt_field)
-        proposals = stored.labels(config.pred_field)
-        scores = [number_of(label, RANKINGS[config.rank_by]) for label in proposals]
-        # Masks beyond the largest K need no decoding.
-        proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]
-        crowd = [is_crowd(label) for label in objects]
-        areas = None if config.area_field is None else [number_of(label, [config.area_field]) for label in objects]
-        frequencies = [label.get("frequency") for label in objects]
-        boxes = boxes_of(proposals, size), boxes_of(objects, size)
-        shapes: tuple[Shapes, Shapes] = boxes
-        if config.use_masks:
-            wanted = np.asarray(boxes_may_overlap(*boxes).any(1))
-            shapes = masks_of(proposals, size, wanted), masks_of(objects, size)
-        matches = self._recall.add(*shapes, crowd, areas, frequencies if any(frequencies) else None)
-
-        counted = [i for i, ignored in enumerate(crowd) if not ignored]
-        ranks = matches.ranks[:, counted]
-        image = MeasuredImage(
-            stored.document["_id"],
-            stored.sample_id,
-            stored.document.get("frame_number"),
-            recalls=[float((ranks < k).mean()) for k in config.ks] if counted else None,
-            fp=int(matches.unmatched.sum()),
-        )
-        for i in counted:
-            rank = matches.ranks[FOUND_AT, i]
-            match = proposals[rank] if rank != NOT_FOUND else {}
-            image.objects.append(
-                MeasuredObject(
-                    objects[i]["_id"],
-                    objects[i].get("label") or NO_CLASS,
-                    float(matches.best_ious[i]),
-                    matches.ranks[:, i],
-                    match.get("_id"),
-                    float(matches.ious[rank, i]) if match else None,
-                    match.get("confidence"),
-                )
-            )
-        return image
-
-
-def _measurer(config: ProposalEvaluationConfig) -> Work[_Measured]:
-    """What a worker of a cluster does with each part."""
-
-    def measure(samples: SampleCollection, shard: Shard) -> _Measured:
-        part, method = shard.of(samples), config.build()
-        total = method._measure_part(part, progress=False)
-        return method._recall, method._images, method._skipped, total, len(part)
-
-    return measure
 
 
 def _panel_metrics(recall: AverageRecall) -> dict[str, dict[str, object]]:

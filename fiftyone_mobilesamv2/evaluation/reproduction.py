@@ -24,7 +24,7 @@ from ..modeling.checkpoints.catalog import pretrained_model
 from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
 from .coco import load_coco, read_instances
-from .comparison import LABEL_BYTES, OBJECT_AWARE, Measurement, measure, warm_up
+from .comparison import LABEL_BYTES, OBJECT_AWARE, Measurement, Truth, measure, warm_up
 from .lvis import load_lvis
 
 if TYPE_CHECKING:
@@ -254,6 +254,7 @@ def reproduce(
     images: Path,
     model: zoo.MobileSAMv2Model,
     output: Path,
+    *,
     object_aware: bool = True,
     grids: Sequence[int] = GRIDS,
     confidence: float = CONFIDENCE,
@@ -327,10 +328,8 @@ def reproduce(
             model,
             field_name,
             settings,
-            LABEL_BYTES // (len(fields) + 1),  # and one for the ground truth
-            GT_FIELD,
-            f"ar_{field_name}",
-            area_field="area",
+            Truth(GT_FIELD, area_field="area"),
+            label_bytes=LABEL_BYTES // (len(fields) + 1),  # and one for the ground truth
             batch_size=batch_size,
         )
         reproduction.save(output)

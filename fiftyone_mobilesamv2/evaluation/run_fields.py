@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -31,67 +30,16 @@ from ..fiftyone_internals import (
     source_dataset,
     split_frame_field,
 )
-from ..modeling.arrays import IntArray
+from .measuring import MeasuredImage
 
 if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
-    from ..labels.documents import Skipped
     from .proposals import ProposalEvaluationConfig
 
-NO_CLASS = "object"  # of objects without a class, which the App counts by their class
-FOUND_AT = 0  # the place of IoU 0.5, of "tp" and "fn", in IOU_THRESHOLDS
 _UPDATES_AT_ONCE = 200
 _LABELS_IN_AN_UPDATE = 100  # MongoDB looks for each of them among all labels of the document
-
-
-# FiftyOne's (label of the object, of the proposal, IoU, confidence, id of the object, of the proposal).
-Match = tuple[str | None, str | None, float | None, float | None, str | None, str | None]
-
-
-@dataclass
-class MeasuredObject:
-    id: ObjectId
-    label: str
-    best_iou: float
-    ranks: IntArray  # [thresholds], from 0
-    match_id: ObjectId | None  # of the proposal that finds it at IoU 0.5; the next two are of this match
-    match_iou: float | None
-    match_confidence: float | None
-
-    @property
-    def rank(self) -> int | None:
-        """From 1, as users count."""
-        return None if self.match_id is None else int(self.ranks[FOUND_AT]) + 1
-
-    @property
-    def match(self) -> Match:
-        """As FiftyOne has it.
-
-        The proposal is given the object's label, or FiftyOne would not count it as a true positive.
-        """
-        if self.match_id is None:
-            return self.label, None, None, None, str(self.id), None
-        return self.label, self.label, self.match_iou, self.match_confidence, str(self.id), str(self.match_id)
-
-
-@dataclass
-class MeasuredImage:
-    """A sample, or a frame of a video: what was found in it.
-
-    Attributes:
-        sample_id: of the dataset's sample that it is, or belongs to.
-        recalls: its AR at each K; None without objects.
-        fp: how many proposals match nothing at IoU 0.5.
-    """
-
-    id: ObjectId
-    sample_id: ObjectId
-    frame_number: int | None
-    recalls: list[float] | None
-    fp: int
-    objects: list[MeasuredObject] = field(default_factory=list)
 
 
 class RunFields(foud.DetectionEvaluation):
@@ -99,7 +47,6 @@ class RunFields(foud.DetectionEvaluation):
 
     config: ProposalEvaluationConfig
     _images: list[MeasuredImage]
-    _skipped: list[Skipped]
 
     def check_names(self, samples: SampleCollection, eval_key: str) -> None:
         """That nothing of the user's is where the run is going to store, and at last delete, its own."""

@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from numbers import Integral
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,13 +33,39 @@ T = TypeVar("T")
 Work = Callable[["SampleCollection", Shard], T]
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster, and how many of its workers are asked for.
+
+    Attributes:
+        address: "auto" for the one that this machine belongs to, its address, or "local" for one that is started here
+            and ends with the work.
+        workers: how many; None: one for each GPU of the cluster, or, without any, for each machine.
+    """
+
+    address: str
+    workers: int | None = None
+
+    @classmethod
+    def of(cls, cluster: str | None, workers: int | None) -> Cluster | None:
+        """What a caller asks for; None without a cluster. Raises ArgumentError for one that can't be."""
+        if not (cluster is None or (isinstance(cluster, str) and cluster)):
+            raise ArgumentError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
+        if workers is not None:
+            if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
+                raise ArgumentError(f"workers must be a whole number of at least 1, not {workers!r}.")
+            if cluster is None:
+                raise ArgumentError("workers are those of a cluster: say which one, such as cluster='local'.")
+        return None if cluster is None else cls(cluster, workers)
+
+
 def on_cluster(
     samples: SampleCollection,
     make_work: Callable[..., Work[T]],
     arguments: tuple[object, ...],
+    cluster: Cluster,
+    *,
     group: str,
-    cluster: str,
-    workers: int | None,
     died: Callable[[Shard], None] = lambda shard: None,
     waiting: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
@@ -48,9 +75,6 @@ def on_cluster(
 
     Args:
         group: of the parts.
-        cluster: "auto" for the Ray cluster that this machine belongs to, its address, or "local" for one that is
-            started here and ends with the work.
-        workers: how many; None: one for each GPU of the cluster, or, without any, for each machine.
         died: told of a part before it is given to another worker.
         waiting: called about once a second.
 
@@ -62,12 +86,12 @@ def on_cluster(
     starts_here = not ray.is_initialized()
     if starts_here:
         try:
-            ray.init(address=cluster, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(address=cluster.address, logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ClusterError(f"The Ray cluster '{cluster}' can't be reached: {error}") from error
+            raise ClusterError(f"The Ray cluster '{cluster.address}' can't be reached: {error}") from error
     actors: list[Any] = []
     try:
-        count, resources = _workers(ray, workers)
+        count, resources = _workers(ray, cluster.workers)
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
         num_parts = count * SHARDS_PER_WORKER
         pending = deque((Shard(index, num_parts, group), 1) for index in range(num_parts))
@@ -127,18 +151,6 @@ def on_cluster(
             ray.kill(actor)
         if starts_here:
             ray.shutdown()
-
-
-def check_workers(cluster: str | None, workers: int | None) -> None:
-    """Raises ValueError where there can't be such a cluster, or so many."""
-    if not (cluster is None or (isinstance(cluster, str) and cluster)):
-        raise ArgumentError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
-    if workers is None:
-        return
-    if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
-        raise ArgumentError(f"workers must be a whole number of at least 1, not {workers!r}.")
-    if cluster is None:
-        raise ArgumentError("workers are those of a cluster: say which one, such as cluster='local'.")
 
 
 def _ray() -> ModuleType:

@@ -23,7 +23,7 @@ from ..labels.fields import check_label_field, check_prompt_field, declare_label
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
 from ..zoo.reading import ImageGetItem, ImageItem
-from .cluster import check_workers, on_cluster
+from .cluster import Cluster, on_cluster
 from .pipeline import DELETED, check_mask_folder, counted, segment_and_store, settle_leftovers
 from .plan import ids_of_labels_with_masks, parameters_of, prepare, prompts_left, samples_left
 from .record import SegmentationRun, mark_abandoned, on_record, recorded_runs
@@ -42,6 +42,7 @@ def segment_everything(
     samples: SampleCollection,
     model: MobileSAMv2Model | MobileSAMv2ModelConfig,
     label_field: str = "segmentations",
+    *,
     replace: bool = False,
     batch_size: int = 8,
     progress: Progress = None,
@@ -82,11 +83,13 @@ def segment_everything(
         raise ArgumentError(f"shard must be a Shard, not {shard!r}.")
     if shard is not None and cluster is not None:
         raise ArgumentError("A part can't be spread over a cluster: give either shard or cluster.")
-    check_workers(cluster, workers)
+    spread = Cluster.of(cluster, workers)
     _check_how(replace, batch_size)
     prepare(samples, label_field, config, replace)
-    if cluster is not None:
-        return _segment_on_cluster(samples, config, label_field, replace, batch_size, progress, cluster, workers)
+    if spread is not None:
+        return _segment_on_cluster(
+            samples, config, label_field, spread, replace=replace, batch_size=batch_size, progress=progress
+        )
     if model is config:
         model = MobileSAMv2Model(config)
     parameters = parameters_of(config)
@@ -115,11 +118,11 @@ def _segment_on_cluster(
     samples: SampleCollection,
     config: MobileSAMv2ModelConfig,
     label_field: str,
+    cluster: Cluster,
+    *,
     replace: bool,
     batch_size: int,
     progress: Progress,
-    cluster: str,
-    workers: int | None,
 ) -> SegmentationRun:
     run = SegmentationRun(label_field, parameters_of(config), replace=replace, mask_dir=mask_folder(config))
     dataset, group = root_dataset(samples), run.run_id
@@ -142,9 +145,8 @@ def _segment_on_cluster(
             samples,
             _segmenter,
             (parameters, label_field, replace, batch_size),
-            group,
             cluster,
-            workers,
+            group=group,
             died=lambda part: mark_abandoned(group, part.index),
             waiting=show,
         )
@@ -169,7 +171,9 @@ def _segmenter(
     model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
 
     def segment(samples: SampleCollection, shard: Shard) -> None:
-        segment_everything(samples, model, label_field, replace, batch_size, progress=False, shard=shard)
+        segment_everything(
+            samples, model, label_field, replace=replace, batch_size=batch_size, progress=False, shard=shard
+        )
 
     return segment
 
@@ -179,6 +183,7 @@ def segment_anything(
     model: MobileSAMv2Model,
     prompt_field: str,
     label_field: str | None = None,
+    *,
     replace: bool = False,
     batch_size: int = 8,
     progress: Progress = None,
