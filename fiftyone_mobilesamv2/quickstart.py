@@ -8,9 +8,7 @@ from pathlib import Path
 
 import cv2
 import fiftyone as fo
-import fiftyone.core.labels as fol
 import fiftyone.core.utils as fou
-import fiftyone.utils.image as foui
 import numpy as np
 from tqdm import tqdm
 
@@ -19,6 +17,7 @@ from .errors import ArgumentError
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
+from .labels.masks import cropped_masks
 from .modeling.arrays import ImageArray, IntArray, MaskArray
 from .runs.segment import segment_everything
 from .training.scenes import write_coco
@@ -124,21 +123,13 @@ def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) ->
     return "\n".join(lines)
 
 
-def cropped_mask(detection: fol.Detection, size: tuple[int, int]) -> tuple[MaskArray, IntArray]:
-    """A stored detection's mask, wherever it is stored, and its box: xyxy in pixels of an image of `size` (h, w)."""
-    mask = detection.mask if detection.mask is not None else foui.read(detection.mask_path)[..., 0] > 0
-    height, width = size
-    x, y = round(detection.bounding_box[0] * width), round(detection.bounding_box[1] * height)
-    return mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]])
-
-
 def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> ImageArray:
     """uint8 RGB: the first images of the dataset with their masks in colour, least confident first."""
     sheet = np.full((rows * tile, columns * tile, 3), 30, np.uint8)
     for number, sample in enumerate(dataset.match(fo.ViewField(LABEL_FIELD) != None).limit(rows * columns)):  # noqa: E711
         image = read_image(sample.filepath)
         ranked = sorted(sample[LABEL_FIELD].detections, key=lambda d: d.confidence)
-        drawn = draw_masks(image, [cropped_mask(d, image.shape[:2]) for d in ranked])
+        drawn = draw_masks(image, cropped_masks([d.to_mongo() for d in ranked], image.shape[:2]))
         scale = (tile - 4) / max(image.shape[:2])
         size = [max(1, int(side * scale)) for side in image.shape[1::-1]]
         small = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)

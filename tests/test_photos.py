@@ -23,7 +23,9 @@ def check_stored(dataset):
     for sample in dataset:
         size = sample.metadata.height, sample.metadata.width
         for detection in sample[FIELD].detections:
-            mask, (x0, y0, x1, y1) = quickstart.cropped_mask(detection, size)
+            mask = detection.get_mask() > 0
+            x0, y0 = (round(v * side) for v, side in zip(detection.bounding_box, size[::-1]))
+            x1, y1 = x0 + mask.shape[1], y0 + mask.shape[0]
             assert 0 <= x0 < x1 <= size[1] and 0 <= y0 < y1 <= size[0]
             np.testing.assert_allclose(
                 detection.bounding_box, [x0 / size[1], y0 / size[0], (x1 - x0) / size[1], (y1 - y0) / size[0]]

@@ -18,9 +18,11 @@ from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError, LabelError, MissingError
 from ..fiftyone_internals import Document
-from ..modeling.arrays import AnyArray, FloatArray, MaskArray
+from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
 from ..modeling.rle import RLE, rle_from_crop
 from .documents import name_of
+
+_NO_MASK = np.zeros((0, 0), bool), np.zeros(4, np.int64)
 
 
 def masks_of(
@@ -43,8 +45,16 @@ def masks_of(
         _check_has_mask(label)
     if wanted is None:
         wanted = [True] * len(labels)
-    empty = _empty_mask(size)
+    empty = rle_from_crop(*_NO_MASK, size)
     return [_mask_of(label, size) if decode else empty for label, decode in zip(labels, wanted)]
+
+
+def cropped_masks(labels: Sequence[Document], size: tuple[int, int]) -> list[tuple[MaskArray, IntArray]]:
+    """The mask of each label of `fo.Detection`, bool [h, w], and its box, xyxy in pixels of the image of that size.
+
+    Raises as :func:`masks_of` does.
+    """
+    return [_cropped_mask(label, size) for label in labels]
 
 
 def boxes_of(labels: Sequence[Document], size: tuple[int, int]) -> FloatArray:
@@ -65,13 +75,15 @@ def boxes_may_overlap(boxes: FloatArray, others: FloatArray) -> MaskArray:
 
 
 def _mask_of(label: Document, size: tuple[int, int]) -> RLE:
-    if "points" in label:
-        return _polygons_mask(label, size)
+    return _polygons_mask(label, size) if "points" in label else rle_from_crop(*_cropped_mask(label, size), size)
+
+
+def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, IntArray]:
     mask = _stored_mask(label)
     height, width = size
     x, y, w, h = _relative_box(label) * [width, height, width, height]
     if not mask.any():
-        return _empty_mask(size)
+        return _NO_MASK
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         raise LabelError(f"{name_of(label)} has a mask, but its bounding_box lies outside the image")
     rows, columns = mask.shape
@@ -88,11 +100,7 @@ def _mask_of(label: Document, size: tuple[int, int]) -> RLE:
     x, y = round(x), round(y)
     mask = mask[max(0, -y) : height - y, max(0, -x) : width - x]
     x, y = max(0, x), max(0, y)
-    return rle_from_crop(mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]]), size)
-
-
-def _empty_mask(size: tuple[int, int]) -> RLE:
-    return rle_from_crop(np.zeros((0, 0), bool), np.zeros(4), size)
+    return mask, np.array([x, y, x + mask.shape[1], y + mask.shape[0]])
 
 
 def _polygons_mask(label: Document, size: tuple[int, int]) -> RLE:
