@@ -4,17 +4,21 @@ import atexit
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
+from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = Path(__file__).resolve().parent / "data" / "parity"
 SHARED = ROOT.parent / "shared"
@@ -50,6 +54,38 @@ os.environ |= {
 @atexit.register
 def remove_scratch() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: the tests of a file stay together, for what they share; those of the App share a browser."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+
+
+def skip_reasons(reports: Iterable[pytest.TestReport]) -> Counter[str]:
+    """How many tests were skipped for each reason."""
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+
+
+def unnamed_reasons(reasons: Iterable[str], readme: str) -> list[str]:
+    """The reasons that the README's list of what is skipped does not name."""
+    named = re.findall(r"^- `(needs [^`]+)`", readme, re.MULTILINE)
+    return [reason for reason in reasons if not any(reason.startswith(name) for name in named)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Counts what was skipped, and fails where a reason is not in the README: nothing goes untested unnoticed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):  # a worker's reports reach its parent
+        return
+    reasons = skip_reasons(reporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        reporter.write_line(f"\n{count} skipped: {reason}")
+    if unnamed := unnamed_reasons(reasons, (ROOT / "README.md").read_text()):
+        reporter.write_line(f"The README does not say that this is skipped: {'; '.join(unnamed)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

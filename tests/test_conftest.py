@@ -1,4 +1,5 @@
 import fiftyone as fo
+import pytest
 from fiftyone.core.odm import get_db_client
 
 
@@ -7,3 +8,35 @@ def test_the_database_in_use_is_the_fixtures(mongod, dataset):
     assert f"{host}:{port}" in mongod
     assert dataset.name in fo.list_datasets()
     assert not dataset.persistent
+
+
+@pytest.fixture
+def skipping(pytester, request):
+    """The tests of another folder, with this folder's rules for what may be skipped."""
+    pytester.makeconftest(
+        f"""
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("rules", {str(request.path.with_name("conftest.py"))!r})
+        rules = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(rules)
+        pytest_sessionfinish = rules.pytest_sessionfinish
+        """
+    )
+
+    def run(reason):
+        pytester.makepyfile(f"import pytest\n@pytest.mark.skip(reason={reason!r})\ndef test(): pass")
+        return pytester.runpytest_subprocess()
+
+    return run
+
+
+def test_what_the_readme_names_may_be_skipped(skipping):
+    result = skipping("needs the folder ../shared/photos beside the repository")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines("1 skipped: needs the folder ../shared/photos beside the repository")
+
+
+def test_what_the_readme_does_not_name_fails(skipping):
+    result = skipping("needs more time")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines("The README does not say that this is skipped: needs more time")

@@ -1,6 +1,7 @@
 """The FiftyOne App in a real Chromium: the plugin as users install it, a server, a browser, and pages to drive.
 
-One server and one browser serve all tests. Tests and server share the database: a test makes persistent datasets with
+One server and one browser serve all tests here, and end with them: Playwright runs an asyncio loop in this thread, and
+FiftyOne's operators start their own. Tests and server share the database: a test makes persistent datasets with
 fiftyone, and looks at what the App did to them after `dataset.reload()`.
 """
 
@@ -48,12 +49,12 @@ OFFERED = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("app")
-    # Last, because Playwright leaves an asyncio loop running in this thread, and FiftyOne's operators start their own.
-    items.sort(key=lambda item: HERE in item.path.parents)
+            item.add_marker(pytest.mark.xdist_group("app"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -151,7 +152,7 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
         process.wait(timeout=10)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(server_environment, tmp_path_factory):
     """The App's server."""
     with socket.socket() as probe:
@@ -180,11 +181,11 @@ def worker(server):
         yield log
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
     chromium = CHROMIUM["find_chromium"]()
     if not chromium:
-        pytest.skip(CHROMIUM["MISSING"])
+        pytest.skip(f"needs Chromium: {CHROMIUM['MISSING']}")
     with sync_playwright() as started:
         # As root, Chromium starts only without its sandbox. By the rule, no name resolves: the App asks for web fonts.
         arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
@@ -193,7 +194,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def context(browser: Browser):
     context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="dark", reduced_motion="reduce")
     context.set_default_timeout(TIMEOUT)

@@ -429,14 +429,14 @@ def test_sampled_frames(video, model):
     assert [len(stored[n][FIELD].detections) for n in (1, 2, 3)] == [len(f[FIELD].detections) for f in frames]
 
 
-@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="FiftyOne reads videos by ffmpeg")
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="needs ffmpeg")
 def test_video(video, model):
     video.apply_model(model, f"frames.{FIELD}", batch_size=2)
     stored = video.first().frames
     assert all(stored[number][FIELD].detections for number in (1, 2, 3))
 
 
-@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="FiftyOne reads videos by ffmpeg")
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="needs ffmpeg")
 def test_video_that_was_interrupted(video, model, monkeypatch):
     video.apply_model(model, "frames.reference", batch_size=1)
     segment, calls = model._segment, []
