@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+import tenacity
 from pymongo import WriteConcern
 from pymongo.errors import ConnectionFailure, ExecutionTimeout, WriteConcernError
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 # has carried a write out but not as safely as was asked for.
 AWAY = (ConnectionFailure, ExecutionTimeout, WriteConcernError)
 PATIENCE = 300  # seconds
+_ATTEMPTS_UNTIL_LOGGED = 4  # about a second
 MAX_IDS = 800_000  # in a query: 16 MB, MongoDB's limit, at 20 bytes each
 
 
@@ -36,24 +37,24 @@ def retry_while_unavailable(call: Callable[[], T], given_up: threading.Event | N
         what `call` raises, at once if that does not pass by itself.
     """
     given_up = given_up or threading.Event()
-    start, pause = time.monotonic(), 0.1
-    while True:
-        try:
-            found = call()
-        except AWAY as error:
-            waited = time.monotonic() - start
-            if given_up.is_set() or waited > PATIENCE:
-                raise
-            if pause < 1 <= 2 * pause:  # once
-                logger.warning(
-                    "The database doesn't answer; waiting up to %d s for it: %s", PATIENCE, first_line(error)
-                )
-            given_up.wait(pause)
-            pause = min(2 * pause, 10)
-        else:
-            if pause > 1:
-                logger.warning("The database answers again")
-            return found
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(AWAY),
+        stop=tenacity.stop_after_delay(PATIENCE) | tenacity.stop_when_event_set(given_up),
+        wait=tenacity.wait_exponential(0.1, max=10),  # seconds: 0.1, 0.2, 0.4, ...
+        sleep=tenacity.sleep_using_event(given_up),
+        before_sleep=_log_once,
+        reraise=True,
+    )
+    result = retrying(call)
+    if retrying.statistics["attempt_number"] > _ATTEMPTS_UNTIL_LOGGED:
+        logger.warning("The database answers again")
+    return result
+
+
+def _log_once(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == _ATTEMPTS_UNTIL_LOGGED and state.outcome is not None:
+        error = state.outcome.exception()
+        logger.warning("The database doesn't answer; waiting up to %d s for it: %s", PATIENCE, first_line(error))
 
 
 def with_journaled_writes(collection: Collection[Document]) -> Collection[Document]:
@@ -64,6 +65,6 @@ def with_journaled_writes(collection: Collection[Document]) -> Collection[Docume
     return collection.with_options(write_concern=WriteConcern(**concern))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException | None) -> str:
     """What an error says, without the state of every server, which pymongo adds."""
     return str(error).split(", Timeout:")[0].split("\n")[0][:300]
