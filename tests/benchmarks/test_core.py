@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ABSENT = ["fiftyone", "pycocotools", "pymongo", "mongoengine", "bson", "lvis", "segment_anything", "plotly"]
 
 
+@pytest.mark.slow
 def test_core_needs_no_fiftyone():
     program = f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\nimport core"
     ran = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=120)

@@ -38,7 +38,7 @@ def small_grid():
 
 @pytest.fixture(scope="module")
 def images():
-    return scenes()[:5]
+    return scenes()[:3]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,7 @@ def test_answers_on_photos(healthy):
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_random_weights_do_not_pass_on_photos(working):
     """Those of the smallest released architecture, as built."""
     with torch.random.fork_rng():

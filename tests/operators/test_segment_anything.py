@@ -75,6 +75,7 @@ def test_masks_in_a_new_field(plugin, boxed, sam):
         assert all(d.mask is None for d in sample.boxes.detections)
 
 
+@pytest.mark.slow
 def test_precision(plugin, boxed):
     params = {"prompt_field": "boxes", "place": "new", **DEMO}
     for dtype in ("float32", "bfloat16"):

@@ -139,6 +139,7 @@ def test_masks_on_disk(plugin, scenes, expected):
     assert_as_expected(scenes, "segmentations", expected)
 
 
+@pytest.mark.slow
 def test_precision(plugin, scenes, scene_files, expected):
     form = plugin.form("segment_everything", scenes)
     assert form.choices("dtype") == list(DTYPES) and form.default("dtype") == "float32"

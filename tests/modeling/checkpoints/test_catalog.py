@@ -32,7 +32,7 @@ from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDeco
 
 NOTES = Path(__file__).resolve().parents[4] / "shared" / "notes" / "paper.md"
 RELEASED = [name for name, model in MODELS.items() if not model.encoder_weights.is_packaged]
-SMALL = {"mobilesamv2-tinyvit-torch", "mobilesamv2-efficientvit-l0-torch"}
+SMALL = {"mobilesamv2-tinyvit-torch"}
 BOXES = np.array([[20, 30, 200, 180], [5, 5, 300, 235], [150, 60, 160, 200]], np.float32)
 
 # What is declared ----------------------------------------------------------------------------------------------------
