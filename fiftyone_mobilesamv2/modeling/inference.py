@@ -146,17 +146,35 @@ class Strips(nn.Module):
 
 
 def fuse_batch_norms(module: nn.Module) -> None:
-    """Folds each batch norm into the convolution that was registered last before it, which in all encoders feeds it."""
-    last: tuple[str, nn.Conv2d] | None = None
-    for name, child in list(module.named_modules()):
-        if isinstance(child, nn.Conv2d):
-            last = name, child
-        elif type(child) is nn.BatchNorm2d and last is not None:  # and none that does more, as timm has
-            convolution_name, convolution = last
-            fused = fuse_conv_bn_eval(convolution, child)
-            module.set_submodule(convolution_name, fused)
-            module.set_submodule(name, nn.Identity())
-            last = convolution_name, fused
+    """Folds each batch norm into the convolution that feeds it: the module before it in its parent.
+
+    Raises:
+        ArgumentError: there is another module, which may not be what feeds it.
+    """
+    for parent in list(module.modules()):
+        before: tuple[nn.Module, str] | None = None
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d:  # and none that does more, as timm has
+                owner, convolution_name = _last(before)
+                convolution = getattr(owner, convolution_name, None)
+                if not isinstance(convolution, nn.Conv2d) or convolution.out_channels != child.num_features:
+                    raise ArgumentError(
+                        f"The batch norm '{name}' of {type(parent).__name__} follows no convolution that feeds it: it "
+                        f"can't be folded."
+                    )
+                setattr(owner, convolution_name, fuse_conv_bn_eval(convolution, child))
+                setattr(parent, name, nn.Identity())
+            before = parent, name
+
+
+def _last(place: tuple[nn.Module, str] | None) -> tuple[nn.Module | None, str]:
+    """Owner and name of the last module in a sequence of modules, or of the module itself."""
+    if place is None:
+        return None, ""
+    owner, name = place
+    while isinstance(sequence := getattr(owner, name), nn.Sequential) and len(sequence):
+        owner, name = sequence, str(len(sequence) - 1)
+    return owner, name
 
 
 _Replacements = dict[type[nn.Module], Callable[[Any], nn.Module]]  # each makes a faster module of one of that type

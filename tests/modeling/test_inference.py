@@ -14,6 +14,7 @@ from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 from fiftyone_mobilesamv2.images import read_image
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_detector
+from fiftyone_mobilesamv2.modeling.image_encoders import ENCODERS as REGISTRY
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config
 from fiftyone_mobilesamv2.modeling.inference import InFloat32, Strips, prepare_for_inference
 from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery
@@ -31,6 +32,29 @@ ENCODERS = {
     "efficientvit_l0": encoder_config("efficientvit_l0").build,
     "resnet_demo": encoder_config("resnet_demo").build,
 }
+# Of each encoder of the registry, the one above that has the same parts.
+SAME_PARTS = {
+    "tiny_vit": "tiny_vit",
+    **dict.fromkeys(("efficientvit_l0", "efficientvit_l1", "efficientvit_l2"), "efficientvit_l0"),
+    **dict.fromkeys(("sam_vit_b", "sam_vit_l", "sam_vit_h"), "sam_vit"),
+    "resnet_demo": "resnet_demo",
+}
+
+
+def test_no_encoder_is_forgotten():
+    assert set(SAME_PARTS) == set(REGISTRY) and set(SAME_PARTS.values()) == set(ENCODERS)
+
+
+def test_batch_norm_that_no_convolution_feeds():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+            self.norm = nn.BatchNorm2d(4)
+
+    for module in (Odd(), nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(3))):
+        with pytest.raises(ValueError, match="follows no convolution that feeds it"):
+            prepare_for_inference(module, CPU, torch.float32)
 
 
 def randomised(module: nn.Module) -> nn.Module:
