@@ -97,6 +97,7 @@ def test_same_embedding(encoder):
     assert torch.equal(prepared(pixels), found)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_bfloat16_embedding(encoder):
     module, pixels, expected = encoder
@@ -147,6 +148,7 @@ def test_same_boxes(tmp_path):
     assert prepared.model[-1].head.anchors[0, :512].tolist() == [x + 0.5 for x in range(512)]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_bfloat16_boxes(photos):
     """Nearly all boxes of the float32 model have one of their own that overlaps them by 0.95."""
