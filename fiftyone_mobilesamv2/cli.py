@@ -99,17 +99,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "quickstart":
-            from . import quickstart  # here: the rest need not wait for torch
+            from .quickstart import run as run_quickstart  # here: the rest need not wait for torch
 
-            quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
+            run_quickstart(args.images, args.model, args.scenes, args.batch_size, args.output)
         elif args.command == "segment":
             return run_segment(args)
         elif args.command == "models":
             return run_models(args)
         elif args.command == "doctor":
-            from . import doctor
+            from .doctor import run as run_doctor
 
-            return doctor.run(args.model, args.device, args.dtype, args.output)
+            return run_doctor(args.model, args.device, args.dtype, args.output)
         elif args.command == "reproduce":
             run_reproduce(args)
         elif args.command == "evaluate":

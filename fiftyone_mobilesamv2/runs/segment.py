@@ -87,7 +87,7 @@ def segment_everything(
     prepare(samples, label_field, config, replace)
     if cluster is not None:
         return _segment_on_cluster(samples, config, label_field, replace, batch_size, progress, cluster, workers)
-    if model is config:
+    if isinstance(model, MobileSAMv2ModelConfig):
         model = MobileSAMv2Model(config)
     parameters = parameters_of(config)
     todo = samples_left(samples, label_field, parameters, replace, shard)
