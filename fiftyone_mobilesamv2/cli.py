@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, DownloadError, MobileSAMv2Error
+from .evaluation.ranking import RANKINGS
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -65,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--eval-key", default="ar", help="key of the run; an earlier one of this key is replaced")
     evaluate.add_argument("--ks", type=positive, nargs="+", default=[10, 100, 1000], help="how many proposals count")
     evaluate.add_argument("--boxes", action="store_true", help="compare boxes; else masks")
-    evaluate.add_argument(
-        "--rank-by", choices=("confidence", "predicted_iou", "stability", "sam"), default="confidence"
-    )
+    evaluate.add_argument("--rank-by", choices=tuple(RANKINGS), default="confidence")
     evaluate.add_argument("--compare", nargs="+", default=[], metavar="KEY", help="earlier runs to print beside it")
 
     add_cluster(evaluate)
@@ -99,17 +98,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "quickstart":
-            from . import quickstart  # here: the rest need not wait for torch
+            from .quickstart import run as run_quickstart  # here: the rest need not wait for torch
 
-            quickstart.run(args.images, args.model, args.scenes, args.batch_size, args.output)
+            run_quickstart(args.images, args.model, args.scenes, args.batch_size, args.output)
         elif args.command == "segment":
             return run_segment(args)
         elif args.command == "models":
             return run_models(args)
         elif args.command == "doctor":
-            from . import doctor
+            from .doctor import run as run_doctor
 
-            return doctor.run(args.model, args.device, args.dtype, args.output)
+            return run_doctor(args.model, args.device, args.dtype, args.output)
         elif args.command == "reproduce":
             run_reproduce(args)
         elif args.command == "evaluate":
@@ -145,8 +144,8 @@ def run_segment(args: argparse.Namespace) -> int:
         load_dataset(args.dataset),
         MobileSAMv2ModelConfig({"name": args.model, **parameters}),
         args.label_field,
-        args.replace,
-        args.batch_size,
+        replace=args.replace,
+        batch_size=args.batch_size,
         progress=True,
         cluster=args.cluster,
         workers=args.workers,
@@ -190,18 +189,20 @@ def run_models(args: argparse.Namespace) -> int:
         checks = []
         for check in tqdm(check_sources(all_files()), "Asking", sum(len(weights.sources) for weights in all_files())):
             checks.append(check)
-        print(_table(list(map(overview.source_row, checks))))
+        print(table(list(map(overview.source_row, checks))))
         return int(any(check.verdict != "right" for check in checks))
     else:
-        print(f"{_table(overview.model_rows())}\n\n{_table(overview.file_rows())}\n")
+        for rows in (overview.model_rows(), overview.file_rows()):
+            print(f"{table(rows)}\n")
         print(f"Downloaded weights are in {files.weights_dir()}.")
     return 0
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    widths = [max(len(text) for text in (name, *(row[name] for row in rows))) for name in rows[0]]
-    lines = [list(rows[0]), ["-" * width for width in widths], *(list(row.values()) for row in rows)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows as text, under the names of their columns."""
+    from tabulate import tabulate
+
+    return tabulate(rows, headers="keys", disable_numparse=True)
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
@@ -247,9 +248,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         args.pred_field,
         args.gt_field,
         args.eval_key,
-        args.ks,
-        not args.boxes,
-        args.rank_by,
+        ks=args.ks,
+        use_masks=not args.boxes,
+        rank_by=args.rank_by,
         cluster=args.cluster,
         workers=args.workers,
     )

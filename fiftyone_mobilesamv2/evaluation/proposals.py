@@ -27,7 +27,7 @@ from ..labels.documents import (
 from ..labels.fields import check_shapes_field
 from ..runs.cluster import Cluster
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall
-from .measuring import Measured, MeasuredImage, measure, measure_on_cluster
+from .measuring import Measured, measure, measure_on_cluster
 from .proposal_results import ProposalResults
 from .ranking import check_ranking
 from .run_fields import FOUND_AT, NO_CLASS, Match, RunFields
@@ -231,11 +231,7 @@ class ProposalEvaluation(RunFields):
         else:
             self._measured = measure_on_cluster(samples, self.config, self.cluster, progress)
         log_skipped(self._measured.skipped, self._measured.num_images)
-        self._by_id = {str(image.id): image for image in self._images}
-
-    @property
-    def _images(self) -> list[MeasuredImage]:
-        return self._measured.images
+        self._by_id = {str(image.id): image for image in self._measured.images}
 
     def _results(
         self,
@@ -244,7 +240,7 @@ class ProposalEvaluation(RunFields):
         classes: Sequence[str] | None = None,
         missing: str | None = None,
     ) -> ProposalResults:
-        objects = [found for image in self._images for found in image.objects]
+        objects = [found for image in self._measured.images for found in image.objects]
         ranks = np.array([found.ranks for found in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
         if not objects:
             classes = [NO_CLASS]  # the App's panel breaks down without any

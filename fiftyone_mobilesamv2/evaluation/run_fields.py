@@ -30,7 +30,7 @@ from ..fiftyone_internals import (
     source_dataset,
     split_frame_field,
 )
-from .measuring import MeasuredImage
+from .measuring import Measured, MeasuredImage
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -46,7 +46,7 @@ class RunFields(foud.DetectionEvaluation):
     """The part of :class:`.proposals.ProposalEvaluation` that stores, renames and deletes what was measured."""
 
     config: ProposalEvaluationConfig
-    _images: list[MeasuredImage]
+    _measured: Measured
 
     def check_names(self, samples: SampleCollection, eval_key: str) -> None:
         """That nothing of the user's is where the run is going to store, and at last delete, its own."""
@@ -92,7 +92,7 @@ class RunFields(foud.DetectionEvaluation):
         self._update(dataset, eval_key, lambda image: {"_id": image.id})
         if self._is_of_frames(dataset):
             videos: dict[ObjectId, list[MeasuredImage]] = {}
-            for image in self._images:
+            for image in self._measured.images:
                 videos.setdefault(image.sample_id, []).append(image)
             for name in self._counts([]):
                 values = {str(id): self._counts(images)[name] for id, images in videos.items()}
@@ -109,11 +109,11 @@ class RunFields(foud.DetectionEvaluation):
         )
         ids: list[ObjectId] = []  # of what is in memory, too, and then reloaded
         operations: list[UpdateOne] = []
-        for number, image in enumerate(self._images, 1):
+        for number, image in enumerate(self._measured.images, 1):
             counts = {eval_key + name: value for name, value in self._counts([image]).items()} if has_counts else {}
             operations += _updates(query(image), image, eval_key, objects_path, proposals_path, counts)
             ids.append(query(image).get("_id", image.id))  # a frame has its id in a view of frames as well
-            if len(operations) >= _UPDATES_AT_ONCE or number == len(self._images):
+            if len(operations) >= _UPDATES_AT_ONCE or number == len(self._measured.images):
                 bulk_write(dataset, operations, ids=ids, frames=of_frames)
                 ids, operations = [], []
 
@@ -125,7 +125,7 @@ class RunFields(foud.DetectionEvaluation):
         if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self._skipped]:
             bulk_write(dataset, operations, frames=of_frames)
         if of_frames:
-            measured = {str(image.sample_id) for image in self._images}
+            measured = {str(image.sample_id) for image in self._measured.images}
             empty = [id for id in samples.values("id") if id not in measured]
             if empty:
                 bulk_write(dataset, [UpdateOne({"_id": ObjectId(id)}, nothing) for id in empty])

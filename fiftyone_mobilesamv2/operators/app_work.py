@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.operators as foo
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _UNAUTHORIZED = 13  # MongoDB's code for it
 _MAX_MESSAGE = 2000  # characters of a message: MongoDB quotes whole documents
 REFRESH = 0.4  # seconds between two states of the bar in the App
+Button = tuple[str, str, dict[str, Any]]  # label, URI of an operator, parameters of the operator
 
 
 @dataclass
@@ -40,14 +41,14 @@ class Outcome:
         result: the same for programs, as JSON.
         view: to open in the App.
         panel: to open in the App.
-        buttons: (label, URI of an operator, its parameters) below the summary.
+        buttons: below the summary.
     """
 
     text: str
-    result: dict
+    result: dict[str, Any]
     view: fo.DatasetView | None = None
     panel: str | None = None
-    buttons: list[tuple[str, str, dict]] = field(default_factory=list)
+    buttons: list[Button] = field(default_factory=list)
 
 
 class Progress:
@@ -81,7 +82,7 @@ class CancelWork(foo.Operator):
     def config(self) -> foo.OperatorConfig:
         return foo.OperatorConfig(name=self.identifier, label="MobileSAMv2: cancel", unlisted=True, risk_level="low")
 
-    def execute(self, ctx: ExecutionContext) -> dict:
+    def execute(self, ctx: ExecutionContext) -> dict[str, bool]:
         work = running.get(str(ctx.params.get("work")))
         if work is not None:
             work.progress.cancelled.set()
@@ -164,7 +165,7 @@ def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[Gene
     elif isinstance(error, Cancelled):
         outputs.str("text", view=types.MarkdownView())
         text = f"**{title}** was cancelled. What was stored by then stays."
-    else:
+    elif error is not None:
         if not _explains_itself(error):
             logger.error("%s failed", title, exc_info=error)
         outputs.view("error", types.Error(label=f"{title} failed", description=_told(error)))
@@ -204,6 +205,6 @@ def throttled(show: Callable[[float | None, str], None]) -> Callable[[float | No
     return throttled
 
 
-def advance(bar: tqdm, share: float | None, label: str) -> None:
+def advance(bar: tqdm[Any], share: float | None, label: str) -> None:
     bar.set_description(label, refresh=False)
     bar.update((share or 0) - bar.n)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.core.stages as fosg
 from bson import ObjectId
 
 from ..errors import FormError
+from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import FRAMES_PREFIX, all_view_stages, root_dataset
 from ..labels.fields import SHAPE_TYPES, have_masks, label_fields
-from .app_work import Outcome, Progress
+from .app_work import Button, Outcome, Progress
 from .form import Form, code, count
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
+    from ..labels.documents import Skipped
     from ..runs.record import SegmentationRun
     from ..zoo.config import MobileSAMv2ModelConfig
-    from .app_work import Progress
-    from .form import Form
 
 
 def model_choice(form: Form) -> str:
@@ -96,12 +96,6 @@ def fetch_with_progress(name: str, progress: Progress) -> None:
 SHAPES = (fo.Detections, fo.Polylines)
 GROUND_TRUTH = "ground_truth"
 _HIDING = (fosg.FilterLabels, fosg.SelectLabels, fosg.ExcludeLabels, fosg.LimitLabels)
-RANKINGS = {
-    "confidence": "Confidence, the detector's score",
-    "predicted_iou": "IoU that the decoder predicts",
-    "stability": "Stability of the mask",
-    "sam": "SAM's: the mean of predicted IoU and stability",
-}
 
 
 def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
@@ -141,12 +135,18 @@ def use_masks_switch(form: Form, *field_names: str) -> bool:
     return use_masks
 
 
-def field_of_selected(labels: Sequence[Mapping]) -> str:
+def ranking_choice(form: Form, title: str, description: str) -> str:
+    """How proposals are ranked."""
+    choices = {name: ranking.title for name, ranking in RANKINGS.items()}
+    return form.choice("rank_by", choices, "confidence", title, description)
+
+
+def field_of_selected(labels: Sequence[Mapping[str, Any]]) -> str:
     """The field that the labels selected in the App are of. Raises FormError where they are of several, or of none."""
     ids = [label.get(name) for label in labels for name in ("sample_id", "label_id")]
     if not all(map(ObjectId.is_valid, ids)) or not all(isinstance(label.get("field"), str) for label in labels):
         raise FormError("The selected labels are gone. Select others.")
-    fields = sorted({label["field"] for label in labels})
+    fields: list[str] = sorted({label["field"] for label in labels})
     if len(fields) > 1:
         raise FormError(
             f"The selected labels are of several fields, {', '.join(fields)}. Select labels of one: the sidebar hides "
@@ -155,7 +155,7 @@ def field_of_selected(labels: Sequence[Mapping]) -> str:
     return fields[0]
 
 
-def skipped_text(skipped: Sequence[dict]) -> list[str]:
+def skipped_text(skipped: Sequence[Skipped]) -> list[str]:
     """What a summary says of images that were skipped; nothing if none were."""
     if not skipped:
         return []
@@ -163,14 +163,19 @@ def skipped_text(skipped: Sequence[dict]) -> list[str]:
     return [f"**{count(len(skipped), 'image')} skipped.** The first: {code(first['filepath'])}: {code(first['cause'])}"]
 
 
-def skipped_button(skipped: Sequence[dict]) -> list[tuple[str, str, dict]]:
+def skipped_button(skipped: Sequence[Skipped]) -> list[Button]:
     """The button that shows them."""
-    ids = [each["id"] for each in skipped]
-    return [("Show skipped samples", "@voxel51/operators/show_samples", {"samples": ids})] if ids else []
+    return samples_button(SKIPPED, [each["id"] for each in skipped])
 
 
+SKIPPED = "Show skipped samples"
 FAILED = "Show failed samples"
 SHOW_SAMPLES = "@voxel51/operators/show_samples"
+
+
+def samples_button(label: str, ids: Sequence[str]) -> list[Button]:
+    """The button that shows samples; none if there are none."""
+    return [(label, SHOW_SAMPLES, {"samples": ids})] if ids else []
 
 
 def detections_fields(samples: SampleCollection, prefix: str = "") -> list[str]:
@@ -191,15 +196,12 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     stages = [f"{name} {seconds:.1f} s" for name, seconds in run.seconds.items() if name != "total"]
     if stages:
         lines.append(f"Time: {run.seconds['total']:.1f} s, of which {', '.join(stages)}.")
-    buttons = []
     if run.failures:
         first = run.failures[0]
         lines.append(
             f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: "
             f"{code(first.filepath)}: {code(first.error)}"
         )
-        ids = [failure.sample_id for failure in run.failures]
-        buttons.append((FAILED, SHOW_SAMPLES, {"samples": ids}))
     result = {
         "label_field": run.label_field,
         "images": run.images,
@@ -209,4 +211,5 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
         "cancelled": run.cancelled,
         "failures": [vars(failure) for failure in run.failures],
     }
+    buttons = samples_button(FAILED, [failure.sample_id for failure in run.failures if failure.sample_id])
     return Outcome("\n\n".join(lines), result, buttons=buttons)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..labels.fields import label_fields
 from .app_work import Outcome, Progress
@@ -91,7 +91,7 @@ class ComparePrompting(Operator):
         return _outcome(comparison, values)
 
 
-def _outcome(comparison: Comparison, values: dict) -> Outcome:
+def _outcome(comparison: Comparison, values: dict[str, Any]) -> Outcome:
     grid = comparison.grid
     lines = [
         f"**{comparison}**",

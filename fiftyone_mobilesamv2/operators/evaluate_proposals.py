@@ -13,7 +13,15 @@ from fiftyone import ViewField as F
 from ..errors import ArgumentError
 from ..fiftyone_internals import is_frame_field
 from .app_work import Outcome, Progress
-from .choices import RANKINGS, ground_truth_choice, proposals_choice, skipped_button, skipped_text, use_masks_switch
+from .choices import (
+    SKIPPED,
+    ground_truth_choice,
+    proposals_choice,
+    ranking_choice,
+    samples_button,
+    skipped_text,
+    use_masks_switch,
+)
 from .form import Form, count
 from .operator import Operator
 
@@ -45,7 +53,7 @@ class EvaluateProposals(Operator):
         ks = form.text("ks", "10, 100, 1000", "K", "How many proposals of an image count: one row of the table each")
         with form.checks("K: "):
             form.values["ks"] = whole_numbers(ks)
-        form.choice("rank_by", RANKINGS, "confidence", "Ranking", "Which proposals are the best")
+        ranking_choice(form, "Ranking", "Which proposals are the best")
         use_masks_switch(form, pred_field, gt_field)
         self._eval_key(form)
 
@@ -89,14 +97,13 @@ def _outcome(samples: SampleCollection, results: ProposalResults) -> Outcome:
         "AR@K: the share of objects that the K best-ranked proposals of their image find, on average over the IoU "
         "from 0.50 to 0.95 that counts as found.",
     ]
-    shown = results.skipped
+    shown = [each["id"] for each in results.skipped]
     if shown and is_frame_field(samples, config.gt_field):  # of frames, their videos are shown
-        frames = F("_id").is_in([ObjectId(each["id"]) for each in shown])
-        shown = [{"id": id} for id in samples.match_frames(frames).values("id")]
+        shown = samples.match_frames(F("_id").is_in(list(map(ObjectId, shown)))).values("id")
     metrics = {name: None if math.isnan(value) else value for name, value in results.metrics().items()}
     return Outcome(
         "\n\n".join(lines + skipped_text(results.skipped)),
         {"eval_key": results.key, "metrics": metrics, "images": recall.images, "skipped": results.skipped},
         panel=PANEL,
-        buttons=skipped_button(shown),
+        buttons=samples_button(SKIPPED, shown),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .app_work import Outcome, Progress
-from .choices import RANKINGS, SHAPES, skipped_button, skipped_text, use_masks_switch
+from .choices import SHAPES, ranking_choice, skipped_button, skipped_text, use_masks_switch
 from .form import Form, count
 from .operator import Operator
 
@@ -34,13 +34,7 @@ class FindDuplicates(Operator):
         form.number(
             "containment", 0.9, "Share inside", "From which a label inside a larger one is a part", min=0.01, max=1
         )
-        form.choice(
-            "rank_by",
-            RANKINGS,
-            "confidence",
-            "Score",
-            "By which the best of duplicates is kept; where no label has any, the largest",
-        )
+        ranking_choice(form, "Score", "By which the best of duplicates is kept; where no label has any, the largest")
         use_masks_switch(form, name)
         form.choice("show", SHOW, "duplicate", "Show then", radio=True)
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from .app_work import Outcome, Progress
-from .choices import RANKINGS, ground_truth_choice, proposals_choice, skipped_button, skipped_text, use_masks_switch
+from .choices import (
+    ground_truth_choice,
+    proposals_choice,
+    ranking_choice,
+    skipped_button,
+    skipped_text,
+    use_masks_switch,
+)
 from .form import Form, count
 from .operator import Operator
 
@@ -41,7 +48,7 @@ class FindUnlabeledObjects(Operator):
                 min=0.01,
                 max=1,
             )
-            form.choice("rank_by", RANKINGS, "confidence", "Score", "By which the surest come first")
+            ranking_choice(form, "Score", "By which the surest come first")
             form.number("min_score", 0, "Lowest score", "Of proposals to look at", min=0)
             form.number("min_area", 0, "Minimum mask area (pixels)", "Smaller proposals are ignored", min=0, whole=True)
         use_masks_switch(form, pred_field, gt_field)

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import cachetools
 import fiftyone as fo
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..zoo.config import Parameter
 
 T = TypeVar("T")
+Default = TypeVar("Default", bound=str | None)
 
 _MAX_TEXT = 4096  # as the longest path on Linux
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -38,15 +39,16 @@ class Form:
     Attributes:
         ctx: FiftyOne's context.
         values: of all inputs by name, defaults where nothing was given.
-        samples: those to work on, once :meth:`target` was called.
+        samples: those to work on; there are none before :meth:`target` was called.
         problems: what has to be mended before the operator can run.
     """
+
+    samples: SampleCollection
 
     def __init__(self, ctx: ExecutionContext) -> None:
         self.ctx = ctx
         self.inputs = types.Object()
-        self.values: dict[str, object] = {}
-        self.samples: SampleCollection | None = None
+        self.values: dict[str, Any] = {}
         self.problems: list[str] = []
 
     @property
@@ -80,7 +82,7 @@ class Form:
             raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
         return self.samples
 
-    def parameter(self, parameter: Parameter, default: object = None) -> object:
+    def parameter(self, parameter: Parameter, default: Any = None) -> Any:
         """A parameter of the model, as it is declared; `default` in place of the declared one."""
         name, title, text = parameter.name, parameter.title, parameter.description
         default = parameter.default if default is None else default
@@ -102,27 +104,29 @@ class Form:
         max: float | None = None,
         whole: bool = False,
     ) -> float | None:
-        """A number; whole ones may be required. Empty, it is the default."""
+        """A number; whole ones may be required. The default where it is empty or not valid."""
         add = self.inputs.int if whole else self.inputs.float
         # Limits are checked here, not by FiftyOne, which would not say what is expected.
         found = add(name, label=label, description=description, default=default)
         value = self._value(name, default)
         if value is None:
             return None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.maxsize
         expected = "a whole number" if whole else "a number"
         if min is not None and max is not None:
             expected += f" from {min:g} to {max:g}"
         elif min is not None:
             expected += f" of at least {min:g}"
         if (
-            not number
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not abs(value) <= sys.maxsize  # NaN isn't
             or (whole and value != int(value))
             or (min is not None and value < min)
             or (max is not None and value > max)
         ):
             self._invalid(found, f"{label}: {expected} was expected, not {_shortened(value)}.")
-        elif whole:
+            return default
+        if whole:
             value = self.values[name] = int(value)
         return value
 
@@ -131,7 +135,7 @@ class Form:
         self.inputs.bool(name, label=label, description=description, default=default, view=types.SwitchView())
         return bool(self._value(name, default))
 
-    def text(self, name: str, default: str | None, label: str, description: str | None = None) -> str | None:
+    def text(self, name: str, default: Default, label: str, description: str | None = None) -> str | Default:
         """A line of text."""
         found = self.inputs.str(name, label=label, description=description, default=default)
         return self.text_of(found, name, default, label)
@@ -140,11 +144,11 @@ class Form:
         self,
         name: str,
         choices: Mapping[str, str],
-        default: str | None,
+        default: str,
         label: str,
         description: str | None = None,
         radio: bool = False,
-    ) -> str | None:
+    ) -> str:
         """One of `choices`: values and what the user reads."""
         view = types.RadioGroup() if radio else types.DropdownView()
         for value, text in choices.items():
@@ -211,11 +215,11 @@ class Form:
         number = sum(name.startswith(f"{kind}_") for name in self.inputs.properties)
         return self.inputs.view(f"{kind}_{number + 1}", view)  # the App shows the name where it can't execute
 
-    def text_of(self, found: types.Property, name: str, default: str | None, label: str) -> str | None:
+    def text_of(self, found: types.Property, name: str, default: Default, label: str) -> str | Default:
         """The text that was given for the input `found`."""
         value = self._value(name, default)
         if value is None:
-            return None
+            return default
         if not isinstance(value, str):
             self._invalid(found, f"{label}: text was expected, not {_shortened(value)}.")
         elif len(value) > _MAX_TEXT:
@@ -229,8 +233,8 @@ class Form:
 
     def _value(self, name: str, default: object) -> object:
         value = self.ctx.params.get(name)
-        self.values[name] = default if value is None or value == "" else value
-        return self.values[name]
+        self.values[name] = value = default if value is None or value == "" else value
+        return value
 
     def _invalid(self, found: types.Property, text: str) -> None:
         self.problems.append(text)
@@ -238,12 +242,12 @@ class Form:
         found.error_message = text
 
 
-def _state(compute: Callable, samples: SampleCollection, *args: Hashable) -> Hashable:
+def _state(compute: Callable[..., object], samples: SampleCollection, *args: Hashable) -> Hashable:
     """What changes when the result of `compute(samples, *args)` may have changed."""
     dataset = root_dataset(samples)
     collections = [sample_collection(dataset)]
-    if frame_collection(dataset) is not None:
-        collections.append(frame_collection(dataset))
+    if (frames := frame_collection(dataset)) is not None:
+        collections.append(frames)
     newest = [("last_modified_at", -1)]  # FiftyOne keeps an index of it
     state = [(c.estimated_document_count(), c.find_one({}, {newest[0][0]: True}, sort=newest)) for c in collections]
     view = hashlib.sha256(str(serialized_view(samples, include_uuids=False)).encode()).digest()  # it may list ids

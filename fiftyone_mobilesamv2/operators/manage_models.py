@@ -151,4 +151,5 @@ def _markdown(rows: list[dict[str, str]]) -> str:
     table = pd.DataFrame(rows)
     for column in {"model", "file", "source"} & set(table):
         table[column] = "`" + table[column].str.strip("`") + "`"
-    return table.to_markdown(index=False, disable_numparse=True)
+    markdown: str = table.to_markdown(index=False, disable_numparse=True)
+    return markdown

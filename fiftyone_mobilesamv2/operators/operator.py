@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fiftyone as fo
 import fiftyone.operators as foo
@@ -75,7 +75,7 @@ class Operator(foo.Operator):
         samples: SampleCollection | None = None,
         delegate: bool = False,
         selected: Sequence[str] = (),
-        selected_labels: Sequence[Mapping] = (),
+        selected_labels: Sequence[Mapping[str, Any]] = (),
         **params: object,
     ) -> ExecutionResult:
         """Runs the operator on a dataset or view from Python; its summary is in `result` of what comes back.
@@ -94,20 +94,20 @@ class Operator(foo.Operator):
         return types.Property(self._filled(ctx).inputs, view=types.View(label=self.title))
 
     def resolve_execution_options(self, ctx: ExecutionContext) -> foo.ExecutionOptions:
-        form = Form(ctx)
+        form, many = Form(ctx), False
         with suppress(FormError):  # the form itself tells
             if ctx.dataset is not None:
                 form.target(self.title)
+                many = form.size > MANY_IMAGES
         # Where nobody has allowed workers to take scheduled work, the App can't schedule.
         can_schedule = fo.config.allow_legacy_orchestrators
-        many = form.samples is not None and form.size > MANY_IMAGES
         return foo.ExecutionOptions(
             allow_immediate_execution=True,
             allow_delegated_execution=True,
             default_choice_to_delegated=bool(many and can_schedule),
         )
 
-    def execute(self, ctx: ExecutionContext) -> dict | Iterator[GeneratedMessage]:
+    def execute(self, ctx: ExecutionContext) -> dict[str, Any] | Iterator[GeneratedMessage]:
         form = self._filled(ctx)
         if form.problems:
             raise ArgumentError(" ".join(form.problems))

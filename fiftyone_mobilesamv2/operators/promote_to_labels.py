@@ -77,11 +77,10 @@ class PromoteToLabels(Operator):
             )
 
     def _classes(self, dataset: fo.Dataset, gt_field: str) -> list[str]:
-        if declared := dataset.classes.get(gt_field, dataset.default_classes):
-            return declared
-        if not dataset.has_field(gt_field):
-            return []
-        return dataset.distinct(label_path(dataset, gt_field, "label"))
+        classes: list[str] | None = dataset.classes.get(gt_field, dataset.default_classes)
+        if not classes and dataset.has_field(gt_field):
+            classes = dataset.distinct(label_path(dataset, gt_field, "label"))
+        return classes or []
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..curation.promote import dismiss, promote_to_labels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.labels as fol
 from bson import ObjectId
@@ -27,7 +27,7 @@ HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a de
 
 
 def samples_left(
-    samples: SampleCollection, label_field: str, parameters: dict, replace: bool, shard: Shard | None
+    samples: SampleCollection, label_field: str, parameters: dict[str, Any], replace: bool, shard: Shard | None
 ) -> SampleCollection:
     """The samples of a run, or of a part of it, with all that they have: those that it has not done yet."""
     if shard is not None:
@@ -45,7 +45,7 @@ def samples_left(
     return samples.match({"$or": left})
 
 
-def _replacing_since(samples: SampleCollection, label_field: str, parameters: dict) -> datetime | None:
+def _replacing_since(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> datetime | None:
     """When the run began that replaced labels with these parameters and was stopped; None if the last one wasn't."""
     since = None
     for run in reversed(recorded_runs(samples, label_field)):
@@ -135,7 +135,7 @@ def _has_mask(detection: fol.Detection) -> bool:
 
 
 # What is noted ----------------------------------------------------------------------------------------------------
-def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
+def parameters_of(config: MobileSAMv2ModelConfig) -> dict[str, Any]:
     """What of a model's configuration decides what it finds."""
     found = {name: getattr(config, name) for name, parameter in PARAMETERS.items() if parameter.changes_results}
     found["weights"] = weights_sha256(config.name, config.files)  # wherever the files are
@@ -144,13 +144,13 @@ def parameters_of(config: MobileSAMv2ModelConfig) -> dict:
     return found
 
 
-def check_same_parameters(samples: SampleCollection, label_field: str, parameters: dict) -> None:
+def check_same_parameters(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> None:
     """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
     dataset = root_dataset(samples)
     runs = recorded_runs(dataset, label_field)
     if not runs:
         return
-    changed = []
+    changed: list[str] = []
     for run in reversed(runs):
         changed = changed or _changed(run.parameters, parameters)
         if run.replace and not run.cancelled:
@@ -163,7 +163,7 @@ def check_same_parameters(samples: SampleCollection, label_field: str, parameter
     )
 
 
-def _changed(earlier: dict, parameters: dict) -> list[str]:
+def _changed(earlier: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
     """What of the parameters is another than that of an earlier run, in words."""
     return [
         f"{name} {earlier.get(name)} then, {value} now"

@@ -90,7 +90,7 @@ def segment_everything(
         return _segment_on_cluster(
             samples, config, label_field, spread, replace=replace, batch_size=batch_size, progress=progress
         )
-    if model is config:
+    if isinstance(model, MobileSAMv2ModelConfig):
         model = MobileSAMv2Model(config)
     parameters = parameters_of(config)
     todo = samples_left(samples, label_field, parameters, replace, shard)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import fiftyone as fo
 import torch
@@ -53,10 +53,12 @@ Whole = Annotated[int, BeforeValidator(_plain_number), AfterValidator(_fits_data
 Share = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, le=1)]
 Text = Annotated[str, AfterValidator(_usable_text)]
 Prompting = Literal["object_aware", "grid"]
+T = TypeVar("T")
+_REQUIRED: Any = ...  # in place of a default
 
 
 def _declared(
-    default: object,
+    default: T,
     title: str,
     description: str,
     min: int | None = None,
@@ -67,7 +69,7 @@ def _declared(
     in_forms: bool = True,
     changes_results: bool = True,
     fixed: bool = False,
-) -> Any:
+) -> T:
     """A field of the configuration.
 
     Args:
@@ -80,10 +82,20 @@ def _declared(
             another value.
         fixed: it takes effect when a model is loaded, and cannot be changed after that.
     """
-    extra = {"choices": dict(choices or {}), "applies_to": applies_to, "advanced": advanced, "in_forms": in_forms}
-    extra["changes_results"] = changes_results
     return Field(
-        default, title=title, description=description, ge=min, le=max, frozen=fixed or None, json_schema_extra=extra
+        default,
+        title=title,
+        description=description,
+        ge=min,
+        le=max,
+        frozen=fixed or None,
+        json_schema_extra={
+            "choices": {**(choices or {})},
+            "applies_to": applies_to,
+            "advanced": advanced,
+            "in_forms": in_forms,
+            "changes_results": changes_results,
+        },
     )
 
 
@@ -91,7 +103,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     # Its docstring is written from the fields, at the end of this file.
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_default=False)
 
-    name: Text = _declared(..., "Model", "Name of the zoo model", in_forms=False, fixed=True)
+    name: Text = _declared(_REQUIRED, "Model", "Name of the zoo model", in_forms=False, fixed=True)
     device: Annotated[Text, BeforeValidator(_device_name)] | None = _declared(
         None,
         "Device",
@@ -218,7 +230,7 @@ class MobileSAMv2ModelConfig(BaseModel):
         try:
             super().__init__(**{key: value for key, value in d.items() if value is not None})
         except ValidationError as error:
-            name = error.errors()[0]["loc"][0]
+            name = str(error.errors()[0]["loc"][0])
             raise PARAMETERS[name].refusal(d.get(name)) from None
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -262,13 +274,13 @@ class Parameter:
         """That of a field of the configuration."""
         kind, limits = _kind_and_limits(field.annotation)
         limits |= {type(each): each for each in field.metadata}
-        extra = dict(field.json_schema_extra)
+        extra: Any = field.json_schema_extra  # as `_declared` gives it
         return cls(
             name=name,
             kind=kind,
             default=None if field.is_required() else field.default,
-            title=field.title,
-            description=field.description,
+            title=field.title or name,
+            description=field.description or "",
             min=limits[Ge].ge if Ge in limits else None,
             max=limits[Le].le if Le in limits else None,
             choices=extra["choices"],

@@ -6,10 +6,10 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fiftyone.core.labels as fol
 import fiftyone.core.models as fom
@@ -21,6 +21,7 @@ from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, Found
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
 from ..labels.prompts import keypoint_prompt, labels_of
+from ..modeling.arrays import ImageArray
 from ..modeling.checkpoints.files import fetch_model
 from ..modeling.grid_prompts import GridFilter
 from ..modeling.masks import Segmentation
@@ -126,14 +127,14 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     def _using_gpu(self) -> bool:
         return self.model.device.type == "cuda"
 
-    def build_get_item(self, field_mapping: dict | None = None) -> ImageGetItem:
+    def build_get_item(self, field_mapping: dict[str, str] | None = None) -> ImageGetItem:
         return ImageGetItem(field_mapping, skip_failures=not self.config.raise_failures)
 
-    def predict(self, arg: np.ndarray | ImageItem) -> fol.Label | None:
+    def predict(self, arg: ImageArray | ImageItem) -> fol.Label | None:
         """Labels of one image; None where it has no prompts. Raises what goes wrong."""
         return self.predict_all([arg])[0]
 
-    def predict_all(self, args: Sequence[np.ndarray | ImageItem]) -> list[fol.Label | None]:
+    def predict_all(self, args: Sequence[ImageArray | ImageItem]) -> list[fol.Label | None]:
         """Labels of images: uint8 RGB arrays [H, W, 3] of any sizes, or items of a data loader.
 
         What goes wrong with an array is raised; with an item, as it says.
@@ -198,7 +199,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             return [self._segment_anything(item) for item in items]
         config = self.config
         found = self.model.segment_everything(
-            [item.image for item in items],
+            [item.pixels for item in items],
             prompting=config.prompting,
             conf=CONFIDENCE if config.confidence_thresh is None else config.confidence_thresh,
             iou=config.iou,
@@ -221,16 +222,16 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         prompts = labels_of(item.prompts)
         if not prompts:
             return None
-        height, width = item.image.shape[:2]
+        height, width = item.pixels.shape[:2]
         scale = np.array([width, height], np.float32)
         if isinstance(prompts[0], fol.Detection):
             boxes = np.array([prompt.bounding_box for prompt in prompts], np.float32).reshape(-1, 2, 2)
-            boxes = (np.stack([boxes[:, 0], boxes[:, 0] + boxes[:, 1]], 1) * scale).reshape(-1, 4)
-            found = self.model.segment_anything([item.image], boxes=[boxes])[0]
+            corners = (np.stack([boxes[:, 0], boxes[:, 0] + boxes[:, 1]], 1) * scale).reshape(-1, 4)
+            found = self.model.segment_anything([item.pixels], boxes=[corners])[0]
         else:
             points, point_labels = zip(*(keypoint_prompt(prompt) for prompt in prompts))
-            points = [p * scale for p in points]
-            found = self.model.segment_anything([item.image], points=[points], point_labels=[point_labels])[0]
+            in_pixels = [p * scale for p in points]
+            found = self.model.segment_anything([item.pixels], points=[in_pixels], point_labels=[point_labels])[0]
         if self.config.confidence_thresh is not None:
             kept = np.flatnonzero(found.predicted_iou >= self.config.confidence_thresh)
             found, prompts = found.select(kept), [prompts[i] for i in kept]
@@ -284,7 +285,7 @@ def _add_input(inputs: types.Object, parameter: Parameter) -> None:
         add(parameter.name, min=parameter.min, max=parameter.max, **shown)
 
 
-def parse_parameters(name: str, ctx: ExecutionContext, params: Mapping) -> None:
+def parse_parameters(name: str, ctx: ExecutionContext, params: MutableMapping[str, Any]) -> None:
     """Drops what the form left empty, so that the defaults apply."""
     for key in [key for key, value in params.items() if value is None or value == ""]:
         del params[key]

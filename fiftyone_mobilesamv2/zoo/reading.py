@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import fiftyone.core.labels as fol
 import fiftyone.utils.torch as fout
-import numpy as np
 
+from ..errors import ArgumentError
 from ..images import read_image
 from ..labels.prompts import check_prompts
-
-if TYPE_CHECKING:
-    pass
+from ..modeling.arrays import ImageArray
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,18 @@ class ImageItem:
 
     sample_id: str | None = None
     filepath: str | None = None
-    image: np.ndarray | None = None
+    image: ImageArray | None = None
     prompts: fol.Label | None = None
     error: str | None = None
     prompted: bool = False
     skip_failures: bool = False
+
+    @property
+    def pixels(self) -> ImageArray:
+        """`image`. Raises ArgumentError where there is none."""
+        if self.image is None:
+            raise ArgumentError(f"{self.filepath} has not been read: {self.error}")
+        return self.image
 
 
 class ImageGetItem(fout.GetItem):
@@ -42,7 +47,7 @@ class ImageGetItem(fout.GetItem):
         skip_failures: hand an unreadable image over as an error of its own. Raised, it would cost its whole batch.
     """
 
-    def __init__(self, field_mapping: dict | None = None, skip_failures: bool = True) -> None:
+    def __init__(self, field_mapping: dict[str, str] | None = None, skip_failures: bool = True) -> None:
         self.has_prompts = "prompt_field" in (field_mapping or {})
         self.skip_failures = skip_failures
         super().__init__(field_mapping=field_mapping)
@@ -51,7 +56,7 @@ class ImageGetItem(fout.GetItem):
     def required_keys(self) -> list[str]:
         return ["id", "filepath"] + (["prompt_field"] if self.has_prompts else [])
 
-    def __call__(self, d: dict) -> ImageItem:
+    def __call__(self, d: dict[str, Any]) -> ImageItem:
         item = ImageItem(d["id"], d["filepath"], prompted=self.has_prompts, skip_failures=self.skip_failures)
         try:
             if self.has_prompts:
