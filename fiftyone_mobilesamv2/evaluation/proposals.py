@@ -27,10 +27,10 @@ from ..labels.documents import (
 from ..labels.fields import check_shapes_field
 from ..runs.cluster import Cluster
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall
-from .measuring import Measured, measure, measure_on_cluster
+from .measuring import FOUND_AT, NO_CLASS, Match, Measured, measure, measure_on_cluster
 from .proposal_results import ProposalResults
 from .ranking import check_ranking
-from .run_fields import FOUND_AT, NO_CLASS, Match, RunFields
+from .run_fields import RunFields
 
 if TYPE_CHECKING:
     import fiftyone as fo

@@ -1,4 +1,4 @@
-"""Checks of what callers give to a model."""
+"""Validation of the arguments that callers pass to a model."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .object_discovery import MAX_NMS_CANDIDATES
 
 PROMPTINGS = ("object_aware", "grid")
 
-_MAX_COORDINATE = 1e9  # pixels that a prompt may be off: with more, its position would be no number
+_MAX_COORDINATE = 1e9  # pixels; the position of a prompt beyond that would not be finite
 
 
 @overload
-def checked_number(name: str, value: float, least: float, most: float, whole: Literal[True]) -> int: ...
+def checked_number(name: str, value: float, minimum: float, maximum: float, whole: Literal[True]) -> int: ...
 @overload
-def checked_number(name: str, value: float, least: float, most: float, whole: Literal[False] = False) -> float: ...
-def checked_number(name: str, value: float, least: float, most: float, whole: bool = False) -> float:
-    """A plain Python number of that value. Raises ValueError unless it is one, from `least` to `most`.
+def checked_number(name: str, value: float, minimum: float, maximum: float, whole: Literal[False] = False) -> float: ...
+def checked_number(name: str, value: float, minimum: float, maximum: float, whole: bool = False) -> float:
+    """Returns `value` as a plain Python number. Raises ValueError unless it is a number from `minimum` to `maximum`.
 
     Args:
-        name: what the message calls it.
-        whole: it has to be a whole one.
+        name: the argument's name in the error message.
+        whole: whether the number must be an integer.
     """
     kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
-        raise ArgumentError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, not {value!r}.")
+    if not isinstance(value, kind) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise ArgumentError(f"{name} must be a {'whole ' * whole}number from {minimum} to {maximum}, not {value!r}.")
     return int(value) if whole else float(value)
 
 
@@ -47,13 +47,14 @@ def checked_thresholds(conf: float, iou: float, max_prompts: int) -> tuple[float
 
 
 def check_prompting(prompting: str) -> None:
-    """Raises ValueError unless it is one of PROMPTINGS."""
+    """Raises ValueError unless `prompting` is one of PROMPTINGS."""
     if not isinstance(prompting, str) or prompting not in PROMPTINGS:
         raise ArgumentError(f"Unknown prompting {prompting!r}; choose one of {', '.join(PROMPTINGS)}.")
 
 
 def checked_grid(points_per_side: int, grid_filter: GridFilter) -> tuple[int, GridFilter]:
-    """Both as plain numbers. Raises ValueError or TypeError where they are not numbers or out of range."""
+    """Both arguments as plain numbers. Raises TypeError if `grid_filter` is not a GridFilter, ValueError if a number is
+    invalid or out of range."""
     points_per_side = checked_number("points_per_side", points_per_side, 1, MAX_POINTS_PER_SIDE, whole=True)
     if not isinstance(grid_filter, GridFilter):
         raise TypeError(f"grid_filter must be a GridFilter, not {type(grid_filter).__name__}.")
@@ -66,14 +67,14 @@ def check_images(images: Sequence[ImageArray]) -> None:
     _check_is_sequence("images", images)
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ArgumentError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {found}.")
+            actual = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ArgumentError(f"Image {i} must be a uint8 RGB array [H, W, 3], not {actual}.")
         if not image.size:
             raise ArgumentError(f"Image {i} has no pixels: its shape is {image.shape}.")
 
 
 def coordinates(index: int, name: str, values: Tensor | AnyArray, width: int) -> Tensor:
-    """float32 [N, width] on the CPU, of what was given as boxes or points of image `index`."""
+    """The boxes or points that the caller passed for image `index`, as float32 [N, width] on the CPU."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
@@ -85,7 +86,7 @@ def coordinates(index: int, name: str, values: Tensor | AnyArray, width: int) ->
     is_good = array.dtype.kind in "iuf" and array.ndim == 2 and array.shape[1] == width
     if not is_good or not (np.abs(array.astype(np.float64)) <= _MAX_COORDINATE).all():
         raise ArgumentError(
-            f"{expected}, not an array {array.shape} of {array.dtype}; none more than {_MAX_COORDINATE:g} pixels off."
+            f"{expected} of at most {_MAX_COORDINATE:g} pixels, not an array {array.shape} of {array.dtype}."
         )
     return torch.from_numpy(array.astype(np.float32))
 
@@ -93,7 +94,7 @@ def coordinates(index: int, name: str, values: Tensor | AnyArray, width: int) ->
 def _array(expected: str, values: npt.ArrayLike) -> AnyArray:
     try:
         return np.asarray(values)
-    except ValueError as error:  # parts of different lengths
+    except ValueError as error:  # rows of different lengths
         raise ArgumentError(f"{expected}: {error}") from error
 
 
@@ -114,18 +115,18 @@ def check_prompts(
     points: Sequence[Sequence[AnyArray]] | None,
     point_labels: Sequence[Sequence[AnyArray]] | None,
 ) -> None:
-    """Raises ValueError unless there are prompts, one entry for each image; TypeError for no sequence."""
+    """Raises ValueError unless there are prompts, with one entry per image; TypeError if one is not a sequence."""
     check_images(images)
     if boxes is None and points is None:
         raise ArgumentError("segment_anything needs prompts: boxes, points, or both.")
     if point_labels is not None and points is None:
-        raise ArgumentError("point_labels without points.")
+        raise ArgumentError("point_labels requires points.")
     for name, prompts in (("boxes", boxes), ("points", points), ("point_labels", point_labels)):
         if prompts is not None:
             check_count(name, prompts, len(images))
     for name, prompts in (("points", points), ("point_labels", point_labels)):
-        for i, of_image in enumerate(prompts if prompts is not None else ()):
-            _check_is_sequence(f"Image {i}: {name}", of_image)
+        for i, image_prompts in enumerate(prompts if prompts is not None else ()):
+            _check_is_sequence(f"Image {i}: {name}", image_prompts)
 
 
 def points_with_labels(
@@ -137,22 +138,22 @@ def points_with_labels(
     """The points of each prompt of image `index`, float32 [P, 2], and their labels, int64 [P].
 
     Args:
-        num_boxes: how many boxes the image has as prompts, too; None: none are given.
+        num_boxes: number of boxes that prompt this image; None if there are no box prompts.
 
     Raises:
-        ValueError: numbers don't fit, or a label is neither 0 nor 1.
+        ValueError: the counts do not match, or a label is neither 0 nor 1.
     """
-    found = [coordinates(index, "points", p, 2) for p in points]
+    point_sets = [coordinates(index, "points", p, 2) for p in points]
     if point_labels is None:
-        point_labels = [np.ones(len(p), np.int64) for p in found]
+        point_labels = [np.ones(len(p), np.int64) for p in point_sets]
     expected = f"Image {index}: point_labels must be arrays [P]"
     labels = [np.atleast_1d(_array(expected, each)) for each in point_labels]
-    count = len(found) if num_boxes is None else num_boxes
-    if len(found) != count or [(len(p),) for p in found] != [each.shape for each in labels]:
+    count = len(point_sets) if num_boxes is None else num_boxes
+    if len(point_sets) != count or [(len(p),) for p in point_sets] != [each.shape for each in labels]:
         raise ArgumentError(
             f"Image {index}: every prompt needs as many point_labels as points, and one array of points for each "
-            f"box; got {count} prompts, {len(found)} arrays of points, {len(labels)} of labels."
+            f"box; got {count} prompts, {len(point_sets)} arrays of points, {len(labels)} of labels."
         )
     if not all(each.dtype.kind in "biuf" and np.isin(each, (0, 1)).all() for each in labels):
-        raise ArgumentError(f"Image {index}: a point label is 1, inside the object, or 0, outside.")
-    return found, [each.astype(np.int64) for each in labels]
+        raise ArgumentError(f"Image {index}: point labels must be 1 (inside the object) or 0 (outside).")
+    return point_sets, [each.astype(np.int64) for each in labels]

@@ -1,4 +1,4 @@
-"""The types of the arrays that hold images, masks and numbers. Docstrings tell their shapes."""
+"""Types of the arrays that hold images, masks and numbers. Docstrings give their shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ImageArray = npt.NDArray[np.uint8]  # RGB pixels or, of scenes, a number for each object
+ImageArray = npt.NDArray[np.uint8]  # RGB pixels, or object numbers in scenes
 MaskArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]

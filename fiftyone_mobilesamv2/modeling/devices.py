@@ -1,4 +1,4 @@
-"""What models can run on."""
+"""Devices that models can run on."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from ..errors import ArgumentError
 
 
 def available_devices() -> list[str]:
-    """What models can run on here, best first: "cuda", Apple's "mps", "cpu"."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [name for name, is_there in there.items() if is_there]
+    """The devices of this machine, fastest first: "cuda", Apple's "mps", "cpu"."""
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, available in is_available.items() if available]
 
 
 def default_device() -> torch.device:
-    """The best that there is."""
+    """The fastest available device."""
     return torch.device(available_devices()[0])
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; the best there is for None. Raises ValueError where it can't be used."""
+    """The device of that name; the fastest available one for None. Raises ValueError if it can't be used."""
     if device is None:
         return default_device()
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).cpu()
+        usable = torch.device(device)
+        torch.zeros(1, device=usable).cpu()
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"device must be one that is here ({', '.join(available_devices())}), not {device!r}: "
+            f"device must be available on this machine ({', '.join(available_devices())}), not {device!r}: "
             + str(error).partition("\n")[0]
         ) from error
-    return found
+    return usable

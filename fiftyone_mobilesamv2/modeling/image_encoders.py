@@ -28,7 +28,7 @@ from ultralytics.nn.modules import LayerNorm2d
 from ..errors import ArgumentError
 from .arrays import ImageArray
 
-# Mean and standard deviation of the RGB values that every released encoder was trained with (0..255).
+# Mean and standard deviation of RGB values (0..255) with which every released encoder was trained.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -41,7 +41,7 @@ class SamNeck(nn.Module):
 
     def __init__(self, in_channels: list[int], head_width: int, head_depth: int, out_channels: int, size: int) -> None:
         super().__init__()
-        norm: Any = partial(nn.BatchNorm2d, eps=1e-6)  # timm calls it, yet its annotations ask for a class
+        norm: Any = partial(nn.BatchNorm2d, eps=1e-6)  # timm only calls it, but its annotation demands a class
         self.size = size
         self.input_ops = nn.ModuleList(
             ConvNormAct(channels, head_width, 1, norm_layer=norm, act_layer=None) for channels in reversed(in_channels)
@@ -77,7 +77,7 @@ class SamNeckEncoder(nn.Module):
         backbone: a `features_only` model that returns the three stages.
         head_width, head_depth: the neck's channels and blocks.
         embed_dim, embed_size: channels and side of the embedding.
-        network_size: side in pixels to which the padded input is resampled; the released EfficientViTs take 512.
+        network_size: side in pixels to which the padded input is resampled; 512 for the released EfficientViTs.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SamNeckEncoder(nn.Module):
 
 
 def _rename_efficientvit(key: str) -> str:
-    """The name that a tensor of a released EfficientViT-SAM encoder has in :class:`EfficientViTSam`."""
+    """Name in :class:`SamNeckEncoder` of a tensor of a released EfficientViT-SAM encoder."""
     key = re.sub(r"^(neck\.(?:input|output)_ops\.\d+)\.op_list\.0\.", r"\1.", key)
     key = re.sub(r"^neck\.middle\.op_list\.", "neck.middle.", key)
     key = re.sub(r"^backbone\.stages\.0\.op_list\.0\.", "backbone.stem_in_conv.", key)
@@ -116,10 +116,10 @@ def _unchanged(key: str) -> str:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What the rest of the model needs to know about an encoder.
+    """Properties of an encoder that the rest of the model depends on.
 
     Attributes:
-        build: makes the module, with untrained weights.
+        build: builds the module, with untrained weights.
         rename: released tensor name -> name in the module.
         image_size: side in pixels to which an image is resized (long side) and padded.
         embed_dim, embed_size: channels and side of the embedding; low-res logits have four times that side.
@@ -133,7 +133,7 @@ class EncoderConfig:
 
 
 def _tiny_vit() -> nn.Module:
-    # MobileSAM's TinyViT-5M (arXiv 2306.14289), whose third merging keeps stride 16.
+    # MobileSAM's TinyViT-5M (arXiv 2306.14289), whose third patch merging keeps stride 16.
     return TinyViT(
         img_size=1024,
         in_chans=3,
@@ -153,7 +153,7 @@ def _tiny_vit() -> nn.Module:
 
 
 def _sam_vit(embed_dim: int, depth: int, num_heads: int, global_attn_indexes: tuple[int, ...]) -> nn.Module:
-    norm: Any = partial(nn.LayerNorm, eps=1e-6)  # ultralytics calls it, yet its annotations ask for a class
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)  # ultralytics only calls it, but its annotation demands a class
     return ImageEncoderViT(
         img_size=1024,
         patch_size=16,
@@ -193,13 +193,13 @@ ENCODERS: dict[str, EncoderConfig] = {
     "sam_vit_b": EncoderConfig(partial(_sam_vit, 768, 12, 12, (2, 5, 8, 11))),
     "sam_vit_l": EncoderConfig(partial(_sam_vit, 1024, 24, 16, (5, 11, 17, 23))),
     "sam_vit_h": EncoderConfig(partial(_sam_vit, 1280, 32, 16, (7, 15, 23, 31))),
-    # The demo model's: small enough to train on two CPU cores (training/), at a quarter of the resolution.
+    # The demo model's encoder: small enough to train on two CPU cores (training/), at a quarter of the resolution.
     "resnet_demo": EncoderConfig(_resnet_demo, image_size=256, embed_dim=128, embed_size=32),
 }
 
 
 def encoder_config(name: str) -> EncoderConfig:
-    """The registry's entry for `name`.
+    """The registry entry for `name`.
 
     Raises:
         ValueError: no encoder has that name.
@@ -227,15 +227,15 @@ class ImageEmbeddings:
 
 
 def preprocess(image: ImageArray, image_size: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image as the encoders take it.
+    """Converts an image to an encoder's input.
 
     Args:
         image: uint8 RGB [H, W, 3].
         image_size: side of the network input; the image's long side is resized to it (PIL bilinear, antialiased).
 
     Returns:
-        float32 [3, image_size, image_size], normalised, padded right and below with zeros; and (height, width) of the
-        resized image in it.
+        The network input, float32 [3, image_size, image_size], normalised and zero-padded on the right and at the
+        bottom; and (height, width) of the resized image in it.
     """
     height, width = image.shape[:2]
     scale = image_size / max(height, width)

@@ -1,7 +1,7 @@
 """Low-res logits -> binary masks, each cropped to its own tight box.
 
-The released code upsamples every mask of an image to full size at once. Here one mask is computed at a time, and only
-the region that can be inside it.
+The released code upsamples every mask of an image to full size at once. This module computes one mask at a time, and
+only the region where the mask can be.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .rle import RLE, rle_from_crop
 # SAM's stability score compares the mask at these distances above and below the threshold (segment-anything's
 # automatic mask generator, `stability_score_offset`).
 STABILITY_OFFSET = 1.0
-# `upsample` sums four products at each of its two steps, with weights >= 0; a sum of float32 products, whatever their
-# order, is wrong by less than this times the same sum of absolute values: 10 roundings of 2^-24 are its own, 4 those of
-# our weights.
+# `upsample` sums four products in each of its two steps, with weights >= 0. In any order of summation, the error of
+# such a float32 sum is below this factor times the sum of absolute values: 10 roundings of 2^-24 come from the sum, 4
+# from our weights.
 _ROUNDING = 2**-20
-# Pixels of a mask that are looked at one by one: a few KB each, where the whole upsampling takes a few MB.
+# Maximum number of pixels that are decided one by one, at a few KB each; upsampling the whole mask takes a few MB.
 _MAX_DOUBTS = 1024
 
 
@@ -36,11 +36,11 @@ class Segmentation:
     Attributes:
         boxes: int [N, 4], xyxy in pixels: the tight box of each mask, ends exclusive; zeros where a mask is empty.
         masks: N bool arrays; mask i has the shape of box i.
-        confidence: float32 [N]: the detector's score of the box prompt; the predicted IoU where no detector took part.
+        confidence: float32 [N]: the detector's score for the box prompt; the predicted IoU if no detector was used.
         predicted_iou: float32 [N]: the decoder's own estimate of the mask's IoU with the object.
         stability: float32 [N]: IoU of the masks at logit +1 and -1.
         size: (height, width) of the image.
-        points: float32 [N, 2], the point prompt of each mask, where the grid search found it; else None.
+        points: float32 [N, 2], the point prompt of each mask if the grid search produced it; otherwise None.
     """
 
     boxes: IntArray
@@ -73,7 +73,7 @@ class Segmentation:
         )
 
     def full_mask(self, index: int) -> MaskArray:
-        """bool [H, W], mask `index` at its place in the image."""
+        """Mask `index` at its place in the image, bool [H, W]."""
         full = np.zeros(self.size, bool)
         x0, y0, x1, y1 = self.boxes[index]
         full[y0:y1, x0:x1] = self.masks[index]
@@ -85,13 +85,15 @@ class Segmentation:
 
 
 def upsample(low_res_logits: Tensor, image_size: int, input_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """SAM's upsampling of whole logit maps: to the network input, less its padding, to the image.
+    """SAM's upsampling of whole logit maps: to the network input, cropped to remove its padding, then to the image.
 
-    This is the definition that :func:`crop_masks` reproduces; it holds N full-size float maps.
+    This is the definition that :func:`crop_masks` reproduces; it allocates N full-size float maps.
 
     Args:
         low_res_logits: [N, L, L].
-        image_size: side of the padded network input. input_size: (h, w) of the image in it. size: (h, w) of the image.
+        image_size: side of the padded network input.
+        input_size: (h, w) of the resized image in the network input.
+        size: (h, w) of the image.
 
     Returns:
         float32 [N, H, W]
@@ -103,7 +105,7 @@ def upsample(low_res_logits: Tensor, image_size: int, input_size: tuple[int, int
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of :func:`upsample`, as a matrix: interpolation is linear and separable.
+    """One axis of :func:`upsample` as a matrix, since interpolation is linear and separable.
 
     Attributes:
         weights: float32 [n, L]; pixel i of the image is `weights[i] @ low_res`.
@@ -127,14 +129,14 @@ class Axis:
 def _bilinear_matrix(n_in: int, n_out: int, device: torch.device) -> Tensor:
     """float32 [n_out, n_in]: 1-D `F.interpolate(..., mode="bilinear", align_corners=False)`.
 
-    Made by `interpolate` itself, whose weights carry its float32 rounding of positions: 6e-5 at pixel 1000.
+    Computed by `interpolate` itself, so that the weights carry its float32 rounding of positions: 6e-5 at pixel 1000.
     """
     return F.interpolate(torch.eye(n_in, device=device)[None], n_out, mode="linear", align_corners=False)[0].T
 
 
-@lru_cache(maxsize=16)  # every batch of prompts of an image asks for the same two
+@lru_cache(maxsize=16)  # every batch of prompts of an image needs the same two
 def upsampling_axis(logit_size: int, image_size: int, input_length: int, length: int, device: torch.device) -> Axis:
-    """The axis of an image of `length` pixels that takes `input_length` of the network input's `image_size`."""
+    """The axis of an image of `length` pixels that covers `input_length` of the network input's `image_size`."""
     matrix = (
         _bilinear_matrix(input_length, length, device) @ _bilinear_matrix(logit_size, image_size, device)[:input_length]
     )
@@ -162,7 +164,7 @@ def crop_masks(
     )
     column_weights = columns.weights.T.contiguous()
     row_used, column_used = ((logits.amax(axis) > -STABILITY_OFFSET).cpu().numpy() for axis in (2, 1))
-    # Both ways of summing may be wrong.
+    # Both orders of summation may round.
     tolerances = (logits.abs().amax((1, 2)) * 2 * _ROUNDING).tolist() if len(logits) else []
 
     boxes = np.zeros((len(logits), 4), np.int32)
@@ -173,7 +175,7 @@ def crop_masks(
         if used_rows is None or used_columns is None:
             continue
         r, c = rows.pixels_near(used_rows), columns.pixels_near(used_columns)
-        if r.start == r.stop or c.start == c.stop:  # all of it lies in the padding
+        if r.start == r.stop or c.start == c.stop:  # it lies entirely in the padding
             continue
         in_rows, in_columns = rows.cells_of(r), columns.cells_of(c)
         upsampled = rows.weights[r, in_rows] @ logits[i, in_rows, in_columns] @ column_weights[in_columns, c]
@@ -199,10 +201,11 @@ def crop_masks(
 
 
 def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> MaskArray | None:
-    """Whether K pixels are above 0, where rounding leaves no doubt about any of them; else None.
+    """Whether each of K pixels is above 0, or None if rounding leaves any of them in doubt.
 
     Args:
-        logits: [L, L]. row_weights, column_weights: [K, L], of :class:`Axis`.
+        logits: [L, L].
+        row_weights, column_weights: [K, L], from :class:`Axis`.
     """
     logits, row_weights, column_weights = (x.cpu().double() for x in (logits, row_weights, column_weights))
     values = ((row_weights @ logits) * column_weights).sum(1)
@@ -211,20 +214,20 @@ def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> Mas
 
 
 def _extent(used: MaskArray) -> slice | None:
-    """The range of the true entries of a bool vector."""
+    """The range from the first to the last true entry of a bool vector; None if there are none."""
     (indices,) = np.nonzero(used)
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else None
 
 
-def concatenate(parts: Sequence[Segmentation], size: tuple[int, int]) -> Segmentation:
+def concatenate(segmentations: Sequence[Segmentation], size: tuple[int, int]) -> Segmentation:
     """The masks of several segmentations of one image of `size` (h, w), in order."""
-    with_points = bool(parts) and all(part.points is not None for part in parts)
+    with_points = bool(segmentations) and all(part.points is not None for part in segmentations)
     return Segmentation(
-        boxes=np.concatenate([np.zeros((0, 4), np.int32), *(part.boxes for part in parts)]),
-        masks=[mask for part in parts for mask in part.masks],
-        confidence=np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in parts)]),
-        predicted_iou=np.concatenate([np.zeros(0, np.float32), *(part.predicted_iou for part in parts)]),
-        stability=np.concatenate([np.zeros(0, np.float32), *(part.stability for part in parts)]),
+        boxes=np.concatenate([np.zeros((0, 4), np.int32), *(part.boxes for part in segmentations)]),
+        masks=[mask for part in segmentations for mask in part.masks],
+        confidence=np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in segmentations)]),
+        predicted_iou=np.concatenate([np.zeros(0, np.float32), *(part.predicted_iou for part in segmentations)]),
+        stability=np.concatenate([np.zeros(0, np.float32), *(part.stability for part in segmentations)]),
         size=size,
-        points=np.concatenate([part.points for part in parts]) if with_points else None,
+        points=np.concatenate([part.points for part in segmentations]) if with_points else None,
     )

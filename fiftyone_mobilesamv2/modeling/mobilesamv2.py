@@ -1,4 +1,4 @@
-"""MobileSAMv2: segment everything by discovering objects first, or segment what prompts point at.
+"""MobileSAMv2: segment everything by discovering objects first, or segment the objects that prompts point at.
 
 image -> encode (once) -> discover boxes -> decode all prompts of the image against that one encoding -> crop
 """
@@ -45,23 +45,23 @@ from .masks import Segmentation, concatenate, crop_masks
 from .object_discovery import CONFIDENCE, INPUT_SIZE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
 from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
 
-# Logits of this many prompts exist at a time: 64 x 256 x 256 float32 are 16 MiB, and a grid's three masks each 48.
+# Bounds the memory for logits: 64 x 256 x 256 float32 take 16 MiB; a grid's three masks per prompt take 48 MiB.
 _PROMPTS_PER_PASS = POINTS_PER_BATCH
 
 
 class MobileSAMv2(nn.Module):
     """An image encoder, a prompt-guided decoder and, for object-aware prompting, a detector.
 
-    Make one with :meth:`from_pretrained` or :meth:`from_checkpoints`. Encoder and detector are changed for inference
-    (:mod:`.inference`): they are not to be trained any more.
+    Create one with :meth:`from_pretrained` or :meth:`from_checkpoints`. The encoder and detector are modified for
+    inference (:mod:`.inference`) and must not be trained afterwards.
 
     Args:
         image_encoder: images [B, 3, S, S] -> embeddings [B, C, G, G].
-        decoder: fits the encoder's embedding.
+        decoder: a decoder that matches the encoder's embedding.
         config: the encoder's sizes.
-        discovery: the detector, or None: then only the grid and SegAny work.
-        device: where to run; None takes :func:`default_device`.
-        dtype: of the heavy computation. Prompts, embeddings, boxes and final masks stay float32.
+        discovery: the detector; with None, only grid prompting and SegAny are available.
+        device: where to run; None selects :func:`default_device`.
+        dtype: precision of the heavy computation. Prompts, embeddings, boxes and final masks stay float32.
 
     Attributes:
         seconds: wall time spent per stage ("encode", "discover", "decode", "crop") since it was last cleared.
@@ -98,15 +98,15 @@ class MobileSAMv2(nn.Module):
         dtype: torch.dtype = torch.float32,
         **files: str | PathLike[str],
     ) -> MobileSAMv2:
-        """A model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies what is missing.
+        """Loads a model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies missing files.
 
         Args:
             name: see :data:`.checkpoints.catalog.MODELS`.
-            files: `encoder_checkpoint`, `decoder_checkpoint`, `detector_checkpoint`: a path to use instead.
+            files: `encoder_checkpoint`, `decoder_checkpoint`, `detector_checkpoint`: paths to use instead.
 
         Raises:
             ValueError: no model has that name.
-            CheckpointError: a file is neither here nor to be had, or is not what it should be.
+            CheckpointError: a file is missing and cannot be downloaded, or is not the expected one.
         """
         model = pretrained_model(name)
         device = usable_device(device)  # before anything is downloaded
@@ -126,15 +126,15 @@ class MobileSAMv2(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> MobileSAMv2:
-        """A model from files in any released layout (see :mod:`.checkpoints.loading`).
+        """Loads a model from files in any released layout (see :mod:`.checkpoints.loading`).
 
         Args:
             encoder: name in the encoder registry.
-            detector_size: pixels of the long side that the detector sees.
+            detector_size: long side, in pixels, to which images are resized for the detector.
 
         Raises:
             ValueError: no encoder has that name.
-            CheckpointError: a file does not fit; the message names it and the first offending tensors.
+            CheckpointError: a file does not match; the message names it and the first offending tensors.
         """
         config = encoder_config(encoder)
         discovery = None
@@ -157,13 +157,13 @@ class MobileSAMv2(nn.Module):
             images: uint8 RGB arrays [H, W, 3].
 
         Raises:
-            ValueError: an image is something else; the message says which one.
+            ValueError: an image has another type or shape; the message says which one.
         """
         check_images(images)
         features, input_sizes = [], []
         with self._timed("encode"):
-            # One at a time: kernels are chosen by batch size, and with them the last bits of an embedding. At 1024 px
-            # a single image fills the device.
+            # One image at a time: the batch size decides which kernels run, and so the last bits of an embedding. At
+            # 1024 px, a single image saturates the device.
             for image in images:
                 pixels, input_size = preprocess(image, self.config.image_size)
                 features.append(self.image_encoder(pixels[None].to(self.device, self.dtype)).float())
@@ -181,20 +181,21 @@ class MobileSAMv2(nn.Module):
         iou: float = NMS_IOU,
         max_prompts: int = MAX_PROMPTS,
     ) -> list[BoxPrompts]:
-        """Finds the objects of each image.
+        """Finds the objects in each image.
 
         Args:
             images: uint8 RGB arrays [H, W, 3].
-            conf: minimum confidence. iou: boxes that overlap more are the same object. max_prompts: maximum per image.
+            conf, max_prompts: minimum confidence and maximum number of boxes per image.
+            iou: boxes whose IoU exceeds this are treated as the same object.
 
         Raises:
             RuntimeError: the model has no detector.
-            ValueError: an argument is not what it should be; the message names it.
+            ValueError: an argument is invalid; the message names it.
         """
         thresholds = checked_thresholds(conf, iou, max_prompts)
         if self.discovery is None:
             raise RuntimeError(
-                "Object-aware prompting needs a detector and this model was made without one: pass "
+                "Object-aware prompting needs a detector, and this model was created without one: pass "
                 'detector_checkpoint=..., or use prompting="grid".'
             )
         check_images(images)
@@ -208,11 +209,11 @@ class MobileSAMv2(nn.Module):
         """Decodes box prompts, each against the encoding of its own image.
 
         Args:
-            embeddings: of B images.
+            embeddings: the embeddings of B images.
             boxes: B arrays [N, 4], xyxy in pixels of the image.
 
         Returns:
-            per image, the low-res logits float32 [N, L, L] and predicted IoU float32 [N].
+            For each image, the low-res logits, float32 [N, L, L], and the predicted IoU, float32 [N].
         """
         check_count("boxes", boxes, len(embeddings))
         logits, ious = [], []
@@ -234,19 +235,19 @@ class MobileSAMv2(nn.Module):
         points_per_side: int = POINTS_PER_SIDE,
         grid_filter: GridFilter = SAM_GRID_FILTER,
     ) -> list[Segmentation]:
-        """Masks of all objects of each image.
+        """Segments all objects in each image.
 
-        Object-aware: one mask for each box that :meth:`discover` finds, most confident first, nothing filtered but
-        masks without a pixel. Grid: SAM's grid search, by predicted IoU.
+        Object-aware: one mask for each box that :meth:`discover` finds, most confident first; only empty masks are
+        dropped. Grid: SAM's grid search; masks are sorted by predicted IoU.
 
         Args:
             images: uint8 RGB arrays [H, W, 3].
             prompting: "object_aware" or "grid".
-            conf, iou, max_prompts: of :meth:`discover`; object-aware prompting only.
-            points_per_side, grid_filter: of the grid only.
+            conf, iou, max_prompts: as for :meth:`discover`; object-aware prompting only.
+            points_per_side, grid_filter: grid prompting only.
 
         Raises:
-            ValueError: an argument is not what it should be; the message names it.
+            ValueError: an argument is invalid; the message names it.
         """
         thresholds = checked_thresholds(conf, iou, max_prompts)
         points_per_side, grid_filter = checked_grid(points_per_side, grid_filter)
@@ -254,12 +255,12 @@ class MobileSAMv2(nn.Module):
         embeddings = self.encode(images)
         if prompting == "grid":
             return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
-        found = []
+        segmentations = []
         for i, prompts in enumerate(self.discover(images, *thresholds)):
             segmentation = self._segment(embeddings, i, self._embed(embeddings, i, boxes=prompts.boxes))
             segmentation.confidence = prompts.scores.float().numpy()
-            found.append(segmentation.select(np.flatnonzero(segmentation.areas)))
-        return found
+            segmentations.append(segmentation.select(np.flatnonzero(segmentation.areas)))
+        return segmentations
 
     @torch.inference_mode()
     def segment_anything(
@@ -269,29 +270,29 @@ class MobileSAMv2(nn.Module):
         points: Sequence[Sequence[AnyArray]] | None = None,
         point_labels: Sequence[Sequence[AnyArray]] | None = None,
     ) -> list[Segmentation]:
-        """SegAny: one mask a prompt, in the order of the prompts; an empty mask where the decoder finds nothing.
+        """SegAny: one mask per prompt, in the order of the prompts; an empty mask where the decoder finds nothing.
 
-        A prompt is a box, or points, or both. A lone point is ambiguous: of its three masks it takes the one with the
-        best predicted IoU. A box, or several points, takes the single-mask token.
+        A prompt is a box, one or more points, or both. A single point is ambiguous: of its three masks, the one with
+        the highest predicted IoU is returned. A box, or several points, uses the single-mask token.
 
         Args:
             images: B uint8 RGB arrays [H, W, 3].
-            boxes: for each image [N, 4], xyxy in pixels.
-            points: for each image N arrays [P, 2], xy in pixels; P may differ from prompt to prompt.
-            point_labels: for each image N arrays [P], 1 inside the object and 0 outside; None: all inside.
+            boxes: for each image, [N, 4], xyxy in pixels.
+            points: for each image, N arrays [P, 2], xy in pixels; P may differ between prompts.
+            point_labels: for each image, N arrays [P], 1 inside the object and 0 outside; None: all inside.
 
         Raises:
-            ValueError: no prompts, or prompts that don't fit each other or the images.
-            TypeError: something is no sequence.
+            ValueError: there are no prompts, or they do not match each other or the images.
+            TypeError: an argument is not a sequence.
         """
         check_prompts(images, boxes, points, point_labels)
         embeddings = self.encode(images)
-        found = []
+        segmentations = []
         for i in range(len(images)):
-            of_image = [None if prompts is None else prompts[i] for prompts in (points, point_labels)]
+            image_points = [None if prompts is None else prompts[i] for prompts in (points, point_labels)]
             image_boxes = None if boxes is None else coordinates(i, "boxes", boxes[i], 4)
-            found.append(self._segment_prompted(embeddings, i, image_boxes, *of_image))
-        return found
+            segmentations.append(self._segment_prompted(embeddings, i, image_boxes, *image_points))
+        return segmentations
 
     def _segment_prompted(
         self,
@@ -309,7 +310,7 @@ class MobileSAMv2(nn.Module):
         groups: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(tensors):
             groups[len(p)].append(i)
-        parts: list[Segmentation] = []
+        segmentations: list[Segmentation] = []
         for num_points, members in groups.items():
             if num_points == 0 and boxes is None:
                 raise ArgumentError(f"Image {index}: prompt {members[0]} has neither a box nor a point.")
@@ -320,9 +321,9 @@ class MobileSAMv2(nn.Module):
                 points=torch.stack([tensors[i] for i in members]) if num_points else None,
                 point_labels=torch.from_numpy(np.stack([labels[i] for i in members])) if num_points else None,
             )
-            parts.append(self._segment(embeddings, index, prompts, ambiguous=boxes is None and num_points == 1))
+            segmentations.append(self._segment(embeddings, index, prompts, boxes is None and num_points == 1))
         order = np.argsort([i for members in groups.values() for i in members], kind="stable")
-        return concatenate(parts, embeddings.original_sizes[index]).select(order)
+        return concatenate(segmentations, embeddings.original_sizes[index]).select(order)
 
     def _grid_search(
         self, embeddings: ImageEmbeddings, index: int, points_per_side: int, grid_filter: GridFilter
@@ -332,29 +333,29 @@ class MobileSAMv2(nn.Module):
         points = torch.from_numpy(grid)[:, None]
         prompts = self._embed(embeddings, index, points=points, point_labels=torch.ones(points.shape[:2]))
         side = self._image_side(embeddings, index)
-        found = []
+        batches = []
         for start in range(0, len(prompts), _PROMPTS_PER_PASS):
             logits, iou = self._decode(side, prompts[start : start + _PROMPTS_PER_PASS], MULTIMASK)
-            of_point = np.repeat(grid[start : start + _PROMPTS_PER_PASS], iou.shape[1], axis=0)
+            mask_points = np.repeat(grid[start : start + _PROMPTS_PER_PASS], iou.shape[1], axis=0)
             logits, iou = logits.flatten(0, 1), iou.flatten()
             good = grid_filter.by_predicted_iou(iou)
             batch = self._crop(embeddings, index, logits[good], iou[good])
-            batch.points = of_point[good.cpu().numpy()]
-            found.append(batch.select(np.flatnonzero((batch.areas > 0) & grid_filter.by_stability(batch.stability))))
-        return suppress_duplicates(concatenate(found, size), grid_filter.box_nms_thresh)
+            batch.points = mask_points[good.cpu().numpy()]
+            batches.append(batch.select(np.flatnonzero((batch.areas > 0) & grid_filter.by_stability(batch.stability))))
+        return suppress_duplicates(concatenate(batches, size), grid_filter.box_nms_thresh)
 
     def _segment(
         self, embeddings: ImageEmbeddings, index: int, prompts: Tensor, ambiguous: bool = False
     ) -> Segmentation:
         """One mask for each of the prompts [N, T, C] of image `index`."""
         side = self._image_side(embeddings, index)
-        found = []
-        for some in prompts.split(_PROMPTS_PER_PASS):
-            logits, iou = self._decode(side, some, MULTIMASK if ambiguous else SINGLE_MASK)
+        batches = []
+        for prompt_batch in prompts.split(_PROMPTS_PER_PASS):
+            logits, iou = self._decode(side, prompt_batch, MULTIMASK if ambiguous else SINGLE_MASK)
             best = iou.argmax(1)
             rows = torch.arange(len(iou), device=iou.device)
-            found.append(self._crop(embeddings, index, logits[rows, best], iou[rows, best]))
-        return concatenate(found, embeddings.original_sizes[index])
+            batches.append(self._crop(embeddings, index, logits[rows, best], iou[rows, best]))
+        return concatenate(batches, embeddings.original_sizes[index])
 
     def _embed(
         self,
@@ -364,7 +365,7 @@ class MobileSAMv2(nn.Module):
         points: Tensor | None = None,
         point_labels: Tensor | None = None,
     ) -> Tensor:
-        """Prompts in pixels of image `index` -> tokens [N, T, C]."""
+        """Embeds prompts, in pixels of image `index`, as tokens [N, T, C]."""
         (height, width), (input_height, input_width) = embeddings.original_sizes[index], embeddings.input_sizes[index]
         scale = torch.tensor([input_width / width, input_height / height], dtype=torch.float32)
         if boxes is not None:
@@ -395,5 +396,5 @@ class MobileSAMv2(nn.Module):
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # else the next stage would be charged for it
+            torch.cuda.synchronize(self.device)  # otherwise the next stage would be charged for it
         self.seconds[stage] += time.perf_counter() - start

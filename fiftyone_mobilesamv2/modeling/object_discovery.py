@@ -1,4 +1,4 @@
-"""Images -> boxes to prompt with: a class-agnostic ultralytics YOLO detector, as MobileSAMv2 runs it."""
+"""Images -> box prompts: a class-agnostic ultralytics YOLO detector, run as in MobileSAMv2."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from .arrays import ImageArray
 
-# The release's settings, and the paper's limit on prompts (table 6; the release stays at ultralytics' default of 300).
+# The release's settings, and the paper's limit on prompts (table 6; the release keeps ultralytics' default of 300).
 CONFIDENCE = 0.4
 NMS_IOU = 0.9
 MAX_PROMPTS = 320
 INPUT_SIZE = 1024
 
-# Boxes that end this close to the border of the network input are extended to it (the release's value, in its pixels).
+# Boxes that end within this many network-input pixels of the border are extended to it (the release's value).
 BORDER_SNAPPING = 20
 
-# ultralytics' `max_nms`: the most confident candidates that enter NMS.
+# ultralytics' `max_nms`: only this many candidates, the most confident ones, enter NMS.
 MAX_NMS_CANDIDATES = 30000
 
 _STRIDE = 32
@@ -29,7 +29,7 @@ _STRIDE = 32
 
 @dataclass(frozen=True)
 class BoxPrompts:
-    """Boxes of one image, most confident first.
+    """Box prompts of one image, most confident first.
 
     Attributes:
         boxes: float32 [N, 4], xyxy in pixels of the image.
@@ -46,7 +46,7 @@ class BoxPrompts:
 def letterbox(image: ImageArray, input_size: int) -> Tensor:
     """uint8 RGB [H, W, 3] -> float32 [1, 3, h, w] in 0..1, long side `input_size`, sides multiples of 32.
 
-    The shape depends on the image alone, so an image is seen the same way in every batch.
+    The shape depends only on the image, so an image is preprocessed the same way in every batch.
     """
     resized = LetterBox((input_size, input_size), auto=True, stride=_STRIDE)(image=image)
     return torch.from_numpy(resized).permute(2, 0, 1)[None].float() / 255
@@ -65,8 +65,8 @@ def snap_to_border(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def to_image(boxes: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Boxes [N, 4] in pixels of the letterboxed network input -> pixels of the image, clipped to it.
 
-    Sizes are (h, w). As in the release (ultralytics 8.0.120): one gain for both axes and the padding in whole pixels.
-    Later versions take the rounded size of each axis, which moves boxes by up to a quarter of a pixel.
+    Sizes are (h, w). As in the release (ultralytics 8.0.120), both axes share one gain and padding is whole pixels.
+    Later versions use the rounded size of each axis, which shifts boxes by up to a quarter of a pixel.
     """
     gain = min(network_size[0] / size[0], network_size[1] / size[1])
     pad = torch.tensor(
@@ -83,9 +83,10 @@ def boxes_from_raw(
     """NMS, border snapping and scaling back, for one image.
 
     Args:
-        raw: [4 + 1 or more, anchors], the detector's output: cx, cy, w, h in network pixels, score, ...
-        network_size: (h, w) of the network input. size: (h, w) of the image.
-        conf, iou, max_prompts: minimum score, NMS threshold, maximum number of boxes.
+        raw: [5 or more, anchors], the detector's output: cx, cy, w, h in network pixels, score, ...
+        network_size: (h, w) of the network input.
+        size: (h, w) of the image.
+        conf, iou, max_prompts: minimum score, NMS threshold and maximum number of boxes.
     """
     candidates = raw[:5].T.float()
     candidates = candidates[candidates[:, 4] > conf]
@@ -97,7 +98,7 @@ def boxes_from_raw(
 
 
 class ObjectDiscovery(nn.Module):
-    """A detector and the size of image it takes.
+    """A detector and its input size.
 
     Args:
         detector: an ultralytics detection or segmentation model with one class.
@@ -112,7 +113,7 @@ class ObjectDiscovery(nn.Module):
     def forward(
         self, image: ImageArray, conf: float = CONFIDENCE, iou: float = NMS_IOU, max_prompts: int = MAX_PROMPTS
     ) -> BoxPrompts:
-        """Boxes of the objects of one uint8 RGB image [H, W, 3]; possibly none."""
+        """Boxes of the objects in one uint8 RGB image [H, W, 3]; may be empty."""
         pixels = letterbox(image, self.input_size).to(next(self.detector.parameters()))
         raw = self.detector(pixels)[0]
         if isinstance(raw, tuple):  # a segmentation model: predictions and mask prototypes

@@ -1,22 +1,22 @@
 """Prompts of one image -> low-res logits and predicted IoU.
 
-The weights live in ultralytics' SAM modules, so released checkpoints fit by name; the computation is ours, and equal to
-SAM's but for the order of additions. A prompt costs the released decoder 3.5 GFLOP, nearly all of it linear maps of the
-S = 4096 image tokens, made anew for every prompt. With few prompt tokens (T = 7 for a box) most of that can be had for
-less than half:
+The weights live in ultralytics' SAM modules, so the names in released checkpoints match. The computation is our own and
+equals SAM's up to the order of additions. The released decoder needs 3.5 GFLOP per prompt, nearly all of it for linear
+maps of the S = 4096 image tokens, recomputed for every prompt. With few prompt tokens (T = 7 for a box), most of that
+can be computed at less than half the cost:
 
-- Until layer 0 has written to them, the image tokens K are the same for every prompt: what layer 0 needs of them is
-  computed once an image (:class:`ImageSide`). What later layers need of their positional encoding is the same for all
-  images (:class:`Positions`).
-- Later, products are reordered so that a projection W is applied to the few tokens and not to the many, per head:
-  scores (Q Wq) (K Wk)^T = ((Q Wq) Wk^T) K^T, values P (K Wv) = (P K) Wv, and in the other direction
-  (P V) Wo = P (V Wo). No projection of K is left.
-- Only tokens whose output is used go through the last attention: the one of the predicted IoU and those of the masks
-  that were asked for.
-- A transposed convolution whose stride is its kernel is a linear map of each pixel; so are layer norm and activation
-  between the two. The pixels are put in place once, at the end.
-- Prompts are decoded in chunks whose image tokens fit a CPU's cache. There is never a copy of the embedding per prompt
-  going in, and prompts of different images never share a chunk, so a result depends on its own image alone.
+- Until layer 0 writes to them, the image tokens K are the same for every prompt: layer 0's projections of them are
+  computed once per image (:class:`ImageSide`). Later layers' projections of the positional encoding are the same for
+  all images (:class:`Positions`).
+- In later layers, products are reordered so that a projection W is applied to the few tokens rather than the many, per
+  head: scores (Q Wq) (K Wk)^T = ((Q Wq) Wk^T) K^T, values P (K Wv) = (P K) Wv, and in the other direction
+  (P V) Wo = P (V Wo). No projection of K remains.
+- Only tokens whose output is used go through the last attention: the predicted IoU's token and those of the requested
+  masks.
+- A transposed convolution whose stride equals its kernel size works on each pixel separately, and so do the layer norm
+  and the activation between the two. The pixels are rearranged once, at the end.
+- Prompts are decoded in chunks whose image tokens fit a CPU's cache. The embedding is never copied per prompt on input,
+  and prompts of different images never share a chunk, so a result depends only on its own image.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from ultralytics.models.sam.modules.encoders import PromptEncoder
 from ultralytics.models.sam.modules.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from ultralytics.nn.modules import LayerNorm2d
 
-# Bytes of the image tokens that a chunk of prompts has at a time; 8 MiB are two prompts in float32 at the release's
-# geometry. On a CPU they and what is computed from them stay within the last-level cache; a GPU wants many prompts.
+# Size of the image tokens of one chunk of prompts; 8 MiB hold two prompts in float32 at the release's geometry. On a
+# CPU, these tokens and the values computed from them stay within the last-level cache; a GPU needs many prompts.
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ACCELERATOR = 256 * 2**20
 
-# Horizontal strips in which the masks of a chunk are upscaled, to the same end: upscaled tokens take twice the memory.
+# Number of horizontal strips in which a chunk's masks are upscaled, again for the cache: upscaled tokens take twice the
+# memory.
 UPSCALED_STRIPS = 4
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What all images share: the positional encoding (pe) of the S = embed_size ** 2 image tokens of C channels.
+    """Terms shared by all images: the positional encoding (pe) of the S = embed_size ** 2 image tokens of C channels.
 
-    Queries stay float32 in every dtype: rounded to bfloat16 they were what cost masks most (without that, the least IoU
-    with float32 of 852 masks on photos rose from 0.952 to 0.975).
+    Queries stay float32 in every dtype: rounding them to bfloat16 was the largest source of error in masks (without it,
+    the lowest IoU with float32 among 852 masks on photos rose from 0.952 to 0.975).
     """
 
     pe: Tensor  # float32 [S, C]
@@ -55,13 +56,13 @@ class Positions:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which image tokens are computed. Prompt tokens are few, and always float32."""
+        """The dtype of image tokens. Prompt tokens are few and always float32."""
         return self.k[0].dtype
 
 
 @dataclass(frozen=True)
 class ImageSide:
-    """What all prompts of one image share. S image tokens of C channels, h heads of d channels."""
+    """Terms shared by all prompts of one image. S image tokens of C channels, h heads of d channels."""
 
     keys: Tensor  # [S, C] image tokens: the embedding plus the "no mask" embedding
     first_k: Tensor  # [h, S, d] keys of layer 0's token-to-image attention
@@ -105,7 +106,7 @@ def _per_head(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def _scores(few: Tensor, shared: Tensor) -> Tensor:
-    """Products of each prompt's tokens `few` [N, h, T, d] with what all share, [h, S, d] -> [N, h, T, S]"""
+    """Products of each prompt's tokens `few` [N, h, T, d] with the shared tokens [h, S, d] -> [N, h, T, S]"""
     n, num_heads, tokens, width = few.shape
     few = few.transpose(0, 1).reshape(num_heads, n * tokens, width).to(shared.dtype)
     scores: Tensor = (few @ shared.transpose(1, 2)).unflatten(1, (n, tokens))
@@ -113,7 +114,7 @@ def _scores(few: Tensor, shared: Tensor) -> Tensor:
 
 
 def _fold(few: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
-    """`few` [N, h, T, d] times each token's projection, ``keys @ weight.T`` per head, which is not made.
+    """`few` [N, h, T, d] times each token's projection, ``keys @ weight.T`` per head, without computing it.
 
     keys [N, S, C], weight [h * d, C] -> [N, h, T, S]
     """
@@ -139,7 +140,9 @@ def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: 
     p = torch.softmax(scores, dim=-1).flatten(1, 2)  # [N, h * T, S]
     attended = (p @ keys).unflatten(1, (heads, -1)).to(queries.dtype)  # [N, h, T, C]
     v = _merge_heads(attended @ _per_head(attention.v_proj.weight, heads).transpose(1, 2))
-    out: Tensor = attention.out_proj(v + attention.v_proj.bias)  # softmax's rows sum to 1: the bias can come after it
+    out: Tensor = attention.out_proj(
+        v + attention.v_proj.bias
+    )  # softmax's rows sum to 1, so the bias can be added afterwards
     return out
 
 
@@ -148,8 +151,8 @@ def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, s
 
     Args:
         keys: [N, S, C]. k, v: [N, T, C].
-        shared_q: [h, S, d], what is the same for all prompts of the queries `keys + pe`, projected.
-        first: whether that is all of them, as in layer 0.
+        shared_q: [h, S, d], the projected part of the queries `keys + pe` that all prompts share.
+        first: whether the shared part is the whole query, as in layer 0.
 
     Returns:
         [N, S, C]
@@ -161,7 +164,7 @@ def _image_to_tokens(attention: Attention, keys: Tensor, k: Tensor, v: Tensor, s
     if not first:
         scores = scores + _fold(k, attention.q_proj.weight, keys)
     p = torch.softmax(scores, dim=2).flatten(1, 2).to(keys.dtype)  # over T: [N, h * T, S]
-    # Each head's softmax sums to 1, so a share of the bias in every value adds up to the whole.
+    # Each head's softmax sums to 1, so an equal share of the bias in every head adds up to the whole bias.
     v = v @ _per_head(attention.out_proj.weight.T, heads) + attention.out_proj.bias / heads  # [N, h, T, C]
     return torch.baddbmm(keys, p.transpose(1, 2), v.flatten(1, 2).to(keys.dtype))
 
@@ -179,13 +182,14 @@ def _pixel_linear(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     return pixels
 
 
-# What of the decoder's four masks is asked for: the one of an unambiguous prompt, or the three of an ambiguous one.
+# Which of the decoder's four masks to compute: the single mask of an unambiguous prompt, or the three of an ambiguous
+# one.
 SINGLE_MASK = slice(0, 1)
 MULTIMASK = slice(1, None)
 
 
 class PromptGuidedDecoder(nn.Module):
-    """SAM's prompt encoder and mask decoder, run so that what prompts share is computed once per image.
+    """SAM's prompt encoder and mask decoder; terms that prompts share are computed once per image.
 
     Args:
         embed_dim, embed_size: channels and side of the image embedding.
@@ -219,12 +223,12 @@ class PromptGuidedDecoder(nn.Module):
     def embed_prompts(
         self, boxes: Tensor | None = None, points: Tensor | None = None, point_labels: Tensor | None = None
     ) -> Tensor:
-        """Prompts in network-input pixels -> their tokens.
+        """Prompts in network-input pixels -> prompt tokens.
 
         Args:
             boxes: [N, 4] xyxy, or None.
             points: [N, P, 2] xy, or None.
-            point_labels: [N, P], 1 inside the object, 0 outside, -1 not a point (padding).
+            point_labels: [N, P], 1 inside the object, 0 outside, -1 for padding.
 
         Returns:
             [N, T, C]; T = 2 for boxes, P + 1 for points (SAM pads points that come without a box), P + 2 for both.
@@ -235,15 +239,15 @@ class PromptGuidedDecoder(nn.Module):
         return tokens
 
     def _full_precision(self) -> torch.autocast:
-        # A position is the sine of a product: the 8 bits of a bfloat16 are half a pixel off before the sine.
+        # A position is the sine of a product: with bfloat16's 8 bits, its argument is off by half a pixel.
         device = self.prompt_encoder.no_mask_embed.weight.device
         return torch.autocast(device.type, enabled=False)
 
     def positions(self, dtype: torch.dtype = torch.float32) -> Positions:
-        """The part of decoding that all images share, as long as the weights are the same.
+        """Computes the terms that all images share; valid as long as the weights do not change.
 
         Args:
-            dtype: in which image tokens are to be computed.
+            dtype: the dtype in which image tokens are computed.
         """
         _, second = self._layers
         with self._full_precision():
@@ -256,11 +260,11 @@ class PromptGuidedDecoder(nn.Module):
         )
 
     def image_side(self, features: Tensor, positions: Positions) -> ImageSide:
-        """The part of decoding that all prompts of an image share.
+        """Computes the terms that all prompts of an image share.
 
         Args:
             features: [C, G, G], one image's embedding.
-            positions: from :meth:`positions`.
+            positions: the result of :meth:`positions`.
         """
         keys = features.flatten(1).T + self.prompt_encoder.no_mask_embed.weight
         with_pe = keys + positions.pe
@@ -275,7 +279,7 @@ class PromptGuidedDecoder(nn.Module):
         )
 
     def _first_layer(self, side: ImageSide, tokens: Tensor) -> Tensor:
-        """The part of layer 0 that concerns the prompt tokens [N, T, C]: the image is the same for all of them."""
+        """The part of layer 0 that updates the prompt tokens [N, T, C]; all of them see the same image tokens."""
         layer, _ = self._layers
         queries = layer.norm1(_attend(layer.self_attn, tokens, tokens, tokens))
         attention = layer.cross_attn_token_to_image
@@ -288,7 +292,7 @@ class PromptGuidedDecoder(nn.Module):
         return normed
 
     def _decode_chunk(self, side: ImageSide, tokens: Tensor, queries: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
-        """From layer 0's queries to low-res logits and predicted IoU; see :meth:`forward`."""
+        """Decodes layer 0's queries to low-res logits and predicted IoU; see :meth:`forward`."""
         decoder, transformer = self.mask_decoder, self._transformer
         first, second = self._layers
         keys = side.keys.expand(len(queries), -1, -1)
@@ -307,19 +311,19 @@ class PromptGuidedDecoder(nn.Module):
         )
         keys = _norm(second.norm4, keys)
 
-        wanted = range(decoder.num_mask_tokens)[masks]
-        used = [0, *(1 + i for i in wanted)]
+        mask_indices = range(decoder.num_mask_tokens)[masks]
+        used = [0, *(1 + i for i in mask_indices)]
         queries = queries[:, used]
         attended = _tokens_to_image(
             transformer.final_attn_token_to_image, queries + tokens[:, used], keys, side.positions.k[1]
         )
         queries = transformer.norm_final_attn(queries + attended)
-        weights = [decoder.output_hypernetworks_mlps[i](queries[:, 1 + n]) for n, i in enumerate(wanted)]
+        weights = [decoder.output_hypernetworks_mlps[i](queries[:, 1 + n]) for n, i in enumerate(mask_indices)]
         logits = self._masks(keys, torch.stack(weights, dim=1))
         return logits, decoder.iou_prediction_head(queries[:, 0])[:, masks]
 
     def _masks(self, keys: Tensor, weights: Tensor) -> Tensor:
-        """Image tokens [N, S, C] upscaled four times, and their products with `weights` [N, M, C / 8].
+        """Upscales image tokens [N, S, C] four times and multiplies them with `weights` [N, M, C / 8].
 
         Returns:
             float32 [N, M, 4G, 4G]
@@ -342,12 +346,12 @@ class PromptGuidedDecoder(nn.Module):
         """Decodes all prompts of one image, in chunks of bounded memory.
 
         Args:
-            side: from :meth:`image_side`.
+            side: the result of :meth:`image_side`.
             prompts: [N, T, C] from :meth:`embed_prompts`.
-            masks: which of the four masks, :data:`SINGLE_MASK` or :data:`MULTIMASK`.
+            masks: which of the four masks to compute, :data:`SINGLE_MASK` or :data:`MULTIMASK`.
 
         Returns:
-            low-res logits float32 [N, M, 4G, 4G] and predicted IoU [N, M].
+            Low-res logits, float32 [N, M, 4G, 4G], and predicted IoU [N, M].
         """
         decoder = self.mask_decoder
         if len(prompts) == 0:
@@ -363,5 +367,5 @@ class PromptGuidedDecoder(nn.Module):
 
 
 def prompts_per_chunk(keys: Tensor) -> int:
-    """How many prompts are decoded at a time, each with its own copy of the image tokens `keys`."""
+    """Number of prompts to decode at a time, each with its own copy of the image tokens `keys`."""
     return max(1, CHUNK_BYTES.get(keys.device.type, CHUNK_BYTES_ACCELERATOR) // (keys.numel() * keys.element_size()))

@@ -1,4 +1,4 @@
-"""Cropped masks -> COCO RLE. Apart from masks.py, so that reading stored labels need not wait for torch."""
+"""Cropped masks -> COCO RLE. Separate from masks.py so that reading stored labels does not import torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from .arrays import AnyArray, MaskArray
 
 
 class RLE(TypedDict):
-    """A mask of a whole image as COCO stores it, compressed."""
+    """A mask of a whole image as compressed COCO RLE."""
 
     size: list[int]  # height, width
     counts: bytes
 
 
 def rle_from_crop(mask: MaskArray, box: AnyArray, size: tuple[int, int]) -> RLE:
-    """COCO RLE of the image of `size` (height, width) that holds the bool array `mask` at `box` (xyxy)."""
-    from pycocotools import mask as mask_utils  # here, so that masks can be made where it is not installed
+    """COCO RLE of an image of `size` (height, width) with the bool array `mask` at `box` (xyxy)."""
+    from pycocotools import mask as mask_utils  # imported late, so that masks can be computed without pycocotools
 
     height, width = size
     x0, y0, x1, y1 = (int(v) for v in box)
-    # RLE runs down the columns. The column after the box, where there is one, ends a run at the bottom of the last.
+    # RLE runs down the columns. The column after the box, if any, ends a run that reaches the bottom of the box.
     columns = np.zeros((min(x1 + 1, width) - x0, height), bool)
     columns[: x1 - x0, y0:y1] = mask.T
     pixels = columns.ravel()

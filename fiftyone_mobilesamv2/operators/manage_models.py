@@ -31,7 +31,7 @@ class ManageModels(Operator):
 
     def form(self, form: Form) -> None:
         from ..modeling.checkpoints import MODELS, model_files
-        from ..modeling.checkpoints.files import is_here, megabytes_to_download, weights_dir
+        from ..modeling.checkpoints.files import is_local, megabytes_to_download, weights_dir
         from ..modeling.checkpoints.overview import file_rows, model_rows
 
         model = form.choice("model", {name: name for name in MODELS}, next(iter(MODELS)), "Model")
@@ -40,7 +40,7 @@ class ManageModels(Operator):
             action = form.choice("action", ACTIONS, "download" if missing else "verify", "Action", radio=True)
             if action == "download":
                 self._download_form(form, model, missing)
-            elif action == "verify" and not any(map(is_here, model_files(model))):
+            elif action == "verify" and not any(map(is_local, model_files(model))):
                 form.problem(f"No file of {model} is here: there is nothing to verify.")
             elif action == "delete":
                 self._delete_form(form, model)
@@ -58,12 +58,12 @@ class ManageModels(Operator):
 
     def _delete_form(self, form: Form, model: str) -> None:
         from ..modeling.checkpoints import model_files
-        from ..modeling.checkpoints.files import deletable_files, is_here
+        from ..modeling.checkpoints.files import deletable_files, is_local
         from ..modeling.checkpoints.overview import names
 
         files = deletable_files(model)
         for weights in model_files(model):
-            if is_here(weights) and weights not in files:
+            if is_local(weights) and weights not in files:
                 why = "it comes with the package" if weights.is_packaged else "another model here needs it"
                 form.note(f"{weights.filename} stays: {why}.")
         if not files:

@@ -30,7 +30,7 @@ def test_everything_is_missing(mongod, monkeypatch):
     for name in ("_database", "_plugin", "_server"):
         monkeypatch.setattr(machine, name, fail)
     failed = [check.text for check in machine_checks("cuda:77") if check.passed is False]
-    assert failed[0].startswith("The device can't be used: device must be one that is here (")
+    assert failed[0].startswith("The device can't be used: device must be available on this machine (")
     assert failed[1:] == [
         "The database can't be used: gone",
         "The plugin can't be loaded: gone",

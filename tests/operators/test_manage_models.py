@@ -84,16 +84,16 @@ def test_tables(plugin, folder):
     assert models["mobilesamv2-vith-torch"] == {
         "MB": "2,720",
         "speed": "slowest, most exact",
-        "here": "ObjectAwareModel.pt",
+        "available": "ObjectAwareModel.pt",
         "missing": "sam_vit_h_4b8939.pth, Prompt_guided_Mask_Decoder.pt",
     }
     demo = models["mobilesamv2-demo-torch"]
-    assert (demo["here"], demo["missing"]) == ("demo_sam.safetensors, demo_detector.safetensors", "")
+    assert (demo["available"], demo["missing"]) == ("demo_sam.safetensors, demo_detector.safetensors", "")
     assert len(files) == 11
-    assert files["ObjectAwareModel.pt"] == {"MB": "140", "here": "yes", "hash": "sha256 4d99244a9c7a..."}
-    assert files["Prompt_guided_Mask_Decoder.pt"] == {"MB": "15", "here": "", "hash": "git blob c13b15a3a449..."}
+    assert files["ObjectAwareModel.pt"] == {"MB": "140", "available": "yes", "hash": "sha256 4d99244a9c7a..."}
+    assert files["Prompt_guided_Mask_Decoder.pt"] == {"MB": "15", "available": "", "hash": "git blob c13b15a3a449..."}
     assert files["sam_vit_b_01ec64.pth"]["hash"] == "sha256 ec2df6273261..."
-    assert files["demo_sam.safetensors"]["hash"] == "none: it comes with the package"
+    assert files["demo_sam.safetensors"]["hash"] == "none: part of the package"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_download(plugin, models, folder):
     assert ((folder / "one.pt").read_bytes(), (folder / "rest.pt").read_bytes()) == (ENCODER, REST)
     form = plugin.form(NAME, None, {"model": "one"})
     assert form.errors == [] and form.default("action") == "verify"
-    assert rows(form.default("models"))["two"] == {"MB": "3", "speed": "", "here": "rest.pt", "missing": "two.pt"}
+    assert rows(form.default("models"))["two"] == {"MB": "3", "speed": "", "available": "rest.pt", "missing": "two.pt"}
     text = dialog(plugin, model="two", action="download")
     assert "two is here" in text and str(folder / "two.pt") in text
 
@@ -156,7 +156,7 @@ def test_verify(plugin, models, folder):
     form = plugin.form(NAME, None, {"model": "one", "action": "verify"})
     assert form.errors == []
     result = plugin.call(NAME, None, model="one", action="verify")
-    assert result["files"]["rest.pt"] == {"sha256": None, "problem": "is not here"}
+    assert result["files"]["rest.pt"] == {"sha256": None, "problem": "is missing"}
     problem = result["files"]["one.pt"]["problem"]
     assert hashlib.sha256(REST).hexdigest() in problem and SHA256 in problem and "move it away" in problem
     text = dialog(plugin, model="one", action="verify")
@@ -175,7 +175,7 @@ def test_check_sources(plugin, models, served, folder):
     params = {"model": "one", "action": "check_sources"}
     assert plugin.form(NAME, None, params).errors == []
     text = dialog(plugin, **params)
-    assert "**All sources are right**" in text and "is there (700,000 bytes), content unchecked" in text
+    assert "**All sources are right**" in text and "exists (700,000 bytes), content not checked" in text
     (served[0] / "rest.pt").unlink()
     text = dialog(plugin, **params)
     assert "**1 source wrong or out of reach**" in text and "HTTP status 404" in text

@@ -277,7 +277,7 @@ def test_whole_numbers_of_commands(capsys, command, option, text):
         ("max-prompts", ["30001", "9" * 30], "max_prompts must be a whole number from 1 to 30000"),
         ("prompting", ["", "Grid", "a\nb"], "argument --prompting: invalid choice"),
         ("dtype", ["", "int8", "a\0b"], "argument --dtype: invalid choice"),
-        ("device", ["banana", "meta", "cuda:-1"], "device must be one that is here"),
+        ("device", ["banana", "meta", "cuda:-1"], "device must be available on this machine"),
         ("device", ["", "cpu\0"], "device must be text"),
         ("mask-dir", ["", "a\0b", "\udcff"], "mask_dir must be "),
         ("model", ["x", "../x"], "Unknown model "),

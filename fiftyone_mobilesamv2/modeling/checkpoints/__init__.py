@@ -1,5 +1,4 @@
-"""Files of weights: which there are (:mod:`.catalog`), getting them here (:mod:`.files`), reading them
-(:mod:`.loading`)."""
+"""Weights files: what exists (:mod:`.catalog`), downloading (:mod:`.files`) and loading (:mod:`.loading`)."""
 
 from ...errors import CheckpointError, DownloadError
 from .catalog import MODELS, HubFile, PretrainedModel, Weights, model_files, pretrained_model

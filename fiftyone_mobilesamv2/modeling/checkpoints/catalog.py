@@ -1,9 +1,9 @@
-"""Which models and files of weights there are: every fact about the world outside, with the place where it was read.
+"""The catalog of models and weights files: every external fact, with its source.
 
-"Read" dates are those of the stored copies of the owners' pages that were looked up; nothing here could be downloaded
-where this was written. ``fiftyone-mobilesamv2 models --check-sources`` asks the hosts themselves.
+A "read" date is that of the stored copy of the owner's page that was consulted; none of the files could be downloaded
+where this catalog was written. ``fiftyone-mobilesamv2 models --check-sources`` queries the hosts themselves.
 
-``manifest.json`` and the README's table of models are written from this file by ``tools/write_generated.py``.
+``tools/write_generated.py`` generates ``manifest.json`` and the README's table of models from this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class HubFile:
     """A file on the Hugging Face hub.
 
     Attributes:
-        revision: a full commit hash, which pins the file, or a branch where the commit is not known.
+        revision: a full commit hash, which pins the file, or a branch if the commit is not known.
     """
 
     repo: str
@@ -32,16 +32,16 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Weights:
-    """One file of weights.
+    """A weights file.
 
     Attributes:
         filename: its name in the weights folder.
-        sources: where it can be downloaded, in the order in which they are tried: hub files and URLs.
+        sources: hub files and URLs to download it from, tried in this order.
         megabytes: its approximate size.
-        size: its exact size in bytes, where known.
-        sha256: its hash, where known.
-        git_blob: its git blob id, sha1 of b"blob <size>\\0" + content, which pins it as well.
-        old_names: other names under which it was published or is often kept; such a file is used if its hash is right.
+        size: its exact size in bytes, if known.
+        sha256: its hash, if known.
+        git_blob: its git blob id, if known: the SHA-1 of b"blob <size>\\0" + content, which pins the file as well.
+        old_names: other names under which it was published or is often stored; such a file is used if its hash matches.
     """
 
     filename: str
@@ -54,11 +54,11 @@ class Weights:
 
     @property
     def is_packaged(self) -> bool:
-        """Whether it comes with the package."""
+        """Whether the file is part of the package."""
         return not self.sources
 
     def describe(self) -> str:
-        """What the file should be, for an error message.
+        """Describes the expected file, for error messages.
 
         >>> Weights("w.pt", (), megabytes=2, size=2_000_123).describe()
         '2,000,123 bytes'
@@ -73,17 +73,18 @@ class Weights:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model of the zoo: an encoder of the registry, the files it runs with, and what lists say about it.
+    """A zoo model: an encoder from the registry, its weights files and its descriptions.
 
     Attributes:
         encoder: name in the encoder registry.
         encoder_weights, decoder_weights, detector_weights: its files; one file may hold several parts.
-        description: which encoder it is, for the zoo's page and the README.
-        hint: how fast and exact it is, in a few words, for lists to choose from.
-        detector_size: pixels of the long side that the detector sees.
-        images: what it was trained on, and is proven on by the doctor: "photos", or "scenes" of the package.
-        known_iou, known_fingerprint: what the doctor measures of a working model, where that has been measured.
-        author, training_data: (name, URL) of what it was trained on.
+        description: which encoder it uses, for the zoo's page and the README.
+        hint: how fast and accurate it is, in a few words, for selection lists.
+        detector_size: long side, in pixels, to which images are resized for the detector.
+        images: the kind of images it was trained on and the doctor checks it on: "photos", or the package's "scenes".
+        known_iou, known_fingerprint: what the doctor measures on a working model, if that has been measured.
+        author: its author, as shown in the zoo.
+        training_data: (name, URL) of its training set.
     """
 
     encoder: str
@@ -102,7 +103,7 @@ class PretrainedModel:
 
     @property
     def weights(self) -> dict[str, Weights]:
-        """The files by the name of the argument that takes their path."""
+        """The files, by the name of the argument that takes their path."""
         return {
             "encoder_checkpoint": self.encoder_weights,
             "decoder_checkpoint": self.decoder_weights,
@@ -112,8 +113,8 @@ class PretrainedModel:
 
 # Hosts ---------------------------------------------------------------------------------------------------------------
 
-# Weights are downloaded over https from these alone: the hosts of the sources below. The hub redirects to hosts of its
-# own, such as cdn-lfs.huggingface.co, cdn-lfs-us-1.hf.co and cas-bridge.xethub.hf.co.
+# Weights are downloaded over https and only from these hosts, those of the sources below. The hub redirects to its own
+# hosts, such as cdn-lfs.huggingface.co, cdn-lfs-us-1.hf.co and cas-bridge.xethub.hf.co.
 HOSTS = re.compile(r"raw\.githubusercontent\.com|dl\.fbaipublicfiles\.com|([\w.-]+\.)?(huggingface\.co|hf\.co)")
 
 # The released code, github.com/ChaoningZhang/MobileSAM. A file at a commit is content-addressed.
@@ -124,8 +125,8 @@ _META_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 
 # Apache-2.0: MobileSAM (LICENSE of github.com/ChaoningZhang/MobileSAM), SAM (LICENSE of
 # github.com/facebookresearch/segment-anything), EfficientViT-SAM (huggingface.co/mit-han-lab/efficientvit-sam,
-# "License: apache-2.0", read 2026-11-29). AGPL-3.0: ultralytics, whose modules run them and which trained the detector
-# (LICENSE of github.com/ultralytics/ultralytics). In FiftyOne's spelling.
+# "License: apache-2.0", read 2026-11-29). AGPL-3.0: ultralytics, whose modules run them and trained the detector
+# (LICENSE of github.com/ultralytics/ultralytics). Spelled as FiftyOne does.
 LICENSES = "Apache 2.0,AGPL-3.0"
 SOURCE_URL = "https://github.com/ChaoningZhang/MobileSAM"
 
@@ -145,10 +146,10 @@ MOBILE_SAM = Weights(
     size=40_728_226,
     sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     git_blob="7ef2d090979fd9853adf17b7a99c8b94a1c5a6a7",
-    old_names=("mobile_sam.pth",),  # as huggingface.co/ybelkada/segment-anything has it
+    old_names=("mobile_sam.pth",),  # its name in huggingface.co/ybelkada/segment-anything
 )
-# The release's prompt encoder and mask decoder. Git blob: the release's tree. The second source is what
-# github.com/RogerQi/MobileSAMV2 (hubconf.py, read 2026-11-29) downloads; its hash and commit are not known.
+# The release's prompt encoder and mask decoder. Git blob: the release's tree. The second source is the one that
+# github.com/RogerQi/MobileSAMV2 (hubconf.py, read 2026-11-29) downloads; its hash and commit are unknown.
 PROMPT_GUIDED_DECODER = Weights(
     "Prompt_guided_Mask_Decoder.pt",
     (
@@ -159,7 +160,7 @@ PROMPT_GUIDED_DECODER = Weights(
     git_blob="c13b15a3a4496dbcba5f4f0d3e8453f41d818420",
 )
 # Sha256: huggingface.co/yuwendu/MobileSAM_utils/blob/main/weight/ObjectAwareModel.pt, read 2026-11-29 ("140 MB"; its
-# commit begins with 9e9d9cf). Whether the file of RogerQi/MobileSAMV2 (hubconf.py) is the same is not known.
+# commit begins with 9e9d9cf). Whether the file in RogerQi/MobileSAMV2 (hubconf.py) is the same is unknown.
 OBJECT_AWARE_MODEL = Weights(
     "ObjectAwareModel.pt",
     (
@@ -170,8 +171,8 @@ OBJECT_AWARE_MODEL = Weights(
     sha256="4d99244a9c7a4d7330af28d1801ebee362fa469ac564b57c8eab48b43e4e64a1",
 )
 
-# EfficientViT-SAM's encoders as distilled from ViT-H's embedding, whose decoder therefore fits them. The files of the
-# same names in the root of that repository were trained further, together with a decoder of their own. Hashes:
+# EfficientViT-SAM's encoders as distilled from ViT-H's embedding, so that ViT-H's decoder works with them. The files of
+# the same names in that repository's root were trained further, together with their own decoders. Hashes:
 # huggingface.co/mit-han-lab/efficientvit-sam/blob/<revision>/distilled_model/<file>, read 2026-11-29. Renamed from
 # l0.pt, l1.pt and l2.pt on 2024-10-14 (commits 2a27427, a4b470d, a27558d).
 _DISTILLED = ("mit-han-lab/efficientvit-sam", "a4a9bc05287666e5708655d8f100b11520a52178")
@@ -188,7 +189,7 @@ EFFICIENTVIT_L0 = _distilled("l0", 139, "3450127f9080533be10bb5133abf50851012081
 EFFICIENTVIT_L1 = _distilled("l1", 191, "0c24dbea505ce6d786b503750093b71d9f35b520aa5bd1f967e9dd81e968fd20")
 # The l2.pt that existed when MobileSAMv2 was released, with its size: the pointer in
 # huggingface.co/mit-han-lab/efficientvit-sam/commit/a71dfa37234faad827e57104814366e4f60fa854, read 2026-11-29.
-# The last source is what hubconf.py of github.com/RogerQi/MobileSAMV2 downloads; its hash is not known.
+# The last source is the one that hubconf.py of github.com/RogerQi/MobileSAMV2 downloads; its hash is unknown.
 EFFICIENTVIT_L2 = _distilled(
     "l2",
     246,
@@ -197,7 +198,7 @@ EFFICIENTVIT_L2 = _distilled(
     HubFile("RogerQi/MobileSAMV2", "l2.pt"),
 )
 
-# Meta's SAMs, each whole. The digits in their names are the first of the md5. Sizes and sha256: the pointers in
+# Meta's SAMs, each complete. The digits in their names are the first of their md5. Sizes and sha256: the pointers in
 # huggingface.co/mashb1t/misc/commit/78e181357bf2e286bf2e76635c0b5cd89583c5d9 and
 # huggingface.co/sam-hq-team/sam-hq-training/commit/d401202bc7a12ffcf56557bd3f2c38d1a154f4e8, which agree; sha256 also
 # in the checksums of micro-sam (micro_sam/util.py), which downloads from Meta; all read 2026-11-29. The mirror:
@@ -218,7 +219,7 @@ SAM_VIT_B = _meta_sam(
 SAM_VIT_L = _meta_sam(
     "vit_l", "0b3195", 1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"
 )
-# The release's own sam_vit_h.pt holds the same encoder's tensors alone; its hash is not known.
+# The release's own sam_vit_h.pt holds only this encoder's tensors; its hash is unknown.
 SAM_VIT_H = _meta_sam(
     "vit_h", "4b8939", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
 )
@@ -238,11 +239,11 @@ def _released(
     return PretrainedModel(encoder, encoder_weights, decoder_weights, OBJECT_AWARE_MODEL, description, hint)
 
 
-# Which decoder goes with which encoder: the prompt-guided one works on ViT-H's embedding space, so with ViT-H and with
-# what was distilled from it (TinyViT, the distilled EfficientViTs), which is all that the release offers. ViT-B and
-# ViT-L were trained together with decoders of their own, which are in their own files.
+# Decoders: the prompt-guided one works on ViT-H's embedding space, so it suits ViT-H and the encoders distilled from it
+# (TinyViT, the distilled EfficientViTs), which are all that the release offers. ViT-B and ViT-L were trained together
+# with their own decoders, which are in the same files.
 # Hints: the paper (arXiv 2312.09579) times TinyViT, EfficientViT-L2 (about 20 ms) and ViT-H (over 400 ms, the most
-# exact); the others lie between, by their size.
+# accurate); the others are ranked in between by size.
 MODELS: dict[str, PretrainedModel] = {
     "mobilesamv2-tinyvit-torch": _released(
         "tiny_vit",
@@ -296,7 +297,7 @@ MODELS: dict[str, PretrainedModel] = {
 
 
 def pretrained_model(name: str) -> PretrainedModel:
-    """The zoo's entry `name`.
+    """The catalog entry of the model `name`.
 
     Raises:
         ValueError: no model has that name.
@@ -310,7 +311,7 @@ def pretrained_model(name: str) -> PretrainedModel:
 
 
 def model_files(name: str) -> list[Weights]:
-    """The files of the model `name`, each once: one may hold several parts.
+    """The files of the model `name`, without duplicates: one file may hold several parts.
 
     >>> [weights.filename for weights in model_files("mobilesamv2-vitb-torch")]
     ['sam_vit_b_01ec64.pth', 'ObjectAwareModel.pt']
@@ -319,5 +320,5 @@ def model_files(name: str) -> list[Weights]:
 
 
 def all_files() -> list[Weights]:
-    """The files of all models, each once."""
+    """The files of all models, without duplicates."""
     return list(dict.fromkeys(weights for name in MODELS for weights in model_files(name)))

@@ -1,4 +1,4 @@
-"""Downloads of weights: from known hosts only, resumed, retried, verified before they take their place."""
+"""Downloads weights from known hosts only; resumes, retries, and verifies files before it puts them in place."""
 
 from __future__ import annotations
 
@@ -30,40 +30,41 @@ logger = logging.getLogger(__name__)
 
 DOWNLOAD_HOSTS_VARIABLE = "FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS"
 
-MAX_ATTEMPTS = 4  # in a row without a further byte
-FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
-MAX_WAIT = 60.0  # seconds that a host may ask us to wait; beyond it the next source is tried
-TIMEOUT = 30.0  # seconds that a host may be silent
+MAX_ATTEMPTS = 4  # in a row without receiving a byte
+FIRST_WAIT = 1.0  # seconds before the second attempt; doubled for each further one
+MAX_WAIT = 60.0  # longest wait in seconds that a host may request; beyond it, the next source is tried
+TIMEOUT = 30.0  # seconds without a response
 
-# Too many requests, or a fault that may pass: https://www.rfc-editor.org/rfc/rfc9110#name-status-codes, RFC 6585.
-_PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
+# Rate limits and transient faults: https://www.rfc-editor.org/rfc/rfc9110#name-status-codes, RFC 6585.
+_TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _SECRETS = re.compile(r"(?<=//)[^\s'\"]*@|\?[^\s'\"]+")  # in a URL: user and password, and the query
 
-# What a download reports: the file's name, the bytes that have come, and those that it has, where the server says so.
+# Called with the file's name, the bytes received, and the total bytes if the server reports them.
 DownloadProgress = Callable[[str, int, int | None], None]
 
 T = TypeVar("T")
 
 
 class _Broken(OSError):
-    """A connection ended before the file did."""
+    """The connection broke before the file was complete."""
 
 
 class _WrongFile(CheckpointError):
-    """A source has another file than the catalog says."""
+    """A source offers a different file from the one in the catalog."""
 
 
 def download(weights: Weights, path: Path, progress: DownloadProgress | None = None) -> dict[str, str]:
-    """Downloads `weights` to a file beside `path`, which takes its place only when it is the right one.
+    """Downloads `weights` to a file beside `path`, and moves it to `path` once it is verified.
 
-    Sources are tried in their order. What a broken download leaves is resumed, also by the next call.
+    Sources are tried in order. An interrupted download is resumed, even by a later call.
 
     Args:
-        progress: told of what has come, in place of a bar on stderr. What it raises ends the download, to be resumed.
+        progress: called as data arrives, instead of showing a progress bar on stderr. An exception that it raises
+            stops the download, which can be resumed later.
 
     Returns:
-        source -> why it did not give the file, if none did; empty when the file is at `path`.
+        Source -> why it failed, if all sources failed; empty if the file is now at `path`.
     """
     partial = partial_path(path)
     reasons: dict[str, str] = {}
@@ -71,20 +72,20 @@ def download(weights: Weights, path: Path, progress: DownloadProgress | None = N
         name = without_secrets(str(source))
         try:
             _get(_location(source, weights), weights, partial, record_path(path), progress)
-        except Exception as error:  # from OSError to the types of the hub's HTTP client, which share no other base
+        except Exception as error:  # OSErrors and those of the hub's HTTP client have no closer common base
             reasons[name] = explain(error)
             level = logging.WARNING if isinstance(error, _WrongFile) else logging.INFO
-            logger.log(level, "%s can't be had from %s: %s", weights.filename, name, reasons[name])
+            logger.log(level, "Could not download %s from %s: %s", weights.filename, name, reasons[name])
             if isinstance(error, OSError) and error.errno in _FULL_DISK:
                 break
-            continue  # what has come stays, to be resumed
+            continue  # the partial file is kept for resuming
         partial.replace(path)
         return {}
     return reasons
 
 
 def _get(url: str, weights: Weights, partial: Path, record: Path, progress: DownloadProgress | None) -> None:
-    """Downloads `url` to `partial`. Raises _WrongFile for another file, which is deleted."""
+    """Downloads `url` to `partial`. If it is another file, deletes it and raises _WrongFile."""
     limit = weights.size or 2_000_000 * weights.megabytes
     while True:
         resumed = partial.exists()
@@ -95,19 +96,19 @@ def _get(url: str, weights: Weights, partial: Path, record: Path, progress: Down
         partial.unlink()
         if not resumed:
             raise _WrongFile(f"the file there {problem}")
-        # The first part came from an earlier attempt, perhaps of another file: once more from the start.
+        # The beginning came from an earlier attempt, perhaps of another file: start over.
 
 
 def partial_path(path: Path) -> Path:
-    """Where a download is until it is complete."""
+    """Path of a download until it is complete."""
     return path.with_name(path.name + ".partial")
 
 
-# Where from ----------------------------------------------------------------------------------------------------------
+# Sources -------------------------------------------------------------------------------------------------------------
 
 
 def _location(source: HubFile | str, weights: Weights) -> str:
-    """The URL of a source. Raises _WrongFile where the hub already says that it has another file."""
+    """The URL of a source. Raises _WrongFile if the hub's metadata shows that it has another file."""
     check_online()
     if isinstance(source, str):
         return source
@@ -118,23 +119,23 @@ def _location(source: HubFile | str, weights: Weights) -> str:
 
 
 def hub_metadata(source: HubFile) -> HfFileMetadata:
-    """What the hub says of a file: `etag` (of large files the sha256), `size`, `location`, `commit_hash`."""
+    """The hub's metadata for a file: `etag` (the sha256 for large files), `size`, `location`, `commit_hash`."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # The hub's library answers where a file is (mirrors, offline mode, tokens). Its own downloader would try a dead
-    # network for 23 seconds a file, and keep a folder beside the weights.
+    # The hub's library resolves a file's location (mirrors, offline mode, tokens). Its own downloader would retry a
+    # dead network for 23 seconds per file and keep a folder beside the weights.
     url = hf_hub_url(source.repo, source.path, revision=source.revision)
-    check_host(url)  # a mirror's, perhaps: the user's token goes there
+    check_host(url)  # it may be a mirror's, and it receives the user's token
     return retried(lambda: get_hf_file_metadata(url))
 
 
 def is_sha256(etag: str | None) -> bool:
-    """Whether the hub's etag of a file is its sha256: it is for files in large file storage."""
+    """Whether the hub's etag of a file is its sha256, as for files in large file storage."""
     return bool(etag and re.fullmatch(r"[0-9a-f]{64}", etag))
 
 
 def check_online() -> None:
-    """Raises CheckpointError in the offline mode of the hub's library, which holds for all sources."""
+    """Raises CheckpointError if the hub library is in offline mode, which applies to all sources."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -142,8 +143,11 @@ def check_online() -> None:
 
 
 def check_host(url: str) -> None:
-    """Raises CheckpointError unless weights may be downloaded from there: over https from the hosts of the catalog, or
-    from what $FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS names, such as "https://mirror.example http://10.0.0.5:8000"."""
+    """Raises CheckpointError unless weights may be downloaded from `url`.
+
+    Allowed are the catalog's hosts over https, and the origins listed in $FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS, such as
+    "https://mirror.example http://10.0.0.5:8000".
+    """
     parts = urllib.parse.urlsplit(url)
     origin = f"{parts.scheme}://{parts.netloc}".lower()
     if parts.scheme == "https" and HOSTS.fullmatch(parts.netloc.lower()):
@@ -151,11 +155,11 @@ def check_host(url: str) -> None:
     if "@" not in origin and origin in os.environ.get(DOWNLOAD_HOSTS_VARIABLE, "").lower().split():
         return
     try:
-        parts.port  # noqa: B018  raises where a password that was not quoted has shifted the rest
+        parts.port  # noqa: B018  raises if an unquoted password has shifted the other parts
     except ValueError:
-        origin = "this"
+        origin = "The host of this URL"
     raise CheckpointError(
-        f"{without_secrets(origin)} is not a host that weights are downloaded from; if you trust it, add it to "
+        f"{without_secrets(origin)} is not a trusted host for weights; if you trust it, add it to "
         f"{DOWNLOAD_HOSTS_VARIABLE}"
     )
 
@@ -175,7 +179,7 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def open_url(url: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
-    """A response from one of the known hosts, redirects included."""
+    """Opens a URL on one of the allowed hosts; redirects are checked, too."""
     check_host(url)
     request = urllib.request.Request(url, headers=headers, method=method)
     response: http.client.HTTPResponse = urllib.request.build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT)
@@ -183,7 +187,7 @@ def open_url(url: str, method: str = "GET", **headers: str) -> http.client.HTTPR
 
 
 def explain(error: BaseException) -> str:
-    """An error of a request as part of a sentence, without secrets."""
+    """Describes a request's error as part of a sentence, without secrets."""
     if status := http_status(error):
         text = f"HTTP status {status} ({getattr(error, 'reason', '') or http.client.responses.get(status)})"
     elif isinstance(error, urllib.error.URLError):
@@ -194,7 +198,7 @@ def explain(error: BaseException) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without what may be a secret in the URLs in it."""
+    """`text` with possible secrets removed from its URLs."""
     return _SECRETS.sub("", text)
 
 
@@ -202,16 +206,16 @@ def without_secrets(text: str) -> str:
 
 
 def _transfer(url: str, partial: Path, limit: int, progress: DownloadProgress | None) -> None:
-    """Downloads `url` to `partial`, going on where an earlier attempt stopped. Takes no more than `limit` bytes."""
+    """Downloads `url` to `partial`, resuming an earlier attempt. Accepts at most `limit` bytes."""
     start = partial.stat().st_size if partial.exists() else 0
     try:
         response = open_url(url, **({"Range": f"bytes={start}-"} if start else {}))
     except urllib.error.HTTPError as error:
-        if start and error.code == 416:  # all of it is here already
+        if start and error.code == 416:  # the file is already complete
             return
         raise
     with response:
-        if response.status != 206:  # the server sends the whole file whatever was asked
+        if response.status != 206:  # the server ignores the range and sends the whole file
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
@@ -244,21 +248,20 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read(1 << 20)
     except http.client.IncompleteRead as error:
-        return error.partial  # what is missing shows in the size of the file
+        return error.partial  # the missing bytes show in the file's size
     except (TimeoutError, ConnectionError) as error:
         raise _Broken(f"the connection broke ({error}); try again to resume") from error
 
 
-# Once more -----------------------------------------------------------------------------------------------------------
+# Retries -------------------------------------------------------------------------------------------------------------
 
 
 def retried(request: Callable[[], T], partial: Path | None = None, progress: DownloadProgress | None = None) -> T:
-    """What `request` returns, which is tried again after faults that may pass: rate limits, faults of the server,
-    connections that break.
+    """Calls `request` and returns its result, retrying after rate limits, server errors and broken connections.
 
     Args:
-        partial: the file that grows; as long as it does, the attempts don't count.
-        progress: called while it waits, too, so that it can end the waiting.
+        partial: the file being downloaded; attempts during which it grows don't count.
+        progress: also called while waiting, so that it can stop the wait by raising.
     """
 
     def sleep(seconds: float) -> None:
@@ -268,22 +271,22 @@ def retried(request: Callable[[], T], partial: Path | None = None, progress: Dow
                 progress(partial.stem, partial.stat().st_size if partial.exists() else 0, None)
             time.sleep(min(left, 0.5))
 
-    def tell(state: tenacity.RetryCallState) -> None:
+    def log_retry(state: tenacity.RetryCallState) -> None:
         if (error := _error_of(state)) and state.next_action:
             logger.info("%s; trying again in %.0f s", explain(error), state.next_action.sleep)
 
     return tenacity.Retrying(
         sleep=sleep,
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(_is_transient),
         stop=_Attempts(partial),
         wait=_wait,
-        before_sleep=tell,
+        before_sleep=log_retry,
         reraise=True,
     )(request)
 
 
 class _Attempts:
-    """When to give up: after so many failures in a row in which nothing came."""
+    """Stops retrying after MAX_ATTEMPTS failures in a row in which no data arrived."""
 
     def __init__(self, partial: Path | None) -> None:
         self.partial = partial
@@ -300,17 +303,17 @@ class _Attempts:
         return self.failures >= MAX_ATTEMPTS
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, _Broken):
         return True
     status = http_status(error)
-    return status in _PASSING_STATUSES and (_asked_wait(error) or 0) <= MAX_WAIT
+    return status in _TRANSIENT_STATUSES and (_requested_wait(error) or 0) <= MAX_WAIT
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
     error = _error_of(state)
-    asked = None if error is None else _asked_wait(error)
-    return FIRST_WAIT * 2 ** (min(state.attempt_number, MAX_ATTEMPTS) - 1) if asked is None else asked
+    requested = None if error is None else _requested_wait(error)
+    return FIRST_WAIT * 2 ** (min(state.attempt_number, MAX_ATTEMPTS) - 1) if requested is None else requested
 
 
 def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
@@ -318,14 +321,14 @@ def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status of a response that is an error, of urllib or of the hub's HTTP client."""
+    """The HTTP status of an error of urllib or of the hub's HTTP client; None if it has none."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _asked_wait(error: BaseException) -> float | None:
-    """Seconds that the host asks us to wait, if it says so in seconds."""
+def _requested_wait(error: BaseException) -> float | None:
+    """The wait that the host requests, if it gives it in seconds."""
     response = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "response", None)
     value = (getattr(response, "headers", None) or {}).get("Retry-After", "")
     return float(value) if re.fullmatch(r"\d+", value) else None

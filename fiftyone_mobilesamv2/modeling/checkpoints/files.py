@@ -1,4 +1,4 @@
-"""The files of models on this machine: where they are, fetching what is missing, verifying and deleting them."""
+"""Model files on this machine: locating, fetching, verifying and deleting them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
 
 def weights_dir() -> Path:
-    """The folder of downloaded weights: $FIFTYONE_MOBILESAMV2_WEIGHTS_DIR, else a folder of the user's cache."""
+    """The folder for downloaded weights: $FIFTYONE_MOBILESAMV2_WEIGHTS_DIR, or a folder in the user's cache."""
     if folder := os.environ.get(WEIGHTS_DIR_VARIABLE):
         return Path(folder).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -30,7 +30,7 @@ def weights_dir() -> Path:
 def local_path(weights: Weights) -> Path:
     """Where the file is, or will be once downloaded.
 
-    A file in the weights folder that has one of its old names counts if it has the right hash.
+    A file in the weights folder under one of the old names counts if its hash matches.
 
     >>> local_path(pretrained_model("mobilesamv2-demo-torch").encoder_weights).name
     'demo_sam.safetensors'
@@ -46,16 +46,16 @@ def local_path(weights: Weights) -> Path:
 
 
 def old_paths(weights: Weights) -> list[Path]:
-    """Files in the weights folder under old names of `weights`, whatever is in them.
+    """Files in the weights folder under old names of `weights`, whatever their content.
 
-    Without a published hash there is no way to tell whether they are the same.
+    Empty if `weights` has no published hash, since there is then no way to tell whether they are the same file.
     """
     if not (weights.sha256 or weights.git_blob):
         return []
     return [path for name in weights.old_names if (path := weights_dir() / name).is_file()]
 
 
-def is_here(weights: Weights) -> bool:
+def is_local(weights: Weights) -> bool:
     """Whether the file is on this machine."""
     return local_path(weights).is_file()
 
@@ -64,19 +64,20 @@ def is_here(weights: Weights) -> bool:
 
 
 def fetch_model(name: str, skip: Collection[str] = (), progress: DownloadProgress | None = None) -> dict[str, Path]:
-    """Makes sure of the files of the model `name`, downloading what is missing.
+    """Verifies the files of the model `name`, downloading missing ones.
 
     Args:
-        skip: arguments whose files the caller has: "encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint".
-        progress: told of downloads, in place of a bar on stderr. What it raises ends the download, to be resumed.
+        skip: arguments whose files are not needed: "encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint".
+        progress: called as data arrives, instead of showing a progress bar on stderr. An exception that it raises
+            stops the download, which can be resumed later.
 
     Returns:
-        argument -> verified path.
+        Argument -> verified path.
 
     Raises:
         ValueError: no model has that name.
-        CheckpointError: a file that is here is not the expected one (it is left where it is).
-        DownloadError: files are missing and no source gave them.
+        CheckpointError: a local file is not the expected one (it is left in place).
+        DownloadError: files are missing and no source provided them.
 
     >>> sorted(fetch_model("mobilesamv2-demo-torch"))
     ['decoder_checkpoint', 'detector_checkpoint', 'encoder_checkpoint']
@@ -95,11 +96,11 @@ def fetch_model(name: str, skip: Collection[str] = (), progress: DownloadProgres
 
 
 def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
-    """The verified path of a file, downloaded if it is not there; `progress` as for :func:`fetch_model`.
+    """The verified path of a file, downloaded if missing; `progress` as for :func:`fetch_model`.
 
     Raises:
-        CheckpointError: the file that is there is not the expected one (it is left where it is).
-        DownloadError: it is not there, and no source gave the expected file.
+        CheckpointError: the local file is not the expected one (it is left in place).
+        DownloadError: the file is missing, and no source provided the expected one.
     """
     path = local_path(weights)
     if not path.is_file():
@@ -108,7 +109,7 @@ def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                # Another process may have been faster.
+                # Another process may have downloaded it meanwhile.
                 reasons = {} if path.is_file() else download(weights, path, progress)
         except OSError as error:
             reasons = {str(path.parent): f"can't be written to: {error}"}
@@ -119,9 +120,13 @@ def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
 
 
 def _download_error(model: str | None, failures: Mapping[Weights, Mapping[str, str]]) -> DownloadError:
-    """What to tell: each file with its first source and reason, and where to put it; all the rest as details."""
+    """An error with the first failed source of each file and where to put the files; its details have the rest."""
     names = ", ".join(weights.filename for weights in failures)
-    lines = [f"{names} could not be downloaded." if model is None else f"{model} lacks files, and downloading failed:"]
+    lines = [
+        f"{names} could not be downloaded."
+        if model is None
+        else f"Files of {model} are missing and could not be downloaded:"
+    ]
     details = []
     for weights, reasons in failures.items():
         source, reason = next(iter(reasons.items()))
@@ -129,49 +134,52 @@ def _download_error(model: str | None, failures: Mapping[Weights, Mapping[str, s
         details.append(f"{weights.filename}: {weights.describe()}")
         details += [f"  {source}: {reason}" for source, reason in reasons.items()]
         details += [f"  {path} is another file" for path in old_paths(weights)]
-    lines.append(f"Put what is missing into {weights_dir()} (or the folder that {WEIGHTS_DIR_VARIABLE} names).")
+    lines.append(f"Put the missing files into {weights_dir()} (or set {WEIGHTS_DIR_VARIABLE} to another folder).")
     if model is not None:
-        lines.append(f"Or try the model that comes with the package, {DEMO_MODEL}.")
+        lines.append(f"Or try the model that is included in the package, {DEMO_MODEL}.")
         lines.append(f"All sources, hashes and reasons: fiftyone-mobilesamv2 models --download {model} --details")
-    reasons = {source: reason for of_file in failures.values() for source, reason in of_file.items()}
+    reasons = {source: reason for file_reasons in failures.values() for source, reason in file_reasons.items()}
     return DownloadError("\n".join(lines), reasons, "\n".join(details))
 
 
 def megabytes_to_download(name: str) -> int:
-    """How much of the model `name` is missing here.
+    """Size of the missing files of the model `name`, in MB.
 
     >>> megabytes_to_download("mobilesamv2-demo-torch")
     0
     """
-    return sum(weights.megabytes for weights in model_files(name) if not is_here(weights))
+    return sum(weights.megabytes for weights in model_files(name) if not is_local(weights))
 
 
 # Deleting ------------------------------------------------------------------------------------------------------------
 
 
 def deletable_files(name: str) -> list[Weights]:
-    """What :func:`delete_model` would delete: the files that are here, whole or in part, except those of the package
-    and those that another model needs whose files are all here."""
+    """The files that :func:`delete_model` would delete.
+
+    These are the model's complete and partial downloads, except files that another fully downloaded model needs.
+    """
     others = [other for other in MODELS if other != name]
-    ready = [other for other in others if all(map(is_here, model_files(other)))]
+    ready = [other for other in others if all(map(is_local, model_files(other)))]
     needed = {weights for other in ready for weights in model_files(other)}
     return [
         weights
         for weights in model_files(name)
         if not weights.is_packaged
         and weights not in needed
-        and (is_here(weights) or partial_path(local_path(weights)).exists())
+        and (is_local(weights) or partial_path(local_path(weights)).exists())
     ]
 
 
 def delete_model(name: str) -> list[Weights]:
-    """Deletes the downloaded files of the model `name` that no other model here needs, and returns them.
+    """Deletes and returns the downloaded files of the model `name` that no other downloaded model needs.
 
-    The records of their hashes stay: they show whether a file has changed at its source when it is downloaded again.
+    The records of their hashes are kept: they reveal whether a file has changed at its source when it is downloaded
+    again.
 
     Raises:
         CheckpointError: one of the files is being downloaded.
-        OSError: one can't be deleted.
+        OSError: a file can't be deleted.
     """
     files = deletable_files(name)
     for weights in files:
@@ -190,11 +198,11 @@ def delete_model(name: str) -> list[Weights]:
 
 @dataclass(frozen=True)
 class Verified:
-    """What verifying a file found.
+    """The result of verifying a file.
 
     Attributes:
-        sha256: of a file that is right, else None.
-        problem: what is wrong, else None.
+        sha256: the hash of a valid file, otherwise None.
+        problem: what is wrong with an invalid file, otherwise None.
     """
 
     sha256: str | None = None
@@ -202,40 +210,40 @@ class Verified:
 
 
 def verify_model(name: str, progress: Callable[[int, Weights], None] = lambda *_: None) -> dict[Weights, Verified]:
-    """Reads every byte of the model's files that are here, and checks them as :func:`verify` does.
+    """Reads the model's local files completely and checks them as :func:`verify` does.
 
     Args:
-        progress: told of the number of files that are done, and of the next one.
+        progress: called with the number of finished files and the next file.
     """
-    found = {}
+    results = {}
     for number, weights in enumerate(model_files(name)):
         progress(number, weights)
-        if not is_here(weights):
-            found[weights] = Verified(problem="is not here")
+        if not is_local(weights):
+            results[weights] = Verified(problem="is missing")
             continue
         try:
-            found[weights] = Verified(verified_sha256(weights))
+            results[weights] = Verified(verified_sha256(weights))
         except CheckpointError as error:
-            found[weights] = Verified(problem=str(error))
-    return found
+            results[weights] = Verified(problem=str(error))
+    return results
 
 
 def verified_sha256(weights: Weights) -> str:
-    """The sha256 of a file that is here, which is read to its end and checked as by :func:`verify`."""
+    """The sha256 of a local file, which is read completely and checked as by :func:`verify`."""
     path = local_path(weights)
     verify(path, weights, reread=True)
-    # Of files that lie where nothing can be written there is no record.
+    # Files in read-only folders have no record.
     return read_record(record_path(path)).get("sha256") or file_hashes(path)[0]
 
 
 def weights_sha256(name: str, files: Mapping[str, str | PathLike[str]]) -> dict[str, str]:
-    """The sha256 of every file that the model `name` runs with, of those that are here.
+    """The sha256 of every local file of the model `name`.
 
     Args:
         files: as for :meth:`MobileSAMv2.from_pretrained`: argument -> path of a file to use instead.
 
     Returns:
-        argument -> hash.
+        Argument -> hash.
     """
     paths = {key: local_path(weights) for key, weights in pretrained_model(name).weights.items()}
     paths |= {key: Path(path) for key, path in files.items()}

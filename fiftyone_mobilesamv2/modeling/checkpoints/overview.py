@@ -1,41 +1,41 @@
-"""Tables of models, files and sources, one row a dictionary: for the command line and for the App."""
+"""Tables of models, files and sources for the command line and the App; each row is a dictionary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from .catalog import MODELS, Weights, all_files, model_files
-from .files import is_here
+from .files import is_local
 from .sources import SourceCheck
 
-_HASH_DIGITS = 12  # shown; verifying shows all of them
+_HASH_DIGITS = 12  # shown here; verifying shows the whole hash
 
 
 def model_rows() -> list[dict[str, str]]:
-    """Which models there are, and what of each is on this machine."""
+    """All models, and which of their files are on this machine."""
     rows = []
     for name, model in MODELS.items():
         files = model_files(name)
-        here = {weights: is_here(weights) for weights in files}
+        is_available = {weights: is_local(weights) for weights in files}
         rows.append(
             {
                 "model": name,
                 "MB": f"{sum(weights.megabytes for weights in files):,}",
                 "speed": model.hint,
-                "here": names(weights for weights in files if here[weights]),
-                "missing": names(weights for weights in files if not here[weights]),
+                "available": names(weights for weights in files if is_available[weights]),
+                "missing": names(weights for weights in files if not is_available[weights]),
             }
         )
     return rows
 
 
 def file_rows() -> list[dict[str, str]]:
-    """Which files of weights there are, and by what each is known."""
+    """All weights files, and the hash that pins each."""
     return [
         {
             "file": weights.filename,
             "MB": f"{weights.megabytes:,}",
-            "here": "yes" if is_here(weights) else "",
+            "available": "yes" if is_local(weights) else "",
             "hash": pin(weights),
         }
         for weights in all_files()
@@ -43,7 +43,7 @@ def file_rows() -> list[dict[str, str]]:
 
 
 def source_row(check: SourceCheck) -> dict[str, str]:
-    """What a host says."""
+    """The result of checking one source."""
     return {
         "source is": check.verdict,
         "file": check.weights.filename,
@@ -53,13 +53,13 @@ def source_row(check: SourceCheck) -> dict[str, str]:
 
 
 def pin(weights: Weights) -> str:
-    """By what a file is known, in short."""
+    """The hash that pins a file, abbreviated."""
     for kind, digest in (("sha256", weights.sha256), ("git blob", weights.git_blob)):
         if digest is not None:
             return f"{kind} {digest[:_HASH_DIGITS]}..."
-    return "none: it comes with the package" if weights.is_packaged else "recorded on first download"
+    return "none: part of the package" if weights.is_packaged else "recorded on first download"
 
 
 def names(files: Iterable[Weights]) -> str:
-    """The names of files, for a sentence."""
+    """File names, comma-separated."""
     return ", ".join(weights.filename for weights in files)

@@ -1,10 +1,10 @@
-"""What a file of `torch.save` holds, without calling anything that the file names.
+"""Reads files written by `torch.save` without calling anything that they name.
 
-Such a file is a zip archive that isn't compressed: a pickle, and beside it the bytes of each storage. A pickle is a
-program for a stack machine, and one of its instructions calls what another has named. With `weights_only=True` PyTorch
-calls only what it holds to be harmless; yet with that, 400 bytes can fill the memory (`bytearray(10**11)`) or keep
-their reader busy for ever. Here, tensors are made, modules become containers of what they hold, and everything else
-becomes None, in time and memory that the size of the file bounds.
+Such a file is an uncompressed zip archive of a pickle and the bytes of each storage. A pickle is a program for a stack
+machine, and one of its instructions calls an object that another has named. With `weights_only=True`, PyTorch calls
+only objects that it considers harmless; even so, 400 bytes can fill the memory (`bytearray(10**11)`) or keep the reader
+busy forever. This module builds tensors, turns modules into containers of their attributes and everything else into
+None. The file's size bounds its time and memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# That of a ViT-H is 0.1 MB. What a byte of it makes may take 200.
+# In bytes. A ViT-H's pickle has 0.1 MB. One byte of a pickle can create an object of 200 bytes.
 _MAX_PICKLE = 4 * 2**20
 _MAX_NAME = 1000
 _MAX_DIMENSIONS = 8
-_MAX_LEFT_OUT = 100  # buffers of a module
+_MAX_EXCLUDED = 100  # non-persistent buffers of a module
 
 _MODULES = re.compile(r"(torch\.nn\.modules|ultralytics\.(yolo\.)?nn)\.[\w.]+")
-# Of these nothing is kept. In the pickles of ultralytics: `Detect.forward`, which it has as an attribute; the type of
-# its settings; fitness, a scalar.
+# Objects that are read as None. In ultralytics' pickles: `Detect.forward`, stored as an attribute; the type of its
+# settings; its fitness, a scalar.
 _OTHERS = re.compile(
     r"_codecs\.encode|builtins\.(getattr|bytes|bytearray|complex)|torch\.nn\.parameter\.Parameter|"
     r"torch\.(Size|device|Tensor|\w+Storage|storage\.(Unt|T)ypedStorage|(bfloat|float|u?int|complex|bool|q|per_)\w*)|"
@@ -48,27 +48,27 @@ _STORAGES = {
     "torch.BoolStorage": torch.bool,
 }
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_Arguments = tuple[Any, ...]  # of what an instruction calls: a file may hold anything
-_KEYS = (str, int, float, type(None))  # to hash a tuple that holds another twice, which holds ..., takes for ever
+_Arguments = tuple[Any, ...]  # of a call in the pickle: a file may contain anything
+_KEYS = (str, int, float, type(None))  # hashing tuples that each contain another twice takes exponential time
 
 
 class SavedModule:
-    """A module: its tensors, and the modules in it.
+    """A module read from a file: its tensors and submodules.
 
     Attributes:
-        state: its attributes by name, all that is known of it.
+        state: its attributes by name.
     """
 
     def __init__(self) -> None:
         self.state: dict[object, object] = {}
 
-    def parts(self) -> Iterator[tuple[dict[object, object], Collection[object]]]:
-        """Its parameters, buffers and modules by name, and which of these are not to be saved."""
-        left_out = self.state.get("_non_persistent_buffers_set")
+    def members(self) -> Iterator[tuple[dict[object, object], Collection[object]]]:
+        """Its parameters, buffers and submodules by name, each with the names that are not part of the state dict."""
+        non_persistent = self.state.get("_non_persistent_buffers_set")
         for name in ("_parameters", "_buffers", "_modules"):
-            part = self.state.get(name)
-            if isinstance(part, dict):
-                yield part, left_out if name == "_buffers" and isinstance(left_out, set) else ()
+            members = self.state.get(name)
+            if isinstance(members, dict):
+                yield members, non_persistent if name == "_buffers" and isinstance(non_persistent, set) else ()
 
 
 class _Storage(NamedTuple):
@@ -77,18 +77,18 @@ class _Storage(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """What an instruction names, and what is made in place of calling it with a tuple of arguments."""
+    """A name in a pickle, and the function that replaces calls to it."""
 
     text: str
     make: Callable[[_Arguments], object]
 
 
 def read_saved(path: Path) -> object:
-    """What was saved: tensors, modules, dictionaries, lists, tuples, numbers and strings.
+    """The saved object: tensors, modules, dictionaries, lists, tuples, numbers and strings.
 
     Raises:
-        Exception: the file is none of these or damaged, or it names what files of weights don't name. Of many types:
-            zipfile and torch have their own.
+        Exception: the file is not such a file or is damaged, or it names objects that weights files don't name. The
+            type varies: zipfile and torch have their own.
     """
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -97,7 +97,7 @@ def read_saved(path: Path) -> object:
         if program is None:
             raise ValueError("it is a zip archive without a data.pkl")
         if f"{folder}/constants.pkl" in entries:
-            raise ValueError("it is a program in TorchScript, not a file of weights")
+            raise ValueError("it is a TorchScript program, not a weights file")
         if len(entries) < len(archive.infolist()):
             raise ValueError("several of its entries have the same name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
@@ -108,7 +108,7 @@ def read_saved(path: Path) -> object:
             raise ValueError(f"its data.pkl has {program.file_size:,} bytes, more than {_MAX_PICKLE:,}")
         byteorder = entries.get(f"{folder}/byteorder")
         if byteorder and archive.read(byteorder) != sys.byteorder.encode():
-            raise ValueError("its numbers are in another byte order than this machine's")
+            raise ValueError("its byte order differs from this machine's")
         contents: dict[str, bytearray] = {}
 
         def storage(key: str) -> bytearray:
@@ -119,37 +119,38 @@ def read_saved(path: Path) -> object:
         try:
             return _interpret(archive.read(program), storage)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"its pickle makes no sense: {error!r}") from error
+            raise ValueError(f"its pickle is malformed: {error!r}") from error
 
 
 def named_tensors(
     content: dict[Any, Any] | SavedModule,
     prefix: str = "",
-    left_out: Collection[object] = (),
+    excluded: Collection[object] = (),
     seen: set[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what was saved, as (name, tensor), names within names joined by dots.
+    """The tensors in the saved object, as (name, tensor), with nested names joined by dots.
 
-    Each container counts once, for it may hold itself.
+    Each container is visited only once, since it may contain itself.
 
     Args:
-        left_out: keys of `content`.
+        excluded: keys of `content` to skip.
 
     Raises:
-        ValueError: a name is too long. RecursionError: containers are within each other too deep.
+        ValueError: a name is too long.
+        RecursionError: containers are nested too deeply.
     """
     seen = set() if seen is None else seen
     if isinstance(content, SavedModule):
-        for part, without in content.parts():
-            yield from named_tensors(part, prefix, without, seen)
+        for members, excluded_members in content.members():
+            yield from named_tensors(members, prefix, excluded_members, seen)
         return
     if id(content) in seen:
         return
     seen.add(id(content))
     if len(prefix) > _MAX_NAME:
-        raise ValueError(f"it names something by more than {_MAX_NAME:,} characters")
+        raise ValueError(f"it contains a name longer than {_MAX_NAME:,} characters")
     for key, value in content.items():
-        if key in left_out:
+        if key in excluded:
             continue
         if isinstance(value, dict | SavedModule):
             yield from named_tensors(value, f"{prefix}{key}.", (), seen)
@@ -158,16 +159,16 @@ def named_tensors(
 
 
 def _interpret(program: bytes, storage: Callable[[str], bytearray]) -> object:
-    """The result of a pickle.
+    """Interprets a pickle and returns its result.
 
     Args:
-        storage: key -> the bytes of a storage.
+        storage: returns the bytes of a storage, given its key.
 
     Raises:
-        Exception: it has an instruction that torch.save doesn't write, names something else, or makes no sense.
+        Exception: it has an instruction that torch.save doesn't write, names a forbidden object, or is malformed.
     """
     stack: list[Any] = []
-    below: list[list[Any]] = []  # the rest of the stack, for each mark
+    below: list[list[Any]] = []  # for each mark, the stack below it
     memo: dict[object, object] = {}
     for instruction, argument, _ in pickletools.genops(program):
         match instruction.name:
@@ -225,7 +226,7 @@ def _interpret(program: bytes, storage: Callable[[str], bytearray]) -> object:
                 return stack.pop()
             case other:
                 raise ValueError(f"its pickle has the instruction {other}, which torch.save doesn't write")
-    raise ValueError("its pickle has no end")
+    raise ValueError("its pickle is truncated")
 
 
 def _extend(target: object, items: list[Any]) -> None:
@@ -239,17 +240,17 @@ def _update(target: object, items: Iterable[tuple[Any, Any]]) -> None:
 
 
 def _name(argument: str) -> _Name:
-    """Of an instruction's "module attribute". Raises ValueError where files of weights name no such thing."""
+    """Resolves a "module attribute" argument. Raises ValueError unless weights files may name such an object."""
     text = argument.replace(" ", ".", 1)
-    if text.startswith("__builtin__."):  # as Python 2 called it
+    if text.startswith("__builtin__."):  # its name in Python 2
         text = text.replace("__builtin__", "builtins", 1)
     make = _MAKE.get(text)
     if make is None and _MODULES.fullmatch(text):
         make = _module
     if make is None and not _OTHERS.fullmatch(text):
         raise ValueError(
-            f"its pickle names {text[:100]}, and only classes of torch.nn and ultralytics are allowed. It may try to "
-            "run code; get the file from a source that you trust"
+            f"its pickle names {text[:100]}, but only classes of torch.nn and ultralytics are allowed. The file may "
+            "try to run code; get it from a source that you trust"
         )
     return _Name(text, make or _nothing)
 
@@ -258,7 +259,7 @@ def _storage(reference: object, storage: Callable[[str], bytearray]) -> _Storage
     match reference:
         case ("storage", _Name(text=kind), str() as key, _, _):
             return _Storage(_STORAGES.get(kind), storage(key))
-    raise ValueError("its pickle refers to something that is no storage")
+    raise ValueError("its pickle refers to an object that is not a storage")
 
 
 def _tensor(arguments: _Arguments, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -269,7 +270,7 @@ def _tensor(arguments: _Arguments, dtype: torch.dtype | None = None) -> Tensor |
     if len(size) > _MAX_DIMENSIONS:
         raise ValueError(f"it has a tensor of {len(size):,} dimensions")
     flat = torch.frombuffer(storage.content, dtype=dtype) if storage.content else torch.empty(0, dtype=dtype)
-    return flat.as_strided(size, stride, offset)  # raises where it would go beyond
+    return flat.as_strided(size, stride, offset)  # raises if it exceeds the storage
 
 
 def _tensor_of_dtype(arguments: _Arguments) -> Tensor | None:
@@ -295,9 +296,9 @@ def _dict(arguments: _Arguments) -> dict[object, object]:
 
 
 def _set(arguments: _Arguments) -> set[str] | None:
-    """Such as the names of a module's buffers that are not to be saved."""
+    """For example, the names of a module's non-persistent buffers."""
     (items,) = arguments
-    return {item for item in items if isinstance(item, str)} if len(items) <= _MAX_LEFT_OUT else None
+    return {item for item in items if isinstance(item, str)} if len(items) <= _MAX_EXCLUDED else None
 
 
 def _nothing(arguments: _Arguments) -> None: ...

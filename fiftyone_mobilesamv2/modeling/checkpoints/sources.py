@@ -1,4 +1,4 @@
-"""Whether the hosts have the files that the catalog declares, asked without downloading them."""
+"""Checks, without downloading, that hosts have the files that the catalog declares."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from .catalog import HubFile, Weights
 from .downloads import check_online, explain, http_status, hub_metadata, is_sha256, open_url, retried, without_secrets
 
-_NO_HEAD = (403, 405, 501)  # how hosts refuse a HEAD that would answer a GET
-_GONE = (401, 403, 404, 410)  # the hub answers 401 for a repository that is gone, too
+_NO_HEAD = (403, 405, 501)  # replies of hosts that reject HEAD but accept GET
+_GONE = (401, 403, 404, 410)  # the hub also answers 401 for a deleted repository
 
 
 @dataclass(frozen=True)
 class SourceCheck:
-    """What a host says of one declared file.
+    """A host's answer for one declared file.
 
     Attributes:
         weights, source: the file, and where it is declared to be.
-        verdict: "right"; "wrong", where it is another file or none; "unknown", where the host could not be asked.
-        result: how it compares, in a few words.
+        verdict: "right"; "wrong", if it is missing or another file; "unknown", if the host could not be reached.
+        result: the comparison, in a few words.
     """
 
     weights: Weights
@@ -30,17 +30,17 @@ class SourceCheck:
 
 
 def check_sources(files: Iterable[Weights]) -> Iterator[SourceCheck]:
-    """Asks every source of `files` about its file, one after the other.
+    """Queries every source of `files` in turn.
 
-    On the hub, content is compared by its sha256 (or, of small files, by its git blob id), where one is declared;
-    on plain hosts only the size can be.
+    On the hub, content is compared by its sha256 (or, for small files, its git blob id) if one is declared. On other
+    hosts, only the size can be compared.
     """
     for weights in files:
         for source in weights.sources:
             try:
                 is_right, result = _check(weights, source)
                 verdict = "right" if is_right else "wrong"
-            except Exception as error:  # of many types, as for downloads
+            except Exception as error:  # has many types, as for downloads
                 verdict = "wrong" if http_status(error) in _GONE else "unknown"
                 result = explain(error)
             yield SourceCheck(weights, without_secrets(str(source)), verdict, result)
@@ -55,7 +55,7 @@ def _check(weights: Weights, source: HubFile | str) -> tuple[bool, str]:
 
 
 def _plain_size(url: str) -> int | None:
-    """What a plain host says is the size of a file; None if it doesn't say."""
+    """The size of a file as reported by a plain host; None if it is not reported."""
 
     def ask() -> int | None:
         try:
@@ -64,9 +64,9 @@ def _plain_size(url: str) -> int | None:
         except urllib.error.HTTPError as error:
             if error.code not in _NO_HEAD:
                 raise
-        with open_url(url, Range="bytes=0-0") as response:  # closed unread, should the host send it all
-            whole = response.headers.get("Content-Length")
-            return _number(response.headers.get("Content-Range", whole or "").rpartition("/")[2])
+        with open_url(url, Range="bytes=0-0") as response:  # closed unread in case the host sends everything
+            length = response.headers.get("Content-Length")
+            return _number(response.headers.get("Content-Range", length or "").rpartition("/")[2])
 
     return retried(ask)
 
@@ -83,5 +83,5 @@ def _compare(weights: Weights, size: int | None, etag: str | None) -> tuple[bool
     if etag and expected and len(etag) == len(expected):
         return (True, f"{kind} matches, {shown}") if etag == expected else (False, f"differs: its {kind} is {etag}")
     if weights.size and size is not None:
-        return True, "size matches, content unchecked"
-    return True, f"is there ({shown}), content unchecked"
+        return True, "size matches, content not checked"
+    return True, f"exists ({shown}), content not checked"

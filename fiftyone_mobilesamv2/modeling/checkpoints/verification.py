@@ -1,4 +1,4 @@
-"""Whether a file of weights is the expected one: by size and hash, or by the hash recorded when it was first used."""
+"""Verifies weights files by size and hash, or by the hash recorded when the file was first used."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ _WEB_PAGE = (b"<!doctype html", b"<html")
 
 
 def verify(path: Path, weights: Weights, reread: bool = False) -> None:
-    """Checks that the file at `path` is `weights`: its size and hash where they are known, else the hash that was
-    recorded when it was first used. A file that has not changed since it was checked is not read again, but `reread`.
+    """Checks that the file at `path` is `weights`.
+
+    Its size and hash are compared with the catalog's if known, otherwise with those recorded when it was first used.
+
+    Args:
+        reread: read the file again even if it has not changed since it was last verified.
 
     Raises:
         CheckpointError: it is another file.
     """
     if problem := find_problem(path, weights, record_path(path), reread):
-        remedy = "reinstall fiftyone_mobilesamv2" if weights.is_packaged else "move it away to have it downloaded again"
+        remedy = "reinstall fiftyone_mobilesamv2" if weights.is_packaged else "move it away to download it again"
         raise CheckpointError(f"{path} {problem}; {remedy}.")
 
 
 def find_problem(path: Path, weights: Weights, record: Path, reread: bool = False) -> str | None:
-    """What is wrong with the file at `path`, as the rest of a sentence that begins with its name; None if nothing is.
+    """What is wrong with the file at `path`, as a sentence without its subject, the file; None if nothing is wrong.
 
-    The hashes of a good one are recorded in the file `record`.
+    The hashes of a valid file are saved in the file `record`.
     """
     try:
         stat = path.stat()
@@ -58,15 +62,15 @@ def find_problem(path: Path, weights: Weights, record: Path, reread: bool = Fals
     if not (weights.sha256 or weights.git_blob) and recorded and recorded_hashes[0] != sha256:
         return (
             f"has changed since {weights.filename} was first used: its sha256 was {recorded_hashes[0]} and is "
-            f"{sha256} now. If that is as it should be, delete {record}; else"
+            f"{sha256} now. If this is intended, delete {record}; otherwise"
         )
-    if not weights.is_packaged:  # the package's own files lie where nothing should be written
+    if not weights.is_packaged:  # nothing should be written beside the package's own files
         _write_record(record, {**known, "sha256": sha256, "git_blob": git_blob})
     return None
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, from its record if it has not changed since that was written."""
+    """The sha256 of a file, taken from its record if the file has not changed since."""
     stat = path.stat()
     return _file_sha256(path, stat.st_mtime_ns, stat.st_size)
 
@@ -81,7 +85,7 @@ def _file_sha256(path: Path, mtime_ns: int, size: int) -> str:
 
 
 def file_hashes(path: Path) -> tuple[str, str]:
-    """sha256 and git blob id of a file, as hex."""
+    """The sha256 and git blob id of a file, as hex strings."""
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
@@ -92,12 +96,12 @@ def file_hashes(path: Path) -> tuple[str, str]:
 
 
 def record_path(path: Path) -> Path:
-    """Where the hashes of a verified file are recorded."""
+    """Path of the record of a verified file's hashes."""
     return path.with_name(path.name + ".verified.json")
 
 
 def read_record(record: Path) -> dict[str, Any]:
-    """The hashes that were recorded, with size and time of the file; empty if none were."""
+    """The recorded hashes, size and modification time of a file; empty if there is no record."""
     try:
         content = json.loads(record.read_text())
     except FileNotFoundError:
@@ -109,10 +113,10 @@ def read_record(record: Path) -> dict[str, Any]:
 
 def _write_record(record: Path, content: dict[str, Any]) -> None:
     try:
-        # Written aside and moved: another process may be reading.
-        aside = record.with_name(f"{record.name}.{os.getpid()}-{threading.get_ident()}")
-        aside.write_text(json.dumps(content))
-        aside.replace(record)
+        # Written to another file and moved, because another process may be reading.
+        temporary = record.with_name(f"{record.name}.{os.getpid()}-{threading.get_ident()}")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(record)
     except OSError as error:
         logger.debug("Could not write %s: %s", record, error)
 
@@ -124,5 +128,5 @@ def _matches(weights: Weights, sha256: str | None, git_blob: str | None) -> bool
 def _if_web_page(path: Path) -> str:
     with path.open("rb") as file:
         if file.read(100).lstrip().lower().startswith(_WEB_PAGE):
-            return " of a web page (perhaps this network asks you to log in first)"
+            return " of a web page (this network may require you to log in first)"
     return ""

@@ -53,7 +53,7 @@ def test_download_verify_delete(capsys, folder):
     assert status == 0 and out == "Deleted a.pt, b.pt.\n" and not (folder / "a.pt").exists()
     assert run(capsys, "--delete", "one")[1] == "No file of one can be deleted.\n"
     status, out, _ = run(capsys, "--verify", "one")
-    assert status == 1 and "a.pt: is not here" in out
+    assert status == 1 and "a.pt: is missing" in out
 
 
 def test_download_that_fails(capsys, server, folder):
@@ -62,11 +62,11 @@ def test_download_that_fails(capsys, server, folder):
     status, _, err = run(capsys, "--download", "one")
     assert status == 1
     assert err.splitlines() == [
-        "fiftyone-mobilesamv2: one lacks files, and downloading failed:",
+        "fiftyone-mobilesamv2: Files of one are missing and could not be downloaded:",
         f"- a.pt (1 MB) from {server.url}/a.pt: HTTP status 404 (Not Found)",
         f"- b.pt (1 MB) from {server.url}/elsewhere: HTTP status 404 (Not Found)",
-        f"Put what is missing into {folder} (or the folder that FIFTYONE_MOBILESAMV2_WEIGHTS_DIR names).",
-        "Or try the model that comes with the package, mobilesamv2-demo-torch.",
+        f"Put the missing files into {folder} (or set FIFTYONE_MOBILESAMV2_WEIGHTS_DIR to another folder).",
+        "Or try the model that is included in the package, mobilesamv2-demo-torch.",
         "All sources, hashes and reasons: fiftyone-mobilesamv2 models --download one --details",
     ]
     _, _, err = run(capsys, "--download", "one", "--details")

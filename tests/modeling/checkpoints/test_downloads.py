@@ -180,7 +180,7 @@ def test_login_page_of_a_network(server, folder):
     """A captive portal answers everything with a page of its own."""
     server.files["/w.pt"] = b"\n<!DOCTYPE html><html><body>Welcome to our hotel! Please log in.</body></html>"
     for known in ({"sha256": SHA256}, {"size": 1000}):
-        with pytest.raises(DownloadError, match=r"of a web page \(perhaps this network asks you to log in first\)"):
+        with pytest.raises(DownloadError, match=r"of a web page \(this network may require you to log in first\)"):
             fetch(weights(f"{server.url}/w.pt", **known))
     assert files_in(folder) == {"w.pt.lock"}
 
@@ -190,7 +190,7 @@ def test_file_of_another_hash_is_told_and_the_next_source_tried(server, folder, 
     fetch(weights(f"{server.url}/renamed", f"{server.url}/right", sha256=SHA256))
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     message = record.getMessage()
-    assert f"w.pt can't be had from {server.url}/renamed: the file there is not w.pt: its sha256 is " in message
+    assert f"Could not download w.pt from {server.url}/renamed: the file there is not w.pt: its sha256 is " in message
 
 
 def test_hub_that_has_another_file_is_not_downloaded_from(hub, folder, caplog):
@@ -272,7 +272,7 @@ def test_every_source_and_its_reason(server, folder, hub):
     assert list(refusal.value.reasons) == [str(source) for source in sources]
     for reason, words in zip(
         refusal.value.reasons.values(),
-        ("404", "is not w.pt", "refused", "not a host", "404", "Repo id must use"),
+        ("404", "is not w.pt", "refused", "not a trusted host", "404", "Repo id must use"),
     ):
         assert words in reason and reason in refusal.value.details
 
@@ -399,7 +399,7 @@ def test_hosts_of_weights(folder, proxy, url):
     ],
 )
 def test_other_hosts_are_not_even_asked(folder, proxy, url):
-    with pytest.raises(DownloadError, match="is not a host that weights are downloaded from") as refusal:
+    with pytest.raises(DownloadError, match="is not a trusted host for weights") as refusal:
         fetch(weights(url))
     assert DOWNLOAD_HOSTS_VARIABLE in str(refusal.value)
     assert proxy.requests == [] and files_in(folder) == {"w.pt.lock"}
@@ -424,7 +424,7 @@ def test_hosts_that_the_user_names(folder, stranger, monkeypatch, named, may):
     if may:
         assert fetch(weights(f"{stranger.url}/w.pt")).read_bytes() == CONTENT
     else:
-        with pytest.raises(DownloadError, match="not a host"):
+        with pytest.raises(DownloadError, match="not a trusted host"):
             fetch(weights(f"{stranger.url}/w.pt"))
         assert stranger.requests == []
 
@@ -434,7 +434,7 @@ def test_hosts_that_the_user_names(folder, stranger, monkeypatch, named, may):
 )
 def test_redirects_to_others_are_not_followed(server, stranger, folder, to):
     server.redirects |= {"/a": "/b", "/b": to.format(stranger=stranger.url)}
-    with pytest.raises(DownloadError, match=r"is not a host|Redirection to url \S+ is not allowed"):
+    with pytest.raises(DownloadError, match=r"is not a trusted host|Redirection to url \S+ is not allowed"):
         fetch(weights(f"{server.url}/a"))
     assert [path for _, path, _ in server.requests] == ["/a", "/b"] and stranger.requests == []
     assert files_in(folder) == {"w.pt.lock"}
@@ -448,7 +448,7 @@ def test_redirects_among_the_hosts_are_followed(server, stranger, folder, monkey
 
 def test_hub_that_leads_elsewhere(hub, stranger, folder):
     hub.redirects["/owner/repo/resolve/main/c.pt"] = f"{stranger.url}/w.pt"
-    with pytest.raises(DownloadError, match=f"{stranger.url} is not a host"):
+    with pytest.raises(DownloadError, match=f"{stranger.url} is not a trusted host"):
         fetch(weights(HubFile("owner/repo", "c.pt")))
     assert stranger.requests == []
 
@@ -458,7 +458,7 @@ def test_hub_that_is_not_one(stranger, folder, monkeypatch):
     template = stranger.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stranger.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    with pytest.raises(DownloadError, match=f"{stranger.url} is not a host"):
+    with pytest.raises(DownloadError, match=f"{stranger.url} is not a trusted host"):
         fetch(weights(HubFile("owner/repo", "c.pt")))
     assert stranger.requests == []
 
@@ -621,7 +621,7 @@ def test_file_put_there_by_hand_needs_no_network(server, folder):
     (folder / "w.pt").write_bytes(CONTENT)
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)) == folder / "w.pt"
     (folder / "w.pt").write_bytes(b"another file")
-    with pytest.raises(CheckpointError, match="move it away to have it downloaded again"):
+    with pytest.raises(CheckpointError, match="move it away to download it again"):
         fetch(weights(f"{server.url}/w.pt", sha256=SHA256))
     assert server.requests == []
     assert (folder / "w.pt").read_bytes() == b"another file"
@@ -676,7 +676,7 @@ def test_model_without_network_says_which_files_to_put_where(folder, monkeypatch
         MobileSAMv2.from_pretrained("mobilesamv2-tinyvit-torch", device="cpu")
     message, details = str(refusal.value), refusal.value.details
     assert len(message.splitlines()) == 7 and "mobilesamv2-demo-torch" in message
-    assert f"Put what is missing into {folder} " in message and WEIGHTS_DIR_VARIABLE in message
+    assert f"Put the missing files into {folder} " in message and WEIGHTS_DIR_VARIABLE in message
     for wanted in MODELS["mobilesamv2-tinyvit-torch"].weights.values():
         assert f"- {wanted.filename} ({wanted.megabytes} MB) from {wanted.sources[0]}: offline mode" in message
         assert f"{wanted.filename}: {wanted.describe()}" in details

@@ -1,4 +1,4 @@
-"""Files of weights: every layout loads to the same tensors, and what does not fit is refused."""
+"""Files of weights: every layout loads to the same tensors, and what does not match is rejected."""
 
 import io
 import random
@@ -140,32 +140,32 @@ def test_vit_structure(seeded, name, dim, depth, global_blocks):
     assert module.blocks[0].attn.num_heads == {768: 12, 1024: 16, 1280: 16}[dim]
 
 
-# What does not fit --------------------------------------------------------------------------------------------------
+# What does not match --------------------------------------------------------------------------------------------------
 
 
 def spoiled(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     first = next(iter(tensors))
     if how == "missing":
         return {key: value for key, value in tensors.items() if key != first}
-    if how == "surplus":
+    if how == "unexpected":
         return tensors | {"intruder.weight": torch.zeros(1)}
     shape = torch.zeros(7) if how == "of the wrong shape" else torch.empty(tensors[first].shape, device="meta")
     return tensors | {first: shape}
 
 
-@pytest.mark.parametrize("how", ["missing", "surplus", "of the wrong shape"])
+@pytest.mark.parametrize("how", ["missing", "unexpected", "of the wrong shape"])
 def test_strictness_names_file_encoder_and_tensor(seeded, tmp_path, how):
     path = tmp_path / "weights.pt"
     encoder = seeded.encoder_tensors("tiny_vit")
     torch.save(spoiled(encoder, how), path)
-    key = "intruder.weight" if how == "surplus" else next(iter(encoder))
+    key = "intruder.weight" if how == "unexpected" else next(iter(encoder))
     with pytest.raises(CheckpointError, match="tiny_vit") as refusal:
         load_encoder(path, "tiny_vit")
     assert str(path) in str(refusal.value) and f"1 {how}: {key}" in str(refusal.value)
 
     decoder = seeded.decoder_tensors()
     torch.save({**decoder, "MaskDecoder": spoiled(decoder["MaskDecoder"], how)}, path)
-    key = "intruder.weight" if how == "surplus" else next(iter(decoder["MaskDecoder"]))
+    key = "intruder.weight" if how == "unexpected" else next(iter(decoder["MaskDecoder"]))
     with pytest.raises(CheckpointError, match="tiny_vit") as refusal:
         load_decoder(path, "tiny_vit")
     assert str(path) in str(refusal.value) and f"1 {how}: mask_decoder.{key}" in str(refusal.value)
@@ -174,14 +174,14 @@ def test_strictness_names_file_encoder_and_tensor(seeded, tmp_path, how):
 def test_checkpoint_of_another_encoder(seeded, tmp_path):
     torch.save({"model": seeded.encoder_tensors("efficientvit_l0")}, tmp_path / "l0.pt")
     with pytest.raises(
-        CheckpointError, match=r"l0\.pt does not fit the image encoder tiny_vit: .* missing: .* surplus"
+        CheckpointError, match=r"l0\.pt does not match the image encoder tiny_vit: .* missing: .* unexpected"
     ):
         load_encoder(tmp_path / "l0.pt", "tiny_vit")
     with pytest.raises(
-        CheckpointError, match=r"l0\.pt does not fit the prompt-guided decoder of tiny_vit: 137 missing"
+        CheckpointError, match=r"l0\.pt does not match the prompt-guided decoder of tiny_vit: 137 missing"
     ):
         load_decoder(tmp_path / "l0.pt", "tiny_vit")
-    with pytest.raises(CheckpointError, match=r"l0\.pt holds no YOLOv8 detector: found tensors backbone"):
+    with pytest.raises(CheckpointError, match=r"l0\.pt does not contain a YOLOv8 detector: found tensors backbone"):
         load_detector(tmp_path / "l0.pt")
 
 
@@ -213,7 +213,7 @@ def test_detector_of_many_classes(tmp_path):
 def test_detector_with_absurd_tensors(tmp_path, shape):
     names = ("model.0.conv.weight", "model.22.cv3.0.2.weight", "model.22.dfl.conv.weight")
     save_file({name: torch.zeros(shape) for name in names}, tmp_path / "absurd.safetensors")
-    with pytest.raises(CheckpointError, match="no YOLOv8 detector"):
+    with pytest.raises(CheckpointError, match="not contain a YOLOv8 detector"):
         load_detector(tmp_path / "absurd.safetensors")
 
 
@@ -226,7 +226,7 @@ def test_what_is_no_checkpoint(tmp_path, suffix, content):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(
-        CheckpointError, match="There is no file" if content in (None, "folder") else "is not"
+        CheckpointError, match="does not exist or is not a file" if content in (None, "folder") else "is not"
     ) as refusal:
         read_tensors(path)
     assert str(path) in str(refusal.value)
@@ -235,14 +235,14 @@ def test_what_is_no_checkpoint(tmp_path, suffix, content):
 @pytest.mark.parametrize("value", [[1, 2], "text", torch.zeros(2), None])
 def test_checkpoint_of_something_else(tmp_path, value):
     torch.save(value, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match="not tensors by name"):
+    with pytest.raises(CheckpointError, match="not named tensors"):
         read_tensors(tmp_path / "weights.pt")
 
 
 def test_names_that_are_no_strings(tmp_path):
     torch.save({0: torch.zeros(1), None: {1.5: torch.ones(1)}}, tmp_path / "weights.pt")
     assert list(read_tensors(tmp_path / "weights.pt")) == ["0", "None.1.5"]
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not match"):
         load_encoder(tmp_path / "weights.pt", "tiny_vit")
 
 

@@ -34,7 +34,7 @@ def test_plain_host(server):
     server.files |= {"/w.pt": CONTENT, "/other.pt": CONTENT + b"!"}
     sources = f"{server.url}/w.pt", f"{server.url}/other.pt", f"{server.url}/gone.pt", "http://127.0.0.1:9/w.pt"
     assert ask(*sources, size=7000, sha256=SHA256) == [
-        ("right", "size matches, content unchecked"),
+        ("right", "size matches, content not checked"),
         ("wrong", "differs: 7,001 bytes instead of 7,000"),
         ("wrong", "HTTP status 404 (Not Found)"),
         ("unknown", "Connection refused"),
@@ -44,12 +44,12 @@ def test_plain_host(server):
 
 def test_plain_host_of_a_file_of_unknown_size(server):
     server.files["/w.pt"] = CONTENT
-    assert ask(f"{server.url}/w.pt", git_blob=BLOB) == [("right", "is there (7,000 bytes), content unchecked")]
+    assert ask(f"{server.url}/w.pt", git_blob=BLOB) == [("right", "exists (7,000 bytes), content not checked")]
 
 
 def test_plain_host_that_moved_the_file(server):
     server.files["/new/w.pt"], server.redirects["/w.pt"] = CONTENT, f"{server.cdn}/new/w.pt"
-    assert ask(f"{server.url}/w.pt", size=7000) == [("right", "size matches, content unchecked")]
+    assert ask(f"{server.url}/w.pt", size=7000) == [("right", "size matches, content not checked")]
 
 
 @pytest.mark.parametrize("status", [403, 405, 501])
@@ -57,14 +57,14 @@ def test_plain_host_that_moved_the_file(server):
 def test_plain_host_without_head(server, status, ranges):
     """Its size is that of a range of one byte; or of an answer that is not read."""
     server.files["/w.pt"], server.no_head, server.ranges = CONTENT, status, ranges
-    assert ask(f"{server.url}/w.pt", size=7000) == [("right", "size matches, content unchecked")]
+    assert ask(f"{server.url}/w.pt", size=7000) == [("right", "size matches, content not checked")]
     assert ask(f"{server.url}/w.pt", size=7001) == [("wrong", "differs: 7,000 bytes instead of 7,001")]
     assert server.requests[1] == ("GET", "/w.pt", "bytes=0-0")
 
 
 def test_host_that_is_not_known(stranger):
     ((verdict, result),) = ask(f"{stranger.url}/w.pt")
-    assert verdict == "unknown" and "is not a host" in result and stranger.requests == []
+    assert verdict == "unknown" and "is not a trusted host" in result and stranger.requests == []
 
 
 # The hub -------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_hub(hub):
     assert ask(source, sha256=SHA256) == [("right", "sha256 matches, 7,000 bytes")]
     assert ask(source, sha256="0" * 64) == [("wrong", f"differs: its sha256 is {SHA256}")]
     assert ask(source, size=7001) == [("wrong", "differs: 7,000 bytes instead of 7,001")]
-    assert ask(source, git_blob=BLOB) == [("right", "is there (7,000 bytes), content unchecked")]
+    assert ask(source, git_blob=BLOB) == [("right", "exists (7,000 bytes), content not checked")]
     assert set(requests(hub)) == {("HEAD", ON_HUB)}  # nothing of the CDN
 
 
@@ -87,7 +87,7 @@ def test_small_file_on_the_hub(hub):
     source = HubFile("owner/repo", "w.pt")
     assert ask(source, git_blob=BLOB) == [("right", "git blob matches, 7,000 bytes")]
     assert ask(source, git_blob="0" * 40) == [("wrong", f"differs: its git blob is {BLOB}")]
-    assert ask(source, sha256=SHA256) == [("right", "is there (7,000 bytes), content unchecked")]
+    assert ask(source, sha256=SHA256) == [("right", "exists (7,000 bytes), content not checked")]
 
 
 @pytest.mark.parametrize("status, verdict", [(404, "wrong"), (401, "wrong"), (410, "wrong"), (418, "unknown")])
@@ -126,7 +126,7 @@ def test_command(only_model, capsys):
     assert cli.main(["models", "--check-sources"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[2:]] == [["right", "w.pt"]] * 2
-    assert "sha256 matches" in lines[2] and "content unchecked" in lines[3] and f"{only_model.url}/w.pt" in lines[3]
+    assert "sha256 matches" in lines[2] and "content not checked" in lines[3] and f"{only_model.url}/w.pt" in lines[3]
 
 
 @pytest.mark.parametrize("fault", ["renamed", "other", "size", "gone"])
