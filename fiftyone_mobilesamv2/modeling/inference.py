@@ -170,7 +170,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
 def _last_of_sequence(parent: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Where the last module of a sequence is: its parent and its name. Any other module is its own last one."""
     while isinstance(sequence := getattr(parent, name), nn.Sequential) and len(sequence):
-        parent, name = sequence, str(len(sequence) - 1)
+        parent, name = sequence, next(reversed(sequence._modules))
     return parent, name
 
 

@@ -254,9 +254,14 @@ def _state(compute: Callable[..., object], samples: SampleCollection, *args: Has
     return compute, args, dataset.name, view, str(state)
 
 
-@cachetools.cached(cachetools.LRUCache(maxsize=100), key=_state, lock=threading.Lock())
 def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable) -> T:
     """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
+    result: T = _cached(compute, samples, *args)
+    return result
+
+
+@cachetools.cached(cachetools.LRUCache(maxsize=100), key=_state, lock=threading.Lock())
+def _cached(compute: Callable[..., object], samples: SampleCollection, *args: Hashable) -> object:
     return compute(samples, *args)
 
 
