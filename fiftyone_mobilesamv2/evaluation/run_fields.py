@@ -122,7 +122,7 @@ class RunFields(foud.DetectionEvaluation):
         ends = [f"{eval_key}{end}" for end in ("_tp", "_fp", "_fn")]
         dataset, of_frames = source_dataset(samples), self._is_of_frames(samples)
         nothing = {"$set": dict.fromkeys(ends)}
-        if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self._skipped]:
+        if operations := [UpdateOne({"_id": ObjectId(each["id"])}, nothing) for each in self._measured.skipped]:
             bulk_write(dataset, operations, frames=of_frames)
         if of_frames:
             measured = {str(image.sample_id) for image in self._measured.images}

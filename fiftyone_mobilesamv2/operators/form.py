@@ -261,7 +261,7 @@ def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable
 
 
 @cachetools.cached(cachetools.LRUCache(maxsize=100), key=_state, lock=threading.Lock())
-def _cached(compute: Callable[..., object], samples: SampleCollection, *args: Hashable) -> object:
+def _cached(compute: Callable[..., Any], samples: SampleCollection, *args: Hashable) -> Any:
     return compute(samples, *args)
 
 
