@@ -52,8 +52,8 @@ from released import (
 from ultralytics.utils import ASSETS
 
 from fiftyone_mobilesamv2 import MobileSAMv2
+from fiftyone_mobilesamv2.modeling.defaults import CONFIDENCE as OBJECT_CONFIDENCE
 from fiftyone_mobilesamv2.modeling.devices import default_device
-from fiftyone_mobilesamv2.modeling.object_discovery import CONFIDENCE as OBJECT_CONFIDENCE
 from fiftyone_mobilesamv2.modeling.object_discovery import BoxPrompts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

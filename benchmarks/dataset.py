@@ -41,7 +41,7 @@ from ultralytics.models.sam.build import build_mobile_sam
 from ultralytics.utils import ASSETS
 
 from fiftyone_mobilesamv2 import MobileSAMv2
-from fiftyone_mobilesamv2.modeling.grid_prompts import POINTS_PER_SIDE
+from fiftyone_mobilesamv2.modeling.defaults import POINTS_PER_SIDE
 from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig

@@ -30,9 +30,10 @@ from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 from ultralytics.utils.nms import non_max_suppression
 
 from fiftyone_mobilesamv2 import MobileSAMv2
+from fiftyone_mobilesamv2.modeling.defaults import NMS_IOU
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config, preprocess
 from fiftyone_mobilesamv2.modeling.masks import upsample
-from fiftyone_mobilesamv2.modeling.object_discovery import NMS_IOU, letterbox, snap_to_border, to_image
+from fiftyone_mobilesamv2.modeling.object_discovery import letterbox, snap_to_border, to_image
 
 # With weights of this seed, the detector finds hundreds of boxes above this confidence on the photo of measure.py.
 SEED = 0

@@ -155,7 +155,7 @@ def run_segment(args: argparse.Namespace) -> int:
         f"'{run.label_field}'; {run.images_per_second:.2g} images/s"
     )
     for failure in run.failures:
-        print(f"failed: {failure.filepath}: {failure.error}", file=sys.stderr)
+        print(f"failed: {failure}", file=sys.stderr)
     if run.num_failures:
         print(f"Failed: {run.num_failures:,} of {run.images:,}. The same command tries them again.", file=sys.stderr)
     return 1 if run.num_failures else 0

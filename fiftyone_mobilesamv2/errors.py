@@ -70,3 +70,24 @@ class Failure:
     sample_id: str | None
     filepath: str | None
     error: str
+
+    def __str__(self) -> str:
+        """The file, once, and the cause."""
+        return self.error if self.filepath is None or self.filepath in self.error else f"{self.filepath}: {self.error}"
+
+
+def cause_of(error: BaseException) -> str:
+    """What an error says, for people to read.
+
+    The class is named only where the message alone says too little: it is empty, or was not written to be read, as a
+    KeyError's, which is a defect.
+
+    >>> cause_of(ValueError("the file is empty"))
+    'the file is empty'
+    >>> cause_of(KeyError("mask"))
+    "KeyError: 'mask'"
+    """
+    text = str(error).strip()
+    if text and isinstance(error, (MobileSAMv2Error, ValueError, OSError, RuntimeError)):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")

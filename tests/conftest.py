@@ -60,8 +60,8 @@ def remove_scratch() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist: the tests of a file stay together, for what they share; those of the App share a browser."""
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+        path = item.path.relative_to(Path(__file__).parent)
+        item.add_marker(pytest.mark.xdist_group("app" if path.parts[0] == "app" else str(path)))
 
 
 def skip_reasons(reports: Iterable[pytest.TestReport]) -> Counter[str]:

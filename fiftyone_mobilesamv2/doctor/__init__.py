@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
+import torch
 
 from ..errors import CheckpointError, MobileSAMv2Error
 from ..modeling.checkpoints.catalog import DEMO_MODEL, PretrainedModel, pretrained_model
 from ..modeling.checkpoints.files import fetch_model, local_path, verify_model
 from ..modeling.mobilesamv2 import MobileSAMv2
-from ..zoo.config import DTYPES
 from .ground_truth import known_images
 from .machine import machine_checks
 from .picture import picture
@@ -58,7 +58,7 @@ def _segmentation(name: str, model: PretrainedModel, device: str | None, dtype: 
         raise MobileSAMv2Error("No package here has the photos to test with: pip install scikit-image")
     start = time.perf_counter()
     try:
-        loaded = MobileSAMv2.from_pretrained(name, device, DTYPES[dtype])
+        loaded = MobileSAMv2.from_pretrained(name, device, getattr(torch, dtype))
     except CheckpointError as error:
         return _shown([Check(False, str(error), "The files do not fit the model: see above.")])
     measured = measure(loaded, images)

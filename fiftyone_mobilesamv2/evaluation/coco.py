@@ -22,7 +22,7 @@ import fiftyone.core.labels as fol
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, cause_of
 from ..modeling.arrays import MaskArray
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def read_instances(file: str | PathLike[str]) -> Instances:
                 )
     except (KeyError, TypeError) as error:
         raise ArgumentError(
-            f"{file} isn't in COCO's format ({type(error).__name__}: {error}): it must hold 'images', 'annotations' "
+            f"{file} isn't in COCO's format ({cause_of(error)}): it must hold 'images', 'annotations' "
             "and 'categories', as the instances_*.json of COCO and lvis_v1_*.json do."
         ) from error
     except ValueError as error:
@@ -201,7 +201,7 @@ def _detection(instances: Instances, annotation: Entry, size: tuple[int, int]) -
     except (KeyError, TypeError, ValueError) as error:
         raise ArgumentError(
             f"{instances.file}: the segmentation of annotation {annotation['id']} must be polygons, [[x, y, x, y, "
-            f"...], ...], or RLE of {height} rows and {width} columns ({type(error).__name__}: {error})."
+            f"...], ...], or RLE of {height} rows and {width} columns ({cause_of(error)})."
         ) from error
     if mask.any():
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))

@@ -15,7 +15,7 @@ import numpy as np
 from .. import zoo
 from ..errors import ArgumentError, Failure
 from ..labels.documents import Progress
-from ..modeling.grid_prompts import POINTS_PER_SIDE
+from ..modeling.defaults import POINTS_PER_SIDE
 from .average_recall import KS, AverageRecall
 from .proposals import evaluate_proposals
 
@@ -124,7 +124,7 @@ def measure(
     failures, seconds, masks = list(model.failures), dict(model.seconds), model.num_labels
     segmented = model.num_images - len(failures)
     if not segmented:
-        raise ArgumentError(f"No image could be segmented; the first, {failures[0].filepath}: {failures[0].error}")
+        raise ArgumentError(f"No image could be segmented; the first: {failures[0]}")
     recall = None
     if truth is not None:
         results = evaluate_proposals(

@@ -21,7 +21,7 @@ import numpy as np
 from .. import zoo
 from ..errors import ArgumentError
 from ..modeling.checkpoints.catalog import pretrained_model
-from ..modeling.object_discovery import CONFIDENCE, MAX_PROMPTS
+from ..modeling.defaults import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
 from .coco import load_coco, read_instances
 from .comparison import LABEL_BYTES, OBJECT_AWARE, Measurement, Truth, measure, warm_up
@@ -157,7 +157,7 @@ class Reproduction:
             if failures := measured.failures:
                 notes.append(
                     f"{name}: {len(failures)} images were not segmented and count as without proposals; the first: "
-                    f"{failures[0].filepath}: {failures[0].error}"
+                    f"{failures[0]}"
                 )
         return notes
 

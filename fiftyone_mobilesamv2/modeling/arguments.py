@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .arrays import AnyArray, ImageArray, IntArray
-from .grid_prompts import MAX_POINTS_PER_SIDE, GridFilter
-from .object_discovery import MAX_NMS_CANDIDATES
+from .defaults import MAX_NMS_CANDIDATES, MAX_POINTS_PER_SIDE
+from .grid_prompts import GridFilter
 
 PROMPTINGS = ("object_aware", "grid")
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from .arrays import FloatArray, MaskArray
+from .defaults import BOX_NMS_THRESH, PRED_IOU_THRESH, STABILITY_SCORE_THRESH
 from .masks import Segmentation
 
-POINTS_PER_SIDE = 32
 POINTS_PER_BATCH = 64
-MAX_POINTS_PER_SIDE = 256  # the number of cells along a side of the low-res logits
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class GridFilter:
         box_nms_thresh: if the IoU of two boxes is above this, the mask with the lower predicted IoU is dropped.
     """
 
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    box_nms_thresh: float = 0.7
+    pred_iou_thresh: float = PRED_IOU_THRESH
+    stability_score_thresh: float = STABILITY_SCORE_THRESH
+    box_nms_thresh: float = BOX_NMS_THRESH
 
     def by_predicted_iou(self, iou: Tensor) -> Tensor:
         """bool [N]: which masks to keep, given their predicted IoU [N]."""

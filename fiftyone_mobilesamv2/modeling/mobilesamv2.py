@@ -30,10 +30,10 @@ from .arrays import AnyArray, ImageArray
 from .checkpoints.catalog import pretrained_model
 from .checkpoints.files import fetch_model
 from .checkpoints.loading import load_decoder, load_detector, load_encoder
+from .defaults import CONFIDENCE, MAX_PROMPTS, NMS_IOU, POINTS_PER_SIDE
 from .devices import usable_device
 from .grid_prompts import (
     POINTS_PER_BATCH,
-    POINTS_PER_SIDE,
     SAM_GRID_FILTER,
     GridFilter,
     grid_points,
@@ -42,7 +42,7 @@ from .grid_prompts import (
 from .image_encoders import EncoderConfig, ImageEmbeddings, encoder_config, preprocess
 from .inference import prepare_for_inference
 from .masks import Segmentation, concatenate, crop_masks
-from .object_discovery import CONFIDENCE, INPUT_SIZE, MAX_PROMPTS, NMS_IOU, BoxPrompts, ObjectDiscovery
+from .object_discovery import INPUT_SIZE, BoxPrompts, ObjectDiscovery
 from .prompt_guided_decoder import MULTIMASK, SINGLE_MASK, ImageSide, PromptGuidedDecoder
 
 # Bounds the memory for logits: 64 x 256 x 256 float32 take 16 MiB; a grid's three masks per prompt take 48 MiB.

@@ -11,18 +11,12 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.utils.ops import xywh2xyxy
 
 from .arrays import ImageArray
+from .defaults import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 
-# The release's settings, and the paper's limit on prompts (table 6; the release keeps ultralytics' default of 300).
-CONFIDENCE = 0.4
-NMS_IOU = 0.9
-MAX_PROMPTS = 320
-INPUT_SIZE = 1024
+INPUT_SIZE = 1024  # the release's
 
 # Boxes that end within this many network-input pixels of the border are extended to it (the release's value).
 BORDER_SNAPPING = 20
-
-# ultralytics' `max_nms`: only this many candidates, the most confident ones, enter NMS.
-MAX_NMS_CANDIDATES = 30000
 
 _STRIDE = 32
 

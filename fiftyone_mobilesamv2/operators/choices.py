@@ -199,8 +199,7 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     if run.failures:
         first = run.failures[0]
         lines.append(
-            f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: "
-            f"{code(first.filepath)}: {code(first.error)}"
+            f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: {code(first)}"
         )
     result = {
         "label_field": run.label_field,

@@ -108,8 +108,7 @@ def _outcome(comparison: Comparison, values: dict[str, Any]) -> Outcome:
     if failures := {failure.sample_id: failure for failure in (*comparison.object_aware.failures, *grid.failures)}:
         first = next(iter(failures.values()))
         lines.append(
-            f"**{count(len(failures), 'image')} failed**, as if nothing was found there. The first: "
-            f"{code(first.filepath)}: {code(first.error)}"
+            f"**{count(len(failures), 'image')} failed**, as if nothing was found there. The first: {code(first)}"
         )
         buttons.append(("Show failed samples", list(failures)))
     return Outcome(

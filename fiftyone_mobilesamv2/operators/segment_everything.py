@@ -51,7 +51,7 @@ class SegmentEverything(Operator):
         )
 
     def form(self, form: Form) -> None:
-        from ..modeling.object_discovery import CONFIDENCE
+        from ..modeling.defaults import CONFIDENCE
         from ..runs.plan import check_same_parameters, parameters_of
         from ..zoo.config import PARAMETERS
 

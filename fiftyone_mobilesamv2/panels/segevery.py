@@ -16,6 +16,7 @@ from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
+from ..errors import cause_of
 from ..fiftyone_internals import is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
 from ..panels import figures
@@ -85,7 +86,7 @@ class SegEvery(foo.Panel):
             return super().execute(ctx)
         except Exception as error:  # an event that fails would cost the user the whole panel
             logger.error("%s of SegEvery failed", name, exc_info=error)
-            ctx.ops.notify(_told(error), variant="error")
+            ctx.ops.notify(cause_of(error), variant="error")
             ctx.ops.show_panel_output(self.render(ctx))
             return None
 
@@ -138,7 +139,9 @@ class SegEvery(foo.Panel):
                     getattr(self, f"_add_{name}")(panel, ctx)
                 except Exception as error:  # the rest is worth showing
                     logger.error("'%s' of SegEvery failed", name, exc_info=error)
-                    panel.view(f"{name}_error", types.Error(label="Something can't be shown", description=_told(error)))
+                    panel.view(
+                        f"{name}_error", types.Error(label="Something can't be shown", description=cause_of(error))
+                    )
         return types.Property(panel, view=types.GridView(orientation="2d", gap=2, pad=1))
 
     def _add_head(self, panel: types.Object, ctx: ExecutionContext) -> None:
@@ -392,7 +395,3 @@ def _show(ctx: ExecutionContext, view: fo.DatasetView) -> None:
         ctx.ops.set_view(view)
     else:
         ctx.ops.notify("There are none.")
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..fiftyone_internals import label_root, root_dataset, select_all_slices, split_frame_field, view_stages
 from ..labels.fields import check_label_field, declare_label_field, declare_mask_attributes
 from ..modeling.checkpoints.files import weights_sha256
-from ..modeling.object_discovery import CONFIDENCE
+from ..modeling.defaults import CONFIDENCE
 from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
 from . import retry as database
 from .record import recorded_runs

@@ -1,7 +1,14 @@
 """MobileSAMv2 as a FiftyOne model: samples -> MobileSAMv2 -> labels with masks."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .config import MobileSAMv2ModelConfig
-from .model import MobileSAMv2Model, download_model, load_model, parse_parameters, resolve_input
+
+if TYPE_CHECKING:
+    from .model import MobileSAMv2Model, download_model, load_model, parse_parameters, resolve_input
 
 __all__ = [
     "MobileSAMv2Model",
@@ -11,3 +18,10 @@ __all__ = [
     "parse_parameters",
     "resolve_input",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The model takes torch and FiftyOne; the declaration of its parameters has to do without.
+    if name in __all__:
+        return getattr(import_module(".model", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

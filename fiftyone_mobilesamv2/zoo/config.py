@@ -5,25 +5,31 @@ from __future__ import annotations
 import numbers
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import fiftyone as fo
-import torch
 from annotated_types import Ge, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import ArgumentError
-from ..modeling.grid_prompts import MAX_POINTS_PER_SIDE, POINTS_PER_SIDE, SAM_GRID_FILTER
-from ..modeling.object_discovery import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
+from ..modeling.defaults import (
+    CONFIDENCE,
+    MAX_NMS_CANDIDATES,
+    MAX_POINTS_PER_SIDE,
+    MAX_PROMPTS,
+    NMS_IOU,
+    POINTS_PER_SIDE,
+    PRED_IOU_THRESH,
+    STABILITY_SCORE_THRESH,
+)
 
 _NOT_IN_PATHS = re.compile("[\0\ud800-\udfff]")  # the latter are bytes that are not UTF-8: no database takes them
 _MAX_INT64 = 2**63 - 1  # of a whole number in the database
 CHECKPOINTS = ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _plain_number(value: object) -> float:
@@ -46,7 +52,8 @@ def _usable_text(value: str) -> str:
 
 
 def _device_name(value: object) -> object:
-    return str(value) if isinstance(value, torch.device) else value
+    torch = sys.modules.get("torch")  # not imported here: the command line's help need not wait for it
+    return str(value) if torch is not None and isinstance(value, torch.device) else value
 
 
 Whole = Annotated[int, BeforeValidator(_plain_number), AfterValidator(_fits_database)]
@@ -157,14 +164,14 @@ class MobileSAMv2ModelConfig(BaseModel):
         applies_to="grid",
     )
     pred_iou_thresh: Share = _declared(
-        SAM_GRID_FILTER.pred_iou_thresh,
+        PRED_IOU_THRESH,
         "Minimum predicted IoU",
         "Of the grid's masks; 0 keeps all",
         applies_to="grid",
         advanced=True,
     )
     stability_score_thresh: Share = _declared(
-        SAM_GRID_FILTER.stability_score_thresh,
+        STABILITY_SCORE_THRESH,
         "Minimum stability",
         "Of the grid's masks; 0 keeps all",
         applies_to="grid",
@@ -340,4 +347,6 @@ MobileSAMv2ModelConfig.__doc__ = "\n".join(
 
 def mask_folder(config: MobileSAMv2ModelConfig) -> str:
     """Where masks on disk go."""
+    import fiftyone as fo  # here, like torch above
+
     return os.path.abspath(config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks"))

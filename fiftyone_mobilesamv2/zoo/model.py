@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import fiftyone.core.labels as fol
 import fiftyone.core.models as fom
 import numpy as np
+import torch
 from bson import ObjectId
 
-from ..errors import Failure
+from ..errors import Failure, cause_of
 from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, Found
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
 from ..labels.prompts import keypoint_prompt, labels_of
 from ..modeling.arrays import ImageArray
 from ..modeling.checkpoints.files import fetch_model
+from ..modeling.defaults import CONFIDENCE
 from ..modeling.grid_prompts import GridFilter
 from ..modeling.masks import Segmentation
 from ..modeling.mobilesamv2 import MobileSAMv2
-from ..modeling.object_discovery import CONFIDENCE
-from .config import DTYPES, PARAMETERS, MobileSAMv2ModelConfig, Parameter, mask_folder
+from .config import PARAMETERS, MobileSAMv2ModelConfig, Parameter, mask_folder
 from .reading import ImageGetItem, ImageItem
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
 
     def __init__(self, config: MobileSAMv2ModelConfig) -> None:
         self.config = config
-        self.model = MobileSAMv2.from_pretrained(config.name, config.device, DTYPES[config.dtype], **config.files)
+        self.model = MobileSAMv2.from_pretrained(
+            config.name, config.device, getattr(torch, config.dtype), **config.files
+        )
         self.failures: list[Failure] = []
         self.num_images = 0
         self.num_labels = 0
@@ -156,7 +159,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
                 raise
             # One image may have failed the others, or they need too much memory together: each gets a try of its own.
             if len(good) > 1:
-                told = f"{type(error).__name__}: {error}"
+                told = cause_of(error)
                 logger.warning("%d images failed as a batch, so each is segmented by itself: %s", len(good), told)
             found = [self._attempt(item, lambda item: self._segment([item])[0], item) for item in good]
         self.num_images += len(items)
@@ -186,13 +189,14 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         except Exception as error:
             if not item.skip_failures:
                 raise
-            self.fail(item, f"{type(error).__name__}: {error}")
+            self.fail(item, cause_of(error))
             return None
 
     def fail(self, item: ImageItem, error: str) -> None:
         """Notes an image that was not segmented."""
-        self.failures.append(Failure(item.sample_id, item.filepath, error))
-        logger.warning("%s (sample %s) was not segmented: %s", item.filepath, item.sample_id, error)
+        failure = Failure(item.sample_id, item.filepath, error)
+        self.failures.append(failure)
+        logger.warning("Sample %s was not segmented: %s", item.sample_id, failure)
 
     def _segment(self, items: Sequence[ImageItem]) -> list[Found | None]:
         if items and items[0].prompted:

@@ -8,7 +8,7 @@ from typing import Any
 import fiftyone.core.labels as fol
 import fiftyone.utils.torch as fout
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, cause_of
 from ..images import read_image
 from ..labels.prompts import check_prompts
 from ..modeling.arrays import ImageArray
@@ -65,4 +65,4 @@ class ImageGetItem(fout.GetItem):
         except (OSError, TypeError, ValueError, MemoryError) as error:
             if not self.skip_failures:
                 raise
-            return replace(item, error=f"{type(error).__name__}: {error}")
+            return replace(item, error=cause_of(error))

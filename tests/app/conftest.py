@@ -49,12 +49,10 @@ OFFERED = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("app")
-            item.add_marker(pytest.mark.xdist_group("app"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,7 @@ from fiftyone_mobilesamv2.images import read_image
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
 from fiftyone_mobilesamv2.runs import segment as segmentation
 from fiftyone_mobilesamv2.runs.shards import Shard
-from fiftyone_mobilesamv2.zoo.config import DTYPES
+from fiftyone_mobilesamv2.zoo.config import PARAMETERS
 
 SIZE = {"$bsonSize": "$$ROOT"}
 DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
@@ -142,7 +142,7 @@ def test_masks_on_disk(plugin, scenes, expected):
 @pytest.mark.slow
 def test_precision(plugin, scenes, scene_files, expected):
     form = plugin.form("segment_everything", scenes)
-    assert form.choices("dtype") == list(DTYPES) and form.default("dtype") == "float32"
+    assert form.choices("dtype") == list(PARAMETERS["dtype"].choices) and form.default("dtype") == "float32"
     plugin.call("segment_everything", scenes, dtype="bfloat16", **DEMO)
     in_bfloat16 = found_by_model(scene_files, torch.bfloat16)
     assert_as_expected(scenes, "segmentations", in_bfloat16)
