@@ -45,7 +45,7 @@ lint: setup-dev ## check format, lint, types and layers
 	.venv/bin/lint-imports
 
 test: lint ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev ## run the tests that take more memory or time
 	$(PY) -m pytest -m slow
