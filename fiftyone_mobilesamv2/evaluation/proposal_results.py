@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..fiftyone_internals import label_root
 from ..modeling.arrays import AnyArray, IntArray, MaskArray
 from .average_recall import IOU_THRESHOLDS, AverageRecall
+from .figures import Line, recall_by_iou, recall_by_k
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from ..labels.documents import Skipped
     from .measuring import Match
     from .proposals import ProposalEvaluationConfig
-
-_COLORS = ("#ff6d04", "#4263eb", "#2b8a3e", "#c2255c", "#7048e8", "#0b7285", "#5c3d2e")
 
 
 class Comparison(NamedTuple):
@@ -151,29 +150,20 @@ class ProposalResults(foud.DetectionResults):
 
     def plot(self, *others: ProposalResults) -> go.Figure:
         """AR against K, and recall against IoU at the largest K: by group of objects, or of this and other runs."""
-        import plotly.graph_objects as go
         from plotly.subplots import make_subplots
 
         if others:
             runs = (self, *others)
-            lines = [(results.key or results.config.pred_field, results.average_recall, "all") for results in runs]
+            lines = [Line(results.key or results.config.pred_field, results.average_recall) for results in runs]
         else:
             recall = self.average_recall
-            lines = [(f"{group} ({total})", recall, group) for group, total in recall.totals.items() if total]
-        k = min((recall.ks[-1] for _, recall, _ in lines), default=self.config.ks[-1])
+            lines = [Line(f"{group} ({total})", recall, group) for group, total in recall.totals.items() if total]
+        k = min((line.recall.ks[-1] for line in lines), default=self.config.ks[-1])
         figure = make_subplots(1, 2, subplot_titles=("AR by number of proposals K", f"Recall by IoU, K={k}"))
-        for number, (name, recall, group) in enumerate(lines):
-            curve = recall.curve(group)
-            style = {
-                "name": name,
-                "legendgroup": str(number),
-                "mode": "lines",
-                "line_color": _COLORS[number % len(_COLORS)],
-            }
-            figure.add_trace(go.Scatter(x=np.arange(1, len(curve) + 1), y=curve, **style), 1, 1)
-            figure.add_trace(
-                go.Scatter(x=IOU_THRESHOLDS.round(2), y=recall.recalls(k, group), showlegend=False, **style), 1, 2
-            )
+        for column, part in enumerate((recall_by_k(lines), recall_by_iou(lines, k)), 1):
+            for number, trace in enumerate(part.data):
+                shown = {"legendgroup": str(number), "showlegend": column == 1}  # once for both
+                figure.add_trace(trace | shown, 1, column)
         figure.update_xaxes(type="log", title_text="K", row=1, col=1)
         figure.update_xaxes(title_text="IoU threshold", row=1, col=2)
         figure.update_yaxes(range=[0, 1])

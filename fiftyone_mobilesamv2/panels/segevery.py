@@ -17,9 +17,9 @@ from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
 from ..errors import cause_of
+from ..evaluation import figures
 from ..fiftyone_internals import is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
-from ..panels import figures
 from ..registration import PLUGIN
 
 if TYPE_CHECKING:
@@ -169,12 +169,13 @@ class SegEvery(foo.Panel):
         if not runs:
             return
         _add_table(panel, results)
+        lines = [figures.Line(*run) for run in runs.items()]
         _add_plot(
             panel,
             "by_k",
             "AR by number of masks K",
             "Click a point: the objects that the K best masks of their image miss, at IoU 0.5",
-            figures.recall_by_k(runs),
+            figures.recall_by_k(lines),
             self.show_missed_by_k,
         )
         _add_plot(
@@ -182,7 +183,7 @@ class SegEvery(foo.Panel):
             "by_iou",
             "Recall by IoU",
             "Click a point: the objects that no mask finds at that IoU",
-            figures.recall_by_iou(runs),
+            figures.recall_by_iou(lines),
             self.show_missed_by_iou,
         )
         _add_plot(

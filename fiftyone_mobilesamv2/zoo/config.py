@@ -68,6 +68,7 @@ def _declared(
     default: T,
     title: str,
     description: str,
+    *,
     min: int | None = None,
     max: int | None = None,
     choices: Mapping[str, str] | None = None,

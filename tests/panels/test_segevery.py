@@ -213,7 +213,7 @@ def test_objects_per_image(panel, measured):
 
 
 def test_bars_of_many_objects_hold_several_counts():
-    from fiftyone_mobilesamv2.panels.figures import objects_per_image
+    from fiftyone_mobilesamv2.evaluation.figures import objects_per_image
 
     counts = [0, 4, 5, 99, 100]
     (trace,) = objects_per_image({"a": counts}).data

@@ -1,4 +1,4 @@
-"""The plots of the SegEvery panel, as plotly's JSON. The App draws them, on its own background and in its own font."""
+"""The figures of evaluations and runs, as plotly's JSON: notebooks and the SegEvery panel draw the same ones."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..modeling.arrays import AnyArray, FloatArray
+from .average_recall import IOU_THRESHOLDS, AverageRecall
 
 if TYPE_CHECKING:
-    from ..evaluation.average_recall import AverageRecall
     from ..runs.record import SegmentationRun
 
 COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # on dark and on white
 _CURVE_POINTS = 100
 _BINS = 20
+_IOU_HOVER = "IoU %{x}: recall %{y:.3f}"
 _JSON = dict[str, Any]  # an object of plotly's
 _Values = Sequence[object] | AnyArray
 _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
@@ -28,28 +29,35 @@ class Figure(NamedTuple):
     layout: _JSON
 
 
-def recall_by_k(runs: Mapping[str, AverageRecall]) -> Figure:
-    """AR@K of each run at about 100 K, among them those of the run, which have larger points."""
+class Line(NamedTuple):
+    """What a line of a figure shows: a group of the objects of a run."""
+
+    name: str
+    recall: AverageRecall
+    group: str = "all"
+
+
+def recall_by_k(lines: Sequence[Line]) -> Figure:
+    """AR@K of each line at about 100 K, among them those of the run, which have larger points."""
     data = []
-    for number, (name, recall) in enumerate(runs.items()):
-        curve = recall.curve()
+    for number, (name, recall, group) in enumerate(lines):
+        curve = recall.curve(group)
         ks = np.unique(np.geomspace(1, len(curve), _CURVE_POINTS).round().astype(int).tolist() + list(recall.ks))
         sizes = np.where(np.isin(ks, recall.ks), 9, 4).tolist()
         data.append(_line(name, number, ks, curve[ks - 1], "K=%{x}: AR %{y:.3f}", sizes))
-    layout = _layout("K", "AR", len(runs) > 1)
+    layout = _layout("K", "AR", len(lines) > 1)
     layout["xaxis"] |= {"type": "log", "dtick": 1}
     return Figure(data, layout)
 
 
-def recall_by_iou(runs: Mapping[str, AverageRecall]) -> Figure:
-    """The share of objects that each run finds at each IoU within its largest K."""
-    from ..evaluation.average_recall import IOU_THRESHOLDS
-
+def recall_by_iou(lines: Sequence[Line], k: int | None = None) -> Figure:
+    """The share of objects that each line finds at each IoU within `k` proposals of an image; None: its largest K."""
     data = [
-        _line(name, number, IOU_THRESHOLDS.round(2), recall.recalls(recall.ks[-1]), "IoU %{x}: recall %{y:.3f}", 7)
-        for number, (name, recall) in enumerate(runs.items())
+        _line(name, number, IOU_THRESHOLDS.round(2), recall.recalls(k or recall.ks[-1], group), _IOU_HOVER, 7)
+        for number, (name, recall, group) in enumerate(lines)
     ]
-    return Figure(data, _layout("IoU threshold", "recall at the largest K", len(runs) > 1))
+    title = "recall at the largest K" if k is None else f"recall at K={k}"
+    return Figure(data, _layout("IoU threshold", title, len(lines) > 1))
 
 
 def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
