@@ -29,11 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("quickstart"), help="folder for scenes and overlays.png"
     )
 
-    segment = commands.add_parser("segment", help="give every object of a dataset's images a mask, or go on with it")
+    segment = commands.add_parser("segment", help="segment every object of a dataset's images; run again to continue")
     segment.add_argument("dataset", help="name of a FiftyOne dataset")
     segment.add_argument("--model", required=True, help="name of a zoo model, such as mobilesamv2-tinyvit-torch")
-    segment.add_argument("--label-field", default="segmentations", help="where the masks go")
-    segment.add_argument("--replace", action="store_true", help="replace the labels that are there; else these stay")
+    segment.add_argument("--label-field", default="segmentations", help="field for the masks")
+    segment.add_argument("--replace", action="store_true", help="replace existing labels; otherwise they are kept")
     segment.add_argument("--batch-size", type=positive, default=8)
     if argv[:1] == ["segment"]:
         add_parameters(segment)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     reproduce.add_argument("--sample", type=positive, default=100, help="how many images to draw at random, at most")
     reproduce.add_argument("--seed", type=int, default=0, help="of the draw")
     reproduce.add_argument("--batch-size", type=positive, default=4)
-    reproduce.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
+    reproduce.add_argument("--device", help="cuda, mps or cpu; the best available if omitted")
     reproduce.add_argument(
         "--output", type=Path, default=Path("reproduction"), help="folder for reproduction.json and reproduction.png"
     )
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--gt-field", default="ground_truth", help="the objects")
     evaluate.add_argument("--eval-key", default="ar", help="key of the run; an earlier one of this key is replaced")
     evaluate.add_argument("--ks", type=positive, nargs="+", default=[10, 100, 1000], help="how many proposals count")
-    evaluate.add_argument("--boxes", action="store_true", help="compare boxes; else masks")
+    evaluate.add_argument("--boxes", action="store_true", help="compare boxes instead of masks")
     evaluate.add_argument("--rank-by", choices=tuple(RANKINGS), default="confidence")
     evaluate.add_argument("--compare", nargs="+", default=[], metavar="KEY", help="earlier runs to print beside it")
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
     doctor = commands.add_parser("doctor", help="prove that a model works on this machine")
     doctor.add_argument("model", nargs="?", help="name of a zoo model; the one that comes with the package if left out")
-    doctor.add_argument("--device", help="cuda, mps or cpu; the best there is if left out")
+    doctor.add_argument("--device", help="cuda, mps or cpu; the best available if omitted")
     doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     doctor.add_argument("--output", type=Path, default=Path("doctor.png"), help="picture of what was segmented")
 
@@ -295,7 +295,7 @@ def add_cluster(command: argparse.ArgumentParser) -> None:
         "--cluster",
         help="spread the work over a Ray cluster: auto, its address, or local for processes on this machine",
     )
-    command.add_argument("--workers", type=positive, help="how many; one for each GPU or machine if left out")
+    command.add_argument("--workers", type=positive, help="how many; default: one per GPU, or per machine")
 
 
 def positive(text: str) -> int:

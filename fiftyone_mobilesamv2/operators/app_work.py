@@ -107,7 +107,7 @@ class Work:
     def _work(self) -> None:
         try:
             while not _one_at_a_time.acquire(timeout=REFRESH):
-                self.progress.tell(None, "Waiting for other work to end")
+                self.progress.tell(None, "Waiting for another operation to finish")
             try:
                 self.outcome = self._run(self.progress)
             finally:
@@ -127,14 +127,14 @@ _one_at_a_time = threading.Lock()
 def show_progress(ctx: ExecutionContext, work: Work) -> GeneratedMessage:
     outputs, progress = types.Object(), work.progress
     stopping = progress.cancelled.is_set()
-    label = "Stopping after what is being worked on now ..." if stopping else progress.label
+    label = "Stopping after the current images ..." if stopping else progress.label
     outputs.float("share", view=types.ProgressView(label=label))
     if not stopping:
         cancel = f"{PLUGIN}/{CancelWork.identifier}"
         outputs.btn("cancel", label="Cancel", on_click=cancel, params={"work": work.id}, variant="outlined")
         # FiftyOne puts a "Done" below, which closes the dialog until its next state.
         outputs.str("text", view=types.MarkdownView())
-    text = "This dialog stays until the work is over; closing the tab stops the work."
+    text = "Keep this dialog open: closing the tab stops the work."
     return ctx.ops.show_output(types.Property(outputs).to_json(), {"share": progress.share, "text": text})
 
 
@@ -159,12 +159,12 @@ def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[Gene
         outputs.str("text", view=types.MarkdownView())
         text = outcome.text
         if was_open:  # FiftyOne keeps what it has once shown of it
-            text += "\n\nThe sample that was open shows this in the grid; opened again, after the page is reloaded."
+            text += "\n\nThe grid shows the new labels. To see them in an open sample, reload the page."
         for number, (label, operator, params) in enumerate(outcome.buttons):
             outputs.btn(f"button_{number}", label=label, on_click=operator, params=params, variant="outlined")
     elif isinstance(error, Cancelled):
         outputs.str("text", view=types.MarkdownView())
-        text = f"**{title}** was cancelled. What was stored by then stays."
+        text = f"**{title}** was cancelled. Everything stored so far is kept."
     elif error is not None:
         if not _explains_itself(error):
             logger.error("%s failed", title, exc_info=error)
@@ -179,7 +179,7 @@ def _explains_itself(error: BaseException) -> bool:
 
 def _told(error: BaseException) -> str:
     if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
-        return f"The database lets this user read only: {str(error).split('{')[0].strip()}. Ask its administrator."
+        return f"This database user has read-only access: {str(error).split('{')[0].strip()}. Ask its administrator."
     return (str(error) if isinstance(error, PyMongoError) else cause_of(error))[:_MAX_MESSAGE]
 
 

@@ -32,15 +32,15 @@ def model_choice(form: Form) -> str:
     missing = {name: megabytes_to_download(name) for name in MODELS}
     choices = {}
     for name, entry in MODELS.items():
-        here = "weights are here" if not missing[name] else f"{missing[name]:,} MB to download"
+        here = "downloaded" if not missing[name] else f"{missing[name]:,} MB to download"
         choices[name] = f"{name} ({entry.hint}; {here})"
     # The first click works: what is here already, best first, and photos are what it is for.
     default = next((name for name in MODELS if not missing[name] and name != DEMO_MODEL), "mobilesamv2-tinyvit-torch")
     name = form.choice("model", choices, default, "Model")
     if missing.get(name):
-        form.note(f"{missing[name]:,} MB will be downloaded to {weights_dir()} first, and verified.")
+        form.note(f"{missing[name]:,} MB will be downloaded to {weights_dir()} first and verified.")
     elif name == DEMO_MODEL:
-        form.warn("The demo model was trained on synthetic scenes alone: expect little of it on photos.")
+        form.warn("The demo model was trained only on synthetic scenes: don't expect good masks on photos.")
     return name
 
 
@@ -108,7 +108,7 @@ def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
     default = next((name for name in (*segmented_fields(form.samples), *likely) if name in fields), None)
     if default is None:
         raise FormError(f"{form.dataset.name} has no field of proposals yet. Run 'Segment everything' first.")
-    return form.label_field("pred_field", kinds, "Proposals", "What 'Segment everything' found", default)
+    return form.label_field("pred_field", kinds, "Proposals", "Masks from 'Segment everything'", default)
 
 
 def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = SHAPES) -> str:
@@ -117,7 +117,7 @@ def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = S
     found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH, pred_field)
     stages = all_view_stages(form.samples.view())
     if any(isinstance(stage, _HIDING) for stage in stages):
-        form.warn("The view may hide some labels of its samples. Only what it shows is compared.")
+        form.warn("The view may hide labels. Only visible labels are compared.")
     return found
 
 
@@ -145,7 +145,7 @@ def field_of_selected(labels: Sequence[Mapping[str, Any]]) -> str:
     """The field that the labels selected in the App are of. Raises FormError where they are of several, or of none."""
     ids = [label.get(name) for label in labels for name in ("sample_id", "label_id")]
     if not all(map(ObjectId.is_valid, ids)) or not all(isinstance(label.get("field"), str) for label in labels):
-        raise FormError("The selected labels are gone. Select others.")
+        raise FormError("The selected labels no longer exist. Select others.")
     fields: list[str] = sorted({label["field"] for label in labels})
     if len(fields) > 1:
         raise FormError(
@@ -191,16 +191,14 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
         f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
     ]
     if run.cancelled:
-        rest = "The others have the labels that they had" if replaced else "Run it again to go on with the rest"
-        lines.append(f"**Cancelled before the end.** What was stored stays. {rest}.")
+        rest = "The other images keep their labels" if replaced else "Run it again to continue"
+        lines.append(f"**Cancelled before the end.** Everything stored so far is kept. {rest}.")
     stages = [f"{name} {seconds:.1f} s" for name, seconds in run.seconds.items() if name != "total"]
     if stages:
         lines.append(f"Time: {run.seconds['total']:.1f} s, of which {', '.join(stages)}.")
     if run.failures:
         first = run.failures[0]
-        lines.append(
-            f"**{count(run.num_failures, 'image')} failed** and kept what labels they had. The first: {code(first)}"
-        )
+        lines.append(f"**{count(run.num_failures, 'image')} failed** and kept their labels. The first: {code(first)}")
     result = {
         "label_field": run.label_field,
         "images": run.images,

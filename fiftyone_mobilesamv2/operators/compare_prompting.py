@@ -21,7 +21,7 @@ NO_GROUND_TRUTH = "(none)"
 class ComparePrompting(Operator):
     identifier = "compare_prompting"
     title = "Compare prompting"
-    description = "Object-aware prompts against SAM's grid, on some images: what they find and how long they take"
+    description = "Compare object-aware prompts with SAM's grid on some images: masks found, and time"
     icon = "evaluate"
 
     def form(self, form: Form) -> None:
@@ -30,10 +30,10 @@ class ComparePrompting(Operator):
 
         samples = form.target("Compare on")
         check_images(samples)
-        form.number("images", IMAGES, "Images", "Drawn at random, the same ones each time", min=1, whole=True)
+        form.number("images", IMAGES, "Images", "Chosen at random; the same ones each time", min=1, whole=True)
         model_choice(form)
-        grid = form.choice("grid", GRIDS, "32", "Grid", "SAM's search, three masks for each of its points")
-        form.switch("filters", True, "SAM's filters", "Off, all masks of the grid count, however unsure")
+        grid = form.choice("grid", GRIDS, "32", "Grid", "SAM's grid search; three masks for each point")
+        form.switch("filters", True, "SAM's filters", "If off, all masks of the grid count")
         runtime_choices(form)
         names = kept_fields(int(grid)) if grid in GRIDS else ()
         self._ground_truth(form, names)
@@ -45,7 +45,7 @@ class ComparePrompting(Operator):
         fields = {name: name for name in label_fields(form.samples, SHAPE_TYPES) if name not in kept}
         gt_field = form.choice(
             "gt_field",
-            {NO_GROUND_TRUTH: "None: compare numbers and times", **fields},
+            {NO_GROUND_TRUTH: "None: compare only counts and times", **fields},
             GROUND_TRUTH if GROUND_TRUTH in fields else NO_GROUND_TRUTH,
             "Ground truth",
             "Objects to measure AR@K with",
@@ -108,7 +108,7 @@ def _outcome(comparison: Comparison, values: dict[str, Any]) -> Outcome:
     if failures := {failure.sample_id: failure for failure in (*comparison.object_aware.failures, *grid.failures)}:
         first = next(iter(failures.values()))
         lines.append(
-            f"**{count(len(failures), 'image')} failed**, as if nothing was found there. The first: {code(first)}"
+            f"**{count(len(failures), 'image')} failed** and count as images without masks. The first: {code(first)}"
         )
         buttons.append(("Show failed samples", list(failures)))
     return Outcome(

@@ -37,7 +37,7 @@ MOST_PROPOSALS = 10_000  # results hold counts for every K up to the largest; a 
 class EvaluateProposals(Operator):
     identifier = "evaluate_proposals"
     title = "Measure proposals (AR@K)"
-    description = "How many objects of a ground truth the K best-ranked masks or boxes of each image find"
+    description = "Share of ground-truth objects that the K best-ranked masks or boxes of each image find"
     icon = "evaluate"
 
     def form(self, form: Form) -> None:
@@ -50,10 +50,10 @@ class EvaluateProposals(Operator):
         if not form.problems:
             with form.checks():
                 ProposalEvaluationConfig(pred_field, gt_field).build().check_fields(samples)
-        ks = form.text("ks", "10, 100, 1000", "K", "How many proposals of an image count: one row of the table each")
+        ks = form.text("ks", "10, 100, 1000", "K", "Number of proposals per image; one row of the table each")
         with form.checks("K: "):
             form.values["ks"] = whole_numbers(ks)
-        ranking_choice(form, "Ranking", "Which proposals are the best")
+        ranking_choice(form, "Ranking", "How proposals are ranked")
         use_masks_switch(form, pred_field, gt_field)
         self._eval_key(form)
 
@@ -61,7 +61,7 @@ class EvaluateProposals(Operator):
         keys = form.dataset.list_evaluations()
         free = (f"ar_{number}" if number > 1 else "ar" for number in itertools.count(1))
         unused = next(key for key in free if key not in keys)
-        key = form.text("eval_key", unused, "Evaluation key", "The name of this evaluation, and of what it stores")
+        key = form.text("eval_key", unused, "Evaluation key", "Name of this evaluation and of the attributes it stores")
         if not key.isidentifier() or key.startswith("_"):
             form.problem(f"Evaluation key: '{key}' can't be one: letters, digits and _ were expected.")
         elif key in keys:

@@ -32,7 +32,7 @@ class ExportMasks(Operator):
         if not have_masks(samples, field):
             raise FormError(f"Labels in '{field}' have no masks: make some by 'Segment from prompts'.")
         default = Path(fo.config.default_dataset_dir, form.dataset.slug, "masks.json")
-        typed = form.text("path", str(default), "File", "On the machine that runs the App's server; ends with .json")
+        typed = form.text("path", str(default), "File", "Path on the machine of the App's server; must end with .json")
         try:
             path = Path(typed).expanduser()
             if not path.is_absolute():

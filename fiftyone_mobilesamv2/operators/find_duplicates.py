@@ -30,13 +30,18 @@ class FindDuplicates(Operator):
         if not form.problems:
             with form.checks():
                 check_tagged_field(samples, name, "labels to compare", ATTRIBUTES.values())
-        form.number("iou", 0.8, "IoU", "From which two labels are duplicates", min=0.01, max=1)
+        form.number("iou", 0.8, "IoU", "Minimum IoU of two labels to count as duplicates", min=0.01, max=1)
         form.number(
-            "containment", 0.9, "Share inside", "From which a label inside a larger one is a part", min=0.01, max=1
+            "containment",
+            0.9,
+            "Share inside",
+            "Minimum share of a label inside a larger one to count as its part",
+            min=0.01,
+            max=1,
         )
-        ranking_choice(form, "Score", "By which the best of duplicates is kept; where no label has any, the largest")
+        ranking_choice(form, "Score", "Decides which duplicate is kept; without scores, the largest")
         use_masks_switch(form, name)
-        form.choice("show", SHOW, "duplicate", "Show then", radio=True)
+        form.choice("show", SHOW, "duplicate", "Show afterwards", radio=True)
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..curation.duplicates import ATTRIBUTES, find_duplicates

@@ -24,7 +24,7 @@ LOOK_FOR = {
 class FindUnlabeledObjects(Operator):
     identifier = "find_unlabeled_objects"
     title = "Find unlabeled objects"
-    description = "Find objects that nobody has labeled, or labels that are on no object"
+    description = "Find objects without a label, or labels without an object"
     icon = "curate"
 
     def form(self, form: Form) -> None:
@@ -38,18 +38,18 @@ class FindUnlabeledObjects(Operator):
         if not form.problems:
             with form.checks():
                 check_tagged_field(samples, gt_field if look_for == LABELS else pred_field, "labels to tag")
-        form.number("iou", 0.5, "IoU", "From which a proposal and a label are the same object", min=0.01, max=1)
+        form.number("iou", 0.5, "IoU", "Minimum IoU of a proposal and a label of the same object", min=0.01, max=1)
         if look_for == OBJECTS:
             form.number(
                 "max_inside",
                 0.7,
                 "Share inside labels",
-                "From which on a proposal counts as a part of what is labeled",
+                "Minimum share inside labels for a proposal to count as part of them",
                 min=0.01,
                 max=1,
             )
-            ranking_choice(form, "Score", "By which the surest come first")
-            form.number("min_score", 0, "Lowest score", "Of proposals to look at", min=0)
+            ranking_choice(form, "Score", "Order of the results, best first")
+            form.number("min_score", 0, "Minimum score", "Proposals below it are ignored", min=0)
             form.number("min_area", 0, "Minimum mask area (pixels)", "Smaller proposals are ignored", min=0, whole=True)
         use_masks_switch(form, pred_field, gt_field)
 

@@ -65,14 +65,14 @@ class Form:
         if self.ctx.dataset is None:
             raise FormError("Open a dataset first.")
         if not all(map(ObjectId.is_valid, self.ctx.selected)):
-            raise FormError("The selected samples are gone. Select others.")
+            raise FormError("The selected samples no longer exist. Select others.")
         target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there
         if target and target not in ViewTarget.values():  # which FiftyOne would take for the whole dataset
             raise FormError(
                 f"{_shortened(target)} is not a valid target: choose one of {', '.join(ViewTarget.values())}."
             )
         if is_generated(self.ctx.view):  # patches, clips or frames, which the App shows in place of the samples
-            self.note("The whole dataset is worked on, not what this view has made of it.")
+            self.note("This works on the whole dataset, not on the patches, clips or frames of this view.")
             self.samples = self.dataset
         else:  # of groups, the slice that the App shows
             self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
@@ -156,7 +156,7 @@ class Form:
         found = self.inputs.enum(name, list(choices), label=label, description=description, default=default, view=view)
         value = self.text_of(found, name, default, label)
         if value not in choices and not found.invalid:
-            self._invalid(found, f"{label}: {value!r} isn't there (any more). Choose one of {', '.join(choices)}.")
+            self._invalid(found, f"{label}: {value!r} is no longer available. Choose one of {', '.join(choices)}.")
         return value
 
     def label_field(

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from ..modeling.checkpoints import Weights
 
 ACTIONS = {
-    "download": "Download the files that are missing",
-    "verify": "Verify the files: read every byte of them, and compare hashes",
-    "delete": "Delete the files, except those that another model here needs",
-    "check_sources": "Ask the hosts whether they have the right files, without downloading",
+    "download": "Download missing files",
+    "verify": "Verify files: read every byte and compare hashes",
+    "delete": "Delete files that no other downloaded model needs",
+    "check_sources": "Check sources: ask each host for its file, without downloading",
 }
 
 
 class ManageModels(Operator):
     identifier = "manage_models"
     title = "Manage models"
-    description = "Which weights are here: download them, verify them, delete them"
+    description = "List, download, verify and delete model weights"
     icon = "models"
     risk = "high"
 
@@ -41,20 +41,20 @@ class ManageModels(Operator):
             if action == "download":
                 self._download_form(form, model, missing)
             elif action == "verify" and not any(map(is_local, model_files(model))):
-                form.problem(f"No file of {model} is here: there is nothing to verify.")
+                form.problem(f"No file of {model} is downloaded: there is nothing to verify.")
             elif action == "delete":
                 self._delete_form(form, model)
             elif action == "check_sources" and all(weights.is_packaged for weights in model_files(model)):
-                form.problem(f"{model} comes with the package: it has no sources.")
+                form.problem(f"{model} comes with the package and has no sources.")
         for name, rows in (("models", model_rows()), ("files", file_rows())):
             form.inputs.view(name, types.MarkdownView(), default=_markdown(rows))
         form.note(f"Downloaded weights are in {weights_dir()}.")
 
     def _download_form(self, form: Form, model: str, missing: int) -> None:
         if missing:
-            form.note(f"{missing:,} MB will be downloaded, and verified.")
+            form.note(f"{missing:,} MB will be downloaded and verified.")
         else:
-            form.problem(f"All files of {model} are here: there is nothing to download.")
+            form.problem(f"All files of {model} are already downloaded.")
 
     def _delete_form(self, form: Form, model: str) -> None:
         from ..modeling.checkpoints import model_files
@@ -64,14 +64,14 @@ class ManageModels(Operator):
         files = deletable_files(model)
         for weights in model_files(model):
             if is_local(weights) and weights not in files:
-                why = "it comes with the package" if weights.is_packaged else "another model here needs it"
+                why = "it comes with the package" if weights.is_packaged else "another downloaded model needs it"
                 form.note(f"{weights.filename} stays: {why}.")
         if not files:
             form.problem(f"No file of {model} can be deleted.")
             return
         size = sum(weights.megabytes for weights in files)
         if not form.switch("confirm", False, f"Delete {names(files)}", f"About {size:,} MB"):
-            form.problem(f"Confirm that {names(files)} shall be deleted.")
+            form.problem(f"Confirm that {names(files)} should be deleted.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         work = {"download": _download, "verify": _verify, "delete": _delete, "check_sources": _check_sources}
@@ -85,7 +85,7 @@ def _download(model: str, progress: Progress) -> Outcome:
     fetch_with_progress(model, progress)
     files = {weights.filename: str(local_path(weights)) for weights in model_files(model)}
     paths = "\n".join(f"- `{path}`" for path in files.values())
-    return Outcome(f"**{model} is here**\n\n{paths}", {"model": model, "files": files})
+    return Outcome(f"**{model} is downloaded**\n\n{paths}", {"model": model, "files": files})
 
 
 def _verify(model: str, progress: Progress) -> Outcome:
@@ -108,7 +108,7 @@ def _verify(model: str, progress: Progress) -> Outcome:
     pinned = all(weights.sha256 or weights.git_blob for weights in found)  # else there is nothing to compare with
     bad, good = (
         f"**{count(len(wrong), 'file')} wrong or missing**",
-        f"**All files of {model} {'are right' if pinned else 'can be read'}**",
+        f"**All files of {model} {'are correct' if pinned else 'can be read'}**",
     )
     lines = [bad if wrong else good]
     if rows:
@@ -140,7 +140,7 @@ def _check_sources(model: str, progress: Progress) -> Outcome:
         checks.append(check)
         progress.tell(len(checks) / total, f"Asked {count(len(checks), 'source')} of {total}")
     wrong = sum(check.verdict != "right" for check in checks)
-    verdict = f"**{count(wrong, 'source')} wrong or out of reach**" if wrong else "**All sources are right**"
+    verdict = f"**{count(wrong, 'source')} wrong or unreachable**" if wrong else "**All sources are correct**"
     rows = list(map(source_row, checks))
     return Outcome(f"{verdict}\n\n{_markdown(rows)}", {"model": model, "sources": rows})
 

@@ -16,15 +16,15 @@ from .operator import Operator
 
 PROMOTE, DISMISS = "promote", "dismiss"
 VERDICTS = {
-    PROMOTE: "Right: they become labels",
-    DISMISS: "Wrong: they are not suggested again",
+    PROMOTE: "Right: turn into labels",
+    DISMISS: "Wrong: don't suggest again",
 }
 
 
 class PromoteToLabels(Operator):
     identifier = "promote_to_labels"
     title = "Promote to labels"
-    description = "Make the selected proposals ground truth, with a class of yours, or dismiss them"
+    description = "Turn the selected proposals into ground truth of a class, or dismiss them"
     icon = "curate"
 
     def form(self, form: Form) -> None:
@@ -42,7 +42,7 @@ class PromoteToLabels(Operator):
             "gt_field",
             GROUND_TRUTH,
             "Label field",
-            "Where the labels go: a new field, or one of detections or polylines",
+            "New field, or an existing field of detections or polylines",
             known,
         )
         check_promotion(form.samples, field, gt_field)
@@ -50,9 +50,7 @@ class PromoteToLabels(Operator):
         for name in self._classes(form.dataset, gt_field):
             view.add_choice(name, label=name)
         # Nothing is suggested: what is confirmed unread ends up in the ground truth.
-        found = form.inputs.str(
-            "label", label="Class", description="One there is, or a new one", required=True, view=view
-        )
+        found = form.inputs.str("label", label="Class", description="Existing or new class", required=True, view=view)
         label = form.text_of(found, "label", None, "Class")
         if label is not None and not label.strip():
             form.problem("Class: a name was expected.")

@@ -28,7 +28,7 @@ BOX_KINDS = (fo.Detections, fo.Detection)
 class SegmentAnything(Operator):
     identifier = "segment_anything"
     title = "Segment from prompts"
-    description = "Give masks to boxes or points: to the labels that are selected, or to a whole field of them"
+    description = "Turn boxes or points into masks: the selected labels, or a whole field"
     icon = "segment"
 
     def form(self, form: Form) -> None:
@@ -39,7 +39,7 @@ class SegmentAnything(Operator):
         if selected:
             names = ", ".join(sorted({f"'{label['field']}'" for label in selected}))
             choices = {
-                "selected": f"What is selected: {count(len(selected), 'label')} of {names}",
+                "selected": f"Selected: {count(len(selected), 'label')} of {names}",
                 "field": "All labels of a field",
             }
             prompts = form.choice("prompts", choices, "selected", "Prompts", radio=True)
@@ -51,19 +51,23 @@ class SegmentAnything(Operator):
                 "prompt_field", PROMPT_KINDS, "Field of prompts", "Boxes, or points inside objects", "ground_truth"
             )
         are_boxes = field in label_fields(form.samples, BOX_KINDS)
-        places = {"new": "In a field of their own, with labels like their prompts'"}
+        places = {"new": "In a separate field, with the labels of their prompts"}
         if are_boxes:
-            places = {"labels": "In the boxes' own labels, which keep their boxes"} | places
+            places = {"labels": "In the boxes' own labels; the boxes stay unchanged"} | places
         place = form.choice("place", places, next(iter(places)), "Where masks go", radio=True)
         label_field = None
         if place == "new":
             known = [name for name in detections_fields(form.samples) if name != field]
             label_field = form.new_field(
-                "label_field", "masks", "Label field", "A new field, or one of detections; what is there stays", known
+                "label_field",
+                "masks",
+                "Label field",
+                "New field, or an existing field of detections; existing labels are kept",
+                known,
             )
             if label_field == field:
                 form.problem(f"'{field}' has the prompts: to write masks into them choose so above.")
-        replace = form.switch("replace", False, "Replace masks", "Also where a label has a mask already")
+        replace = form.switch("replace", False, "Replace masks", "Also for labels that already have a mask")
         with form.checks():
             check_prompt_field(form.samples, field, in_place=label_field is None)
             if label_field is None:
@@ -78,7 +82,7 @@ class SegmentAnything(Operator):
 
     def _field_of_selected(self, form: Form) -> str:
         field = field_of_selected(form.ctx.selected_labels)
-        gone = FormError("The selected labels are gone. Select others.")
+        gone = FormError("The selected labels no longer exist. Select others.")
         if field not in label_fields(form.dataset, PROMPT_KINDS):
             raise gone
         form.samples = form.dataset.select_labels(labels=form.ctx.selected_labels, fields=field)

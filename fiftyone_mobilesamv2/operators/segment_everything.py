@@ -29,15 +29,15 @@ from .form import Form, cached, count
 from .operator import MANY_IMAGES, Operator
 
 EXISTING = {
-    "keep": "Skip samples that have masks there already",
-    "replace": "Replace what is there",
+    "keep": "Skip samples that already have masks",
+    "replace": "Replace existing masks",
 }
 
 
 class SegmentEverything(Operator):
     identifier = "segment_everything"
     title = "Segment everything"
-    description = "Give every object of every image a mask, by MobileSAMv2"
+    description = "Find every object in every image and store its mask"
     icon = "segment"
     risk = "medium"
 
@@ -67,7 +67,7 @@ class SegmentEverything(Operator):
             form.parameter(PARAMETERS["confidence_thresh"], default=CONFIDENCE)
         elif not form.problems:
             prompts = form.values["points_per_side"] ** 2
-            form.note(f"{prompts:,} prompts an image, three masks each, most of which are thrown away.")
+            form.note(f"{prompts:,} prompts an image, three masks each, most of which are discarded.")
         form.parameter(PARAMETERS["min_area"])
         storage_choice(form)
         form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
@@ -88,10 +88,10 @@ class SegmentEverything(Operator):
                 check_same_parameters(form.samples, form.values["label_field"], parameters_of(model_config(form)))
         if form.size > MANY_IMAGES:
             form.note(
-                f"{form.size:,} images take a while, and the tab has to stay open. Better schedule this, for a "
+                f"{form.size:,} images take a while, and the tab must stay open. Consider scheduling this for a "
                 f"'fiftyone delegated launch' worker."
                 if fo.config.allow_legacy_orchestrators
-                else f"{form.size:,} images take a while, and the tab has to stay open. To schedule such work "
+                else f"{form.size:,} images take a while, and the tab must stay open. To schedule it "
                 f"instead, start the App with FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS=true and a 'fiftyone delegated "
                 f"launch' worker."
             )
@@ -108,7 +108,7 @@ class SegmentEverything(Operator):
             "label_field",
             f"{prefix}segmentations",
             "Label field",
-            "Where the masks go: a new field or one of detections",
+            "New field, or an existing field of detections",
             known,
         )
         check_label_field(samples, name)
@@ -130,9 +130,9 @@ class SegmentEverything(Operator):
         if existing == "replace":
             form.warn(f"{count(objects, 'label')} of {count(done, 'sample')} in '{name}' will be deleted and replaced.")
         elif left:
-            form.note(f"{done:,} of {form.size:,} samples are done already; {count(left, 'sample')} to do.")
+            form.note(f"{done:,} of {form.size:,} samples are already done; {count(left, 'sample')} to do.")
         else:
-            form.problem(f"All {done:,} samples are done already. Replace what is there, or name another field.")
+            form.problem(f"All {done:,} samples are already done. Replace existing masks, or choose another field.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo

@@ -115,7 +115,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     device: Annotated[Text, BeforeValidator(_device_name)] | None = _declared(
         None,
         "Device",
-        "cuda, mps or cpu; the best there is if unset",
+        "cuda, mps or cpu; the best available if unset",
         changes_results=False,
         fixed=True,
     )
@@ -133,7 +133,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     prompting: Prompting = _declared(
         "object_aware",
         "Prompting",
-        "How objects are looked for",
+        "How objects are found",
         choices={
             "object_aware": "Object-aware: find the objects first, then one mask each (fast)",
             "grid": "Grid: SAM's search over a grid of points (many times slower)",
@@ -145,13 +145,11 @@ class MobileSAMv2ModelConfig(BaseModel):
         f"Lower finds more objects and more false ones. Unset: the paper's {CONFIDENCE} for detected boxes; all masks "
         "of the grid and of your own prompts, whose confidence is the predicted IoU",
     )
-    iou: Share = _declared(
-        NMS_IOU, "NMS IoU", "Boxes that overlap more are taken for one object", applies_to="object_aware"
-    )
+    iou: Share = _declared(NMS_IOU, "NMS IoU", "Boxes with a higher IoU count as one object", applies_to="object_aware")
     max_prompts: Whole = _declared(
         MAX_PROMPTS,
         "Maximum prompts",
-        "Maximum number of objects to look for in an image",
+        "Maximum number of objects to prompt for in an image",
         min=1,
         max=MAX_NMS_CANDIDATES,
         applies_to="object_aware",
@@ -185,7 +183,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     masks_on_disk: bool = _declared(
         False,
         "Store masks on disk",
-        "As PNG files; otherwise only masks that don't fit into the database are",
+        "As PNG files; otherwise only masks that don't fit into the database go to disk",
         changes_results=False,
         fixed=True,
     )
@@ -199,7 +197,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     raise_failures: bool = _declared(
         False,
         "Raise failures",
-        "In apply_model, stop at the first image that fails; otherwise it is listed and the rest goes on",
+        "In apply_model, stop at the first image that fails; otherwise list it and continue",
         in_forms=False,
         changes_results=False,
     )
@@ -207,7 +205,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     encoder_checkpoint: Text | None = _declared(
         None,
         "Encoder checkpoint",
-        "File to use instead of the zoo's",
+        "File to use instead of the zoo's own",
         in_forms=False,
         changes_results=False,
         fixed=True,
@@ -215,7 +213,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     decoder_checkpoint: Text | None = _declared(
         None,
         "Decoder checkpoint",
-        "File to use instead of the zoo's",
+        "File to use instead of the zoo's own",
         in_forms=False,
         changes_results=False,
         fixed=True,
@@ -223,7 +221,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     detector_checkpoint: Text | None = _declared(
         None,
         "Detector checkpoint",
-        "File to use instead of the zoo's",
+        "File to use instead of the zoo's own",
         in_forms=False,
         changes_results=False,
         fixed=True,
@@ -247,7 +245,7 @@ class MobileSAMv2ModelConfig(BaseModel):
         if parameter is None:
             raise ArgumentError(f"Unknown parameter {name} of {self.name}; it takes {', '.join(PARAMETERS)}.")
         if parameter.is_fixed:
-            raise ArgumentError(f"{name} cannot be changed any more: load the model again, with {name}={value!r}.")
+            raise ArgumentError(f"{name} cannot be changed after loading: load the model again with {name}={value!r}.")
         try:
             super().__setattr__(name, parameter.default if value is None else value)
         except ValidationError:

@@ -48,7 +48,7 @@ def test_masks_for_selected_boxes(app, boxed):
     app.click_label(sample, sample.boxes.detections[0])
     app.screenshot("segment-anything-selected")
     app.operator("Segment from prompts")
-    assert "What is selected: 1 label of 'boxes'" in app.form_text()
+    assert "Selected: 1 label of 'boxes'" in app.form_text()
     app.choose("Model", DEMO)
     app.execute()
     assert "after the page is reloaded" in app.wait_output("1 object in 1 image")

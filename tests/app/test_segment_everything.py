@@ -57,7 +57,7 @@ def test_again_skips_what_is_done_or_replaces_it(app, scenes):
     app.fill("Label field", "proposals")
     assert "All 6 samples are done already" in app.form_text()
     assert app.errors() != []
-    app.choose("'proposals' exists", "Replace what is there")
+    app.choose("'proposals' exists", "Replace existing masks")
     assert f"{objects} labels of 6 samples in 'proposals' will be deleted and replaced" in app.form_text()
     app.screenshot("segment-everything-replace")
     app.cancel()
@@ -95,7 +95,7 @@ def test_cancel(app, bare):
     (run,) = recorded_runs(bare, "segmentations")
     assert run.cancelled and run.images == done
     open_form(app)
-    assert f"{done} of 6 samples are done already; {6 - done} sample" in app.form_text()
+    assert f"{done} of 6 samples are already done; {6 - done} sample" in app.form_text()
     app.cancel()
 
 

@@ -72,7 +72,7 @@ def test_form_without_a_dataset(plugin, folder):
     assert form.errors == []
     assert form.choices("model") == list(MODELS) and form.default("action") == "download"
     assert f"Downloaded weights are in {folder}." in form.messages
-    assert "196 MB will be downloaded, and verified." in form.messages
+    assert "196 MB will be downloaded and verified." in form.messages
 
 
 def test_tables(plugin, folder):
@@ -121,7 +121,7 @@ def test_demo_weights_stay(plugin):
 
 
 def test_download(plugin, models, folder):
-    assert "3 MB will be downloaded, and verified." in plugin.form(NAME, None, {"model": "one"}).messages
+    assert "3 MB will be downloaded and verified." in plugin.form(NAME, None, {"model": "one"}).messages
     result = plugin.call(NAME, None, model="one")
     assert result["files"] == {"one.pt": str(folder / "one.pt"), "rest.pt": str(folder / "rest.pt")}
     assert ((folder / "one.pt").read_bytes(), (folder / "rest.pt").read_bytes()) == (ENCODER, REST)
@@ -175,10 +175,10 @@ def test_check_sources(plugin, models, served, folder):
     params = {"model": "one", "action": "check_sources"}
     assert plugin.form(NAME, None, params).errors == []
     text = dialog(plugin, **params)
-    assert "**All sources are right**" in text and "exists (700,000 bytes), content not checked" in text
+    assert "**All sources are correct**" in text and "exists (700,000 bytes), content not checked" in text
     (served[0] / "rest.pt").unlink()
     text = dialog(plugin, **params)
-    assert "**1 source wrong or out of reach**" in text and "HTTP status 404" in text
+    assert "**1 source wrong or unreachable**" in text and "HTTP status 404" in text
     result = plugin.call(NAME, None, **params)
     assert [row["source is"] for row in result["sources"]] == ["right", "wrong"]
     assert not folder.exists()
@@ -189,7 +189,7 @@ def test_check_sources(plugin, models, served, folder):
 def test_delete_asks_first(plugin, models, folder):
     plugin.call(NAME, None, model="one")
     params = {"model": "one", "action": "delete"}
-    assert plugin.form(NAME, None, params).errors == ["Confirm that one.pt, rest.pt shall be deleted."]
+    assert plugin.form(NAME, None, params).errors == ["Confirm that one.pt, rest.pt should be deleted."]
     with pytest.raises(Exception, match="Confirm that"):
         plugin.call(NAME, None, **params)
     assert (folder / "one.pt").is_file()
@@ -204,7 +204,7 @@ def test_shared_file_stays(plugin, models, folder):
         plugin.call(NAME, None, model=name)
     params = {"model": "one", "action": "delete", "confirm": True}
     form = plugin.form(NAME, None, params)
-    assert form.errors == [] and "rest.pt stays: another model here needs it." in form.messages
+    assert form.errors == [] and "rest.pt stays: another downloaded model needs it." in form.messages
     text = dialog(plugin, **params)
     assert "one.pt, about 2 MB" in text and "rest.pt" not in text
     assert not (folder / "one.pt").exists() and (folder / "rest.pt").read_bytes() == REST

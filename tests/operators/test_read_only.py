@@ -127,5 +127,5 @@ def test_read_only_database(database, scene_files, tmp_path):
     told = dict(run(RUN, reader, tmp_path, path))
     assert told.pop("export_masks") is None and len(json.loads(path.read_text())["images"]) == 4
     for name, error in told.items():
-        assert error and error.startswith("The database lets this user read only"), (name, error)
+        assert error and error.startswith("This database user has read-only access"), (name, error)
     assert samples_of(owner) == before

@@ -57,14 +57,14 @@ def test_form_tells_which_weights_are_here(plugin, scenes, monkeypatch, tmp_path
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))
     form = plugin.form("segment_everything", scenes)
     labels = {choice.value: choice.label for choice in form.inputs["model"].view.choices}
-    assert "weights are here" in labels["mobilesamv2-demo-torch"]
+    assert "downloaded" in labels["mobilesamv2-demo-torch"]
     assert "196 MB to download" in labels["mobilesamv2-tinyvit-torch"]
     assert form.default("model") == "mobilesamv2-tinyvit-torch"
     assert any("196 MB will be downloaded" in message for message in form.messages)
     for name in ("mobile_sam.pt", "Prompt_guided_Mask_Decoder.pt", "ObjectAwareModel.pt"):
         (tmp_path / name).touch()
     labels = {c.value: c.label for c in plugin.form("segment_everything", scenes).inputs["model"].view.choices}
-    assert "weights are here" in labels["mobilesamv2-tinyvit-torch"]
+    assert "downloaded" in labels["mobilesamv2-tinyvit-torch"]
     assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # the encoder alone
     form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-demo-torch"})
     assert any("synthetic scenes alone" in message for message in form.messages)
@@ -173,7 +173,7 @@ def test_second_run_does_what_is_left(plugin, scenes, expected):
     plugin.call("segment_everything", scenes.limit(1), **DEMO)
     first = scenes.first().segmentations.detections[0].id
     form = plugin.form("segment_everything", scenes, DEMO)
-    assert form.errors == [] and any("1 of 4 samples are done already; 3 samples to do." in m for m in form.messages)
+    assert form.errors == [] and any("1 of 4 samples are already done; 3 samples to do." in m for m in form.messages)
     assert plugin.call("segment_everything", scenes, **DEMO)["images"] == 3
     assert scenes.first().segmentations.detections[0].id == first
     assert_as_expected(scenes, "segmentations", expected)
@@ -356,7 +356,7 @@ def test_two_works_wait_for_each_other(plugin, scenes, expected):
     next(slow)
     told = list(plugin.run_in_app("segment_everything", scenes, {**DEMO, "label_field": "other"}))
     labels = [str(params) for operator, params in told if operator == "show_output"]
-    assert any("Waiting for other work to end" in label for label in labels)
+    assert any("Waiting for another operation to finish" in label for label in labels)
     *_, (_, last) = slow
     assert "in 4 images" in str(last) and "in 4 images" in labels[-1]
     assert_as_expected(scenes, "other", expected)
