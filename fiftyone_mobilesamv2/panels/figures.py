@@ -1,4 +1,4 @@
-"""The plots of the SegEvery panel, as plotly's JSON. The App draws them, on its own background and in its own font."""
+"""The plots of the SegEvery panel, as Plotly JSON. The App draws them on its own background and in its own font."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ..evaluation.average_recall import AverageRecall
     from ..runs.record import SegmentationRun
 
-COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # on dark and on white
+COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # for dark and light backgrounds
 _CURVE_POINTS = 100
 _BINS = 20
-_JSON = dict[str, Any]  # an object of plotly's
+_JSON = dict[str, Any]  # a Plotly object
 _Values = Sequence[object] | AnyArray
 _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
 
@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 
 
 def recall_by_k(runs: Mapping[str, AverageRecall]) -> Figure:
-    """AR@K of each run at about 100 K, among them those of the run, which have larger points."""
+    """AR@K of each run at about 100 values of K, including the run's own, which are drawn as larger points."""
     data = []
     for number, (name, recall) in enumerate(runs.items()):
         curve = recall.curve()
@@ -42,7 +42,7 @@ def recall_by_k(runs: Mapping[str, AverageRecall]) -> Figure:
 
 
 def recall_by_iou(runs: Mapping[str, AverageRecall]) -> Figure:
-    """The share of objects that each run finds at each IoU within its largest K."""
+    """The share of objects that each run finds within its largest K, by IoU threshold."""
     from ..evaluation.average_recall import IOU_THRESHOLDS
 
     data = [
@@ -53,7 +53,7 @@ def recall_by_iou(runs: Mapping[str, AverageRecall]) -> Figure:
 
 
 def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
-    """AR at the largest K of each group of objects that a run has. A bar's `ids` is its group."""
+    """AR at the largest K of each group of objects. The `ids` of the bars are the groups."""
     groups = list(dict.fromkeys(g for recall in runs.values() for g, total in recall.totals.items() if total))
     data = []
     for number, (name, recall) in enumerate(runs.items()):
@@ -65,7 +65,7 @@ def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
 
 
 def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
-    """How many images have how many objects, for each field. A bar's `ids` is "least-most" objects."""
+    """A histogram of the number of objects per image, for each field. The `ids` of the bars are "min-max" objects."""
     top = max((max(each, default=0) for each in counts.values()), default=0)
     width = top // _BINS + 1
     lows = np.arange(0, top + 1, width)
@@ -77,14 +77,14 @@ def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
         data.append(
             _bar(name, number, lows + (width - 1) / 2, images, "%{hovertext} objects: %{y}", ids=ids, hovertext=names)
         )
-    layout = _layout("objects in an image", "images", len(counts) > 1)
+    layout = _layout("objects per image", "images", len(counts) > 1)
     if max(max(trace["y"]) for trace in data) < 6:
-        layout["yaxis"]["dtick"] = 1  # there are no half images
+        layout["yaxis"]["dtick"] = 1  # no fractions of images
     return Figure(data, layout)
 
 
 def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
-    """Milliseconds an image of each stage of the run of each field; "other" is what is left of its total."""
+    """Milliseconds per image for each stage of each field's run; "other" is the rest of its total time."""
     stages = list(dict.fromkeys(stage for run in runs.values() for stage in run.seconds if stage != "total"))
     data = []
     for number, stage in enumerate([*stages, "other"]):
@@ -94,8 +94,8 @@ def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
             seconds = known | {"other": max(0.0, run.seconds["total"] - sum(known.values()))}
             values.append(1000 * seconds.get(stage, 0) / run.images)
         data.append(_bar(stage, number, values, list(runs), f"{stage}: %{{x:.0f}} ms", orientation="h"))
-    layout = _layout("ms an image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
-    layout["yaxis"]["autorange"] = "reversed"  # the first on top
+    layout = _layout("ms per image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
+    layout["yaxis"]["autorange"] = "reversed"  # the first bar on top
     return Figure(data, layout)
 
 
