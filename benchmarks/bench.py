@@ -1,6 +1,6 @@
-"""Every figure of docs/speed.md, in one run: `make bench`.
+"""Measures every figure of docs/speed.md in one run: `make bench`.
 
-Prints what it measures, then one table; writes assets/benchmarks.json, the charts beside it, and the page's table.
+Prints its progress and a table; writes assets/benchmarks.json, the charts beside it, and the page's table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from measure import ROOT, Report, machine, replace_between
 
 
 def main() -> None:
-    # Where there is a GPU, core.py measures it; this is for the machines that all have.
+    # core.py measures GPUs; this benchmark is for machines without one.
     report = Report(machine(torch.device("cpu")))
     print(report.machine, flush=True)
     with tempfile.TemporaryDirectory() as folder:

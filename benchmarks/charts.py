@@ -1,4 +1,4 @@
-"""Figures of the benchmarks as pictures."""
+"""Draws the benchmark results as charts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MET, _SHORT, _PLAIN = "#2a9d8f", "#e76f51", "#8d99ae"
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Writes ratios, growth and steps as PNG files."""
+    """Writes charts of ratios, growth and steps as PNG files."""
     figures = {"ratios": ratios(report.rows), "growth": growth(report.curves), "steps": steps(report.steps)}
     paths = []
     for name, figure in figures.items():
@@ -21,7 +21,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def ratios(rows: list[Row]) -> Figure:
-    """How many times faster, and a tick where the target is."""
+    """Speed-ups, with a tick at each target."""
     rows = sorted((row for row in rows if row.unit == "x"), key=lambda row: row.target)[::-1]
     figure = Figure(figsize=(9, 0.27 * len(rows) + 1))
     axes = figure.subplots()
@@ -55,7 +55,7 @@ def growth(curves: dict[str, dict]) -> Figure:
 
 
 def steps(found: list[tuple[str, float]]) -> Figure:
-    """Seconds of an image with one more part replaced from bar to bar, and what each step took away."""
+    """Seconds per image with one more stage replaced from bar to bar, and the time saved by each step."""
     names, seconds = zip(*found)
     figure = Figure(figsize=(9, 3.6))
     axes = figure.subplots()

@@ -1,9 +1,9 @@
-"""How fast the model itself is, beside the released way on the same machine: encode, discover, decode, crop.
+"""Compares the model's speed with the released code on the same machine: encode, discover, decode, crop.
 
     python benchmarks/core.py --device cuda
 
-Needs torch, torchvision, timm, numpy, opencv and ultralytics alone, so that it also runs where a GPU is and FiftyOne is
-not. `make bench` runs it first. Weights are random, but for the demo model's, which come with the package.
+Needs only torch, torchvision, timm, numpy, opencv and ultralytics, so that it also runs on GPU machines without
+FiftyOne. `make bench` runs it first. Weights are random, except the demo model's, which are part of the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
-# The machine with the GPU may have the package as files only.
+# On a GPU machine, the package may not be installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from measure import (
@@ -60,10 +60,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOWER = 0.3
 STAGES = ("discover", "encode", "decode", "crop")
 
-# Prompts of an image that has many objects, the most that the paper allows, and how often each is timed.
+# Number of prompts of an image with many objects, the paper's maximum, and the number of timed runs of each.
 RUNS_BY_PROMPTS = {64: 3, 320: 1}
 
-# Images of a batch, and runs. A ViT-B takes 10 s an image on two cores; ViT-L and ViT-H are the same code.
+# Images per batch, and number of runs. A ViT-B takes 10 s per image on two cores; ViT-L and ViT-H use the same code.
 ENCODERS = {
     "tiny_vit": (8, 2),
     "efficientvit_l0": (2, 2),
@@ -95,7 +95,7 @@ def load(folder: Path, dtype: str, device: str, encoder: str = "tiny_vit", detec
 
 
 def check(report: Report, released: Released, ours: dict[str, MobileSAMv2]) -> None:
-    """Logits and masks against the released way's, then bfloat16's against float32's."""
+    """Compares logits and masks with the released code's, then bfloat16 with float32."""
     image = photo()
     size, boxes = image.shape[:2], random_boxes(64, image.shape[:2])
     embeddings = ours["float32"].encode([image])
@@ -131,7 +131,7 @@ def compare_masks(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray | torch.Tensor],
 ) -> None:
-    """Mask IoU of bfloat16 with float32, of the same boxes."""
+    """Mask IoU of bfloat16 with float32, for the same boxes."""
     ious = []
     for image, image_boxes in zip(images, boxes):
         first, second = (model.segment_anything([image], [image_boxes])[0] for model in models.values())
@@ -147,9 +147,9 @@ def compare_masks(
 def compare_boxes(
     report: Report, name: str, expected: Sequence[BoxPrompts], model: MobileSAMv2, images: Sequence[np.ndarray]
 ) -> None:
-    """Boxes of float32 that bfloat16 finds at an IoU of 0.95 or more."""
+    """Boxes found with float32 that bfloat16 also finds, at an IoU of at least 0.95."""
     total = sum(map(len, expected))
-    # Where a score is close to the threshold, the last digits decide: hence once more with a lower one.
+    # Near the threshold, the last digits of a score decide, so the comparison is repeated with a lower threshold.
     for title, conf, wanted in (("", OBJECT_CONFIDENCE, 0.98), (f" above confidence {LOWER}", LOWER, None)):
         found = model.discover(images, conf=conf)
         matched = sum(count_pairs(a.boxes, b.boxes) for a, b in zip(expected, found))
@@ -159,7 +159,7 @@ def compare_boxes(
 
 
 def count_pairs(first: torch.Tensor, second: torch.Tensor) -> int:
-    """How many boxes [N, 4] have one of [M, 4] for themselves that overlaps them by 0.95 or more."""
+    """The number of boxes [N, 4] that can be paired one to one with boxes [M, 4] at an IoU of at least 0.95."""
     overlap = box_iou(first, second)
     pairs = 0
     while overlap.numel() and overlap.max() >= 0.95:
@@ -203,14 +203,14 @@ def measure_encoder(report: Report, folder: Path, encoder: str, count: int, runs
 
 
 def measure_images(report: Report, released: Released, ours: dict[str, MobileSAMv2]) -> dict[int, list[float]]:
-    """An image from its file to its masks, stage by stage. Returns the released way's seconds by number of prompts."""
+    """Times an image from file to masks by stage. Returns the released code's seconds by number of prompts."""
     hook = PlausibleMasks(object_like_logits().to(released.device))
     released.sam.mask_decoder.register_forward_hook(hook)
     for model in ours.values():
         model.decoder.register_forward_hook(hook)
     totals, stages = {}, {}
     for prompts, runs in RUNS_BY_PROMPTS.items():
-        if released.device != "cpu":  # the first calls choose kernels, compile and record
+        if released.device != "cpu":  # warm-up: the first calls choose kernels, compile and record
             time_images(released, ours, prompts, 2)
         seconds, stages[prompts] = time_images(released, ours, prompts, runs)
         totals[prompts] = seconds["released"]
@@ -233,7 +233,7 @@ def measure_images(report: Report, released: Released, ours: dict[str, MobileSAM
 
 
 def measure_shares(report: Report, model: MobileSAMv2, seconds: dict[str, float]) -> None:
-    """What share of the speed of large matrix products each stage reaches, from its seconds at the fewest prompts."""
+    """The share of large matrix products' speed that each stage reaches, from its time with the fewest prompts."""
     peak = matrix_gflops(model.device, model.dtype)
     image, boxes = photo(), random_boxes(min(RUNS_BY_PROMPTS), photo().shape[:2])
     embeddings = model.encode([image])
@@ -258,7 +258,7 @@ def count_flops(call: Callable[[], object]) -> int:
 def time_images(
     released: Released, ours: dict[str, MobileSAMv2], prompts: int, runs: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
-    """Seconds of whole images, and of their stages, by model."""
+    """Seconds per image and per stage, by model."""
     models = {"released": released, **ours}
     stages: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in STAGES} for name in models}
 
@@ -278,7 +278,7 @@ def time_images(
 
 
 def steps(stages: dict[str, dict[str, list[float]]]) -> list[tuple[str, float]]:
-    """Seconds of an image as one stage after the other becomes this package's, in float32 and then in bfloat16."""
+    """Seconds per image as stages are replaced by this package's one by one, in float32 and then in bfloat16."""
     now = {stage: median(seconds) for stage, seconds in stages["released"].items()}
     found = [("released", sum(now.values()))]
     for dtype in DTYPES:
@@ -299,7 +299,7 @@ def measure_growth(report: Report, model: MobileSAMv2) -> None:
 
 
 def add_growth(report: Report, name: str, x: list[float], y: list[float], xlabel: str, ylabel: str) -> None:
-    """A curve of times, and a row of its exponent: 1 is linear."""
+    """Adds a curve of times, and a row with its exponent: 1 is linear."""
     power = exponent(x, y)
     report.curves[name] = {"x": x, "y": y, "xlabel": xlabel, "ylabel": ylabel, "exponent": power}
     how = f"{y[0]:.3g} s at {x[0]}, {y[-1]:.3g} s at {x[-1]}"
@@ -319,7 +319,7 @@ def measure_memory(report: Report, folder: Path, device: str) -> None:
 
 
 def image_memory(folder: Path, prompts: int, device: str) -> float:
-    """MB that encoding, decoding and cropping take at most beside the model, in a process of its own."""
+    """Peak memory in MB of encoding, decoding and cropping, without the model, in a separate process."""
     image, boxes = np.zeros((*LARGE, 3), np.uint8), random_boxes(prompts, LARGE)
     model = load(folder, "float32", device, detector=False)
     model.decoder.register_forward_hook(PlausibleMasks(object_like_logits().to(device)))
@@ -327,7 +327,7 @@ def image_memory(folder: Path, prompts: int, device: str) -> float:
 
 
 def upsampling_memory(masks: int, device: str) -> float:
-    """MB that the released way's masks take at most, decoding not counted."""
+    """Peak memory in MB of the released code's masks, without decoding."""
     logits = object_like_logits(masks).to(device)[:, None]
     released = Released(make_sam("tiny_vit"), device=device)
     return _peak(lambda: released.postprocess(logits, LARGE, (683, 1024)), device)
@@ -346,7 +346,7 @@ def _peak(call: Callable[[], object], device: str) -> float:
 
 
 def measure_stages(report: Report, model: MobileSAMv2) -> None:
-    """Each stage at batch 1 and 8, with 320 prompts an image, and what share of the card's peak it reaches."""
+    """Times each stage at batch sizes 1 and 8 with 320 prompts per image, and its share of the card's peak speed."""
     for batch in (1, 8):
         images = turned(photo())[:batch]
         boxes = [random_boxes(320, image.shape[:2]) for image in images]
@@ -368,7 +368,7 @@ def measure_stages(report: Report, model: MobileSAMv2) -> None:
 
 
 def compiled(model: MobileSAMv2, plain: MobileSAMv2, report: Report) -> MobileSAMv2:
-    """The model with its decoder compiled and recorded as CUDA graphs. Hooks stay outside of what is compiled."""
+    """The model with its decoder compiled and recorded as CUDA graphs. Hooks are not compiled."""
     model.decoder.forward = torch.compile(model.decoder.forward, mode="reduce-overhead")
     image, boxes = photo(), random_boxes(64, photo().shape[:2])
     expected, found = (m.decode(m.encode([image]), [boxes])[0][0] for m in (plain, model))
@@ -416,7 +416,7 @@ def measure(report: Report, folder: Path, device: str) -> dict[int, list[float]]
 
 
 def measure_unfused(report: Report, released: Released, ours: dict[str, MobileSAMv2]) -> None:
-    """The detector as its file holds it, for comparison: its predictor merges batch norms into convolutions first."""
+    """The detector as stored in its file, for comparison: its predictor merges batch norms into convolutions first."""
     plain = Released(released.sam, make_detector(), released.device)
     image = photo()
     calls = {"plain": lambda: plain.discover(image, 320)}

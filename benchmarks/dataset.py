@@ -1,6 +1,6 @@
-"""How fast datasets are segmented, beside what users have today; how long a start takes; how time and memory grow.
+"""Compares the speed of segmenting datasets with existing tools, and measures startup and growth of time and memory.
 
-Needs FiftyOne with its database, in which datasets are made and deleted again; bench.py runs it.
+Needs FiftyOne and its database, in which it creates and deletes datasets; bench.py runs it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig
 from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
-# Prompts of an image that has many objects, and the most that the paper allows.
+# Number of prompts of an image with many objects, and the paper's maximum.
 PROMPTS = (64, 320)
 IMAGES = 2  # of a dataset: one photo, in which random weights find enough, in so many files
 GRID_SCENES = 3
@@ -56,7 +56,7 @@ GRID_SCENES = 3
 COARSE_GRID = 16
 GRID_TARGET = 30 * (COARSE_GRID / POINTS_PER_SIDE) ** 2
 
-SCENES = 50  # different ones: a dataset repeats them
+SCENES = 50  # different scenes, which a dataset repeats
 SCENE_COUNTS = (100, 200, 500, 1000, 2000)
 BATCH_SIZE = 8
 
@@ -73,7 +73,7 @@ print(len(model.segment_everything([read_image(sys.argv[1])])[0]), flush=True)
 
 @contextmanager
 def temporary_dataset(paths: Sequence[Path]) -> Iterator[fo.Dataset]:
-    """One sample for each path; a path may come more than once."""
+    """A dataset with one sample for each path; paths may repeat."""
     dataset = fo.Dataset(f"benchmark-{uuid.uuid4().hex}")
     try:
         dataset.add_samples([fo.Sample(filepath=str(path)) for path in paths], progress=False)
@@ -87,7 +87,7 @@ def temporary_dataset(paths: Sequence[Path]) -> Iterator[fo.Dataset]:
 
 
 def measure_grid(report: Report) -> None:
-    """Object-aware prompts and SAM's 32x32 grid, both by the demo model, on scenes that it never saw."""
+    """Compares object-aware prompts with SAM's 32x32 grid, using the demo model on unseen scenes."""
     model = MobileSAMv2.from_pretrained(MODEL, device="cpu")
     ways = ["object_aware", "grid, unfiltered"]
     ours, grid = measure_everything(model, scenes(GRID_SCENES), GRID_SCENES, ways).values()
@@ -103,7 +103,7 @@ def measure_grid(report: Report) -> None:
 
 
 def measure_datasets(report: Report, folder: Path, released: Mapping[int, Sequence[float]]) -> None:
-    """Images a second from files to stored labels, at SAM's size.
+    """Images per second from files to stored labels, at SAM's input size.
 
     Args:
         folder: for checkpoints and images.
@@ -167,7 +167,7 @@ def time_dataset(report: Report, dataset: fo.Dataset, model: MobileSAMv2Model, p
 
 
 def fiftyone_sam(checkpoint: Path) -> fous.SegmentAnythingModel:
-    """FiftyOne's own model for SAM, with TinyViT as its image encoder. Random weights leave SAM's filters no mask."""
+    """FiftyOne's own SAM model with TinyViT as its encoder. With random weights, no mask passes SAM's filters."""
     sam = segment_anything.build_sam_vit_b()
     sam.image_encoder = build_mobile_sam().image_encoder
     sam.load_state_dict(torch.load(checkpoint))
@@ -179,7 +179,7 @@ def fiftyone_sam(checkpoint: Path) -> fous.SegmentAnythingModel:
 
 
 def measure_start(report: Report) -> None:
-    """Seconds in new processes; files are in the cache of the operating system after the first."""
+    """Seconds in new processes; after the first, files are in the operating system's cache."""
     image = str(ASSETS / "bus.jpg")
     imports, firsts = [], []
     for _ in tqdm(range(STARTS), desc="starts"):
@@ -222,7 +222,7 @@ def measure_growth(report: Report, folder: Path) -> None:
 
 
 def grow(folder: Path) -> tuple[list[int], list[float], list[float]]:
-    """One run over the largest dataset: images done, seconds since the start, MB of this process at that time."""
+    """One run on the largest dataset: images done, seconds since the start, and this process's memory in MB."""
     # Few prompts: how time grows with these is another curve.
     parameters = {"name": MODEL, "device": "cpu", "dtype": "bfloat16", "max_prompts": 2}
     model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
@@ -245,7 +245,7 @@ def grow(folder: Path) -> tuple[list[int], list[float], list[float]]:
 
 
 def measure(report: Report, folder: Path, released: Mapping[int, Sequence[float]]) -> None:
-    """Adds all rows of datasets; arguments as for :func:`measure_datasets`."""
+    """Adds all rows about datasets; arguments as for :func:`measure_datasets`."""
     with section("Start"):
         measure_start(report)
     with section("Object-aware prompts against the grid"):

@@ -1,4 +1,4 @@
-"""How good the demo weights are: on unseen scenes, and on photos, of which they never saw one.
+"""Evaluates the demo weights on unseen scenes, and on photos, on which they were not trained.
 
     python benchmarks/demo_quality.py --scenes 200 --photos ../shared/photos
 
@@ -29,14 +29,14 @@ MODEL = "mobilesamv2-demo-torch"
 
 
 def scenes(count: int) -> Iterator[tuple[np.ndarray, list[dict]]]:
-    """Unseen scenes and the RLE of their objects."""
+    """Unseen scenes, with the RLE of their objects."""
     for index in range(count):
         scene = make_scene(TEST_SEED, index)
         yield scene.image, [mask_utils.encode(np.asfortranarray(mask)) for mask in scene.masks()]
 
 
 def photos(folder: Path) -> Iterator[tuple[np.ndarray, list[dict]]]:
-    """Photos with COCO annotations and the RLE of their objects, crowds left out."""
+    """Photos with COCO annotations, with the RLE of their objects except crowds."""
     coco = json.loads((folder / "instances.json").read_text())
     for entry in coco["images"]:
         size = entry["height"], entry["width"]
@@ -46,7 +46,7 @@ def photos(folder: Path) -> Iterator[tuple[np.ndarray, list[dict]]]:
 
 
 def measure_prompts(model: MobileSAMv2, images: Iterator[tuple[np.ndarray, list[dict]]], total: int) -> dict:
-    """Mean IoU of the masks that ground-truth boxes, and one random point inside each object, prompt for."""
+    """Mean IoU of the masks from ground-truth boxes, and from one random point inside each object."""
     from_boxes, from_points = [], []
     for number, (image, objects) in enumerate(tqdm(images, total=total, desc="boxes and points")):
         if not objects:
@@ -76,7 +76,7 @@ PROMPTINGS = {
 def measure_everything(
     model: MobileSAMv2, images: Iterator[tuple[np.ndarray, list[dict]]], total: int, promptings: list[str]
 ) -> dict:
-    """AR@K and decoder time (prompts to logits) of ways of prompting, interleaved image by image."""
+    """AR@K and decoder time (prompts to logits) of prompting methods, alternating for each image."""
     found: dict[str, list] = {name: [] for name in promptings}
     seconds, masks = Counter(), Counter()
     for image, objects in tqdm(images, total=total, desc="everything"):
@@ -101,7 +101,7 @@ def measure_everything(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--grid-scenes", type=int, default=30, help="scenes to run the grid on as well; it is slow")
+    parser.add_argument("--grid-scenes", type=int, default=30, help="number of scenes to also run the slow grid on")
     parser.add_argument("--photos", type=Path, help="folder with images/ and instances.json (COCO)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo_quality.json"))
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What measuring AR@K of proposals costs, beside other evaluators that compute the same numbers.
+"""Compares the cost of measuring AR@K of proposals with other evaluators that compute the same numbers.
 
     python benchmarks/evaluation.py --photos ../shared/photos
 
@@ -50,7 +50,7 @@ class Photo:
 
 
 def read_photos(folder: Path, proposals_per_image: Iterable[int]) -> list[Photo]:
-    """As many of the photos as there are numbers of proposals."""
+    """One photo for each number of proposals."""
     coco = json.loads((folder / "instances.json").read_text())
     photos = []
     for entry, count in zip(coco["images"], proposals_per_image):
@@ -110,7 +110,7 @@ def make_proposals(objects: list[dict], height: int, width: int, count: int, rng
 
 
 def _edges(rle: dict) -> np.ndarray:
-    """Where its runs begin and end, counted down the columns."""
+    """The start and end positions of the mask's runs, counted down the columns."""
     pixels = mask_utils.decode(rle).ravel("F").astype(np.int8)
     return np.flatnonzero(np.diff(pixels, prepend=0, append=0))
 
@@ -137,7 +137,7 @@ def indexed(photos: list[Photo], coco_class: type) -> tuple:
 
 
 def run_coco(evaluation: COCOeval) -> np.ndarray:
-    """Recall: [thresholds, ranges of areas, K]."""
+    """Recall, [thresholds, area ranges, K]."""
     evaluation.params.useCats = 0
     evaluation.params.maxDets = list(KS)
     evaluation.evaluate()
@@ -261,9 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder with images/ and instances.json (COCO)")
     parser.add_argument("--images", type=int, default=60)
-    parser.add_argument("--proposals", type=int, default=1000, help="of each image")
+    parser.add_argument("--proposals", type=int, default=1000, help="proposals per image")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file to write the numbers to as well")
+    parser.add_argument("--json", type=Path, help="file to also write the numbers to")
     args = parser.parse_args()
     photos = read_photos(args.photos, [args.proposals] * args.images)
     measured = {

@@ -1,4 +1,4 @@
-"""What runs lose when processes are killed, the database goes away, disks fill up, and others interfere: nothing.
+"""Checks that runs lose nothing when processes are killed, the database fails, disks fill up, and others interfere.
 
     python benchmarks/faults.py
 
@@ -60,7 +60,7 @@ class Fault:
 
 
 class Database:
-    """A mongod of its own, which can be stopped, killed, and made to fail."""
+    """A separate mongod that can be stopped, killed, and made to fail."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -151,7 +151,7 @@ class Faults:
     # What became of it ------------------------------------------------------------------------------------------------
 
     def labels(self, field: str) -> dict[object, str | None]:
-        """By the id of each sample: a hash of its labels, pixels of masks included; None where it has none."""
+        """Sample id -> a hash of its labels including mask pixels; None if it has none."""
         found = {}
         for document in self.dataset._sample_collection.find({}, {field: True}):
             labels = document.get(field)
@@ -159,7 +159,7 @@ class Faults:
         return found
 
     def ids(self, field: str) -> dict[object, object]:
-        """By the id of each sample that has labels: the id of the first."""
+        """Sample id -> id of its first label, for samples with labels."""
         found = self.dataset._sample_collection.find({f"{field}.detections.0": {"$exists": True}}, {field: True})
         return {document["_id"]: document[field]["detections"][0]["_id"] for document in found}
 
@@ -171,11 +171,11 @@ class Faults:
         return Fault(name, injected, lost, differing, self.orphans(folder))
 
     def check_partial(self, field: str) -> int:
-        """How many samples have something else than what they should have, or nothing yet."""
+        """The number of samples whose labels are missing or differ from the expected ones."""
         return sum(labels not in (None, self.reference[id]) for id, labels in self.labels(field).items())
 
     def orphans(self, folder: str = "*masks*") -> int:
-        """Files below the folders of masks that no label of any field refers to, notes on unfinished ones included."""
+        """Files below the mask folders that no label refers to, including marker files of unfinished masks."""
         files = {str(path) for path in self.folder.glob(f"{folder}/**/*") if path.is_file()}
         self.dataset.reload()  # fields that others have added
         for name in self.dataset.get_field_schema():
@@ -185,7 +185,7 @@ class Faults:
 
 
 def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path, cluster: str | None) -> None:
-    """A process: one run, to its end."""
+    """A process with one complete run."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     import fiftyone as fo
     import torch
@@ -278,7 +278,7 @@ def restart_database(faults: Faults, how: int, name: str, times: int = 3) -> Fau
 
 
 def lose_writes(faults: Faults) -> Fault:
-    """Writes that time out, that are cut off, and whose answer gets lost."""
+    """Writes that time out, that are interrupted, and whose response gets lost."""
     field = faults.field()
     process = faults.start(field, True)
     how = [
@@ -296,7 +296,7 @@ def lose_writes(faults: Faults) -> Fault:
 
 
 def kill_worker(faults: Faults) -> Fault:
-    """One of the two of a Ray cluster on this machine."""
+    """Kills one of the two workers of a Ray cluster on this machine."""
     field = faults.field()
     process = faults.start(field, True, cluster="local")
     faults.wait_until_stored(field, 0.3, process)
@@ -308,7 +308,7 @@ def kill_worker(faults: Faults) -> Fault:
 
 
 def fill_disk(faults: Faults) -> Fault | None:
-    """A small tmpfs, which takes root to mount."""
+    """A small tmpfs; mounting it requires root."""
     field, folder = faults.field(), faults.folder / "small-masks"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
@@ -331,7 +331,7 @@ def fill_disk(faults: Faults) -> Fault | None:
 
 
 def run_twice_at_once(faults: Faults) -> Fault:
-    """The second one is to say that the first is at it."""
+    """The second run must report that the first one is active."""
     field = faults.field()
     first = faults.start(field, True)
     faults.wait_until_stored(field, 0.1, first)
@@ -372,7 +372,7 @@ def delete_samples(faults: Faults, times: int = 5) -> Fault:
 
 
 def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault]:
-    """All of them."""
+    """Runs all faults."""
     found = []
     with temporary_faults(scenes) as faults:
         steps: list[Callable[[], Fault | None]] = [

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, peak memory, what to work on, and what becomes of the figures."""
+"""Shared code of the benchmarks: interleaved timing, peak memory, test images, and output of the figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _START = time.perf_counter()
 
 @dataclass(frozen=True)
 class Row:
-    """One figure and what it should be.
+    """A figure and its target.
 
     Attributes:
         target: its number in the list of targets that docs/speed.md explains.
@@ -72,7 +72,7 @@ def _figure(value: float, unit: str) -> str:
 
 
 def speedup(target: int, name: str, wanted: float | None, slow: Sequence[float], fast: Sequence[float]) -> Row:
-    """How many times faster, by the medians of seconds."""
+    """The speed-up, from the medians of seconds."""
     runs = str(len(fast)) if len(slow) == len(fast) else f"{len(slow)} and {len(fast)}"
     how = f"{_seconds(median(slow))} -> {_seconds(median(fast))}"
     if runs != str(len(fast)):
@@ -86,7 +86,7 @@ def _seconds(seconds: float) -> str:
 
 @dataclass
 class Report:
-    """All that a run has measured.
+    """All figures of a benchmark run.
 
     Attributes:
         machine: what it ran on.
@@ -106,7 +106,7 @@ class Report:
         self.rows += rows
 
     def markdown(self) -> str:
-        """The table, by target."""
+        """The table of figures, by target."""
         lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells for row in sorted(self.rows, key=lambda r: r.target))]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -118,13 +118,13 @@ class Report:
 
 
 def machine(device: torch.device) -> dict:
-    """What figures depend on."""
+    """The environment that figures depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def matrix_gflops(device: torch.device, dtype: torch.dtype) -> float:
-    """GFLOP/s of the best of ten products of 2048 x 2048 matrices: what the rest can be compared with."""
+    """GFLOP/s of the fastest of ten products of 2048 x 2048 matrices, as a reference for other figures."""
     size = 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = min(timed(lambda: a @ b) for _ in range(10))
@@ -156,7 +156,7 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 @contextmanager
 def section(title: str) -> Iterator[None]:
-    """Says what is being measured, and how long it took."""
+    """Prints what is being measured, and how long it took."""
     start = time.perf_counter()
     print(f"[{(start - _START) / 60:4.1f} min] {title}", flush=True)
     yield
@@ -164,7 +164,7 @@ def section(title: str) -> Iterator[None]:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of a call, until a GPU is through with it."""
+    """Seconds of a call, including GPU work."""
     gc.collect()
     synchronize()
     start = time.perf_counter()
@@ -179,7 +179,7 @@ def synchronize() -> None:
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each of several calls, one after the other, `runs` times over: what slows the machine slows all."""
+    """Seconds of several calls, interleaved `runs` times, so that a slowdown of the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
@@ -188,28 +188,30 @@ def in_turns(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, 
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """b of the y = a x^b that fits best, by least squares of the logarithms: 1 is linear growth."""
+    """Exponent b of the best fit y = a x^b, by least squares of the logarithms: 1 is linear growth."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def in_new_process(function: Callable, *args: object) -> object:
-    """`function(*args)` in a process of its own, whose memory nothing else has touched."""
+    """Runs `function(*args)` in a fresh process, so that its memory is not affected by earlier work."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def peak_memory(call: Callable[[], object]) -> float:
-    """By how many MB the memory of this process rises at most during a call. Linux with glibc only."""
+    """The peak increase of this process's memory during a call, in MB. Linux with glibc only."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the call would get what earlier ones have freed, and not be charged
-    Path("/proc/self/clear_refs").write_text("5")  # makes the peak what there is now
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # otherwise the call would reuse memory freed by earlier ones, which would not be counted
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
     before = _memory("VmRSS")
     call()
     return _memory("VmHWM") - before
 
 
 def resident_memory() -> float:
-    """MB of this process."""
+    """This process's memory in MB."""
     return _memory("VmRSS")
 
 
@@ -232,7 +234,7 @@ def turned(image: np.ndarray) -> list[np.ndarray]:
 
 
 def photos(count: int) -> tuple[str, list[np.ndarray]]:
-    """As many photos as there are, at most `count`, and what to call them."""
+    """The available photos, at most `count`, and a name for them."""
     files = sorted((PHOTOS / "images").glob("*.jpg"))[:count]
     if files:
         return f"{len(files)} COCO photos", [read_rgb(file) for file in files]

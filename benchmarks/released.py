@@ -1,6 +1,6 @@
 """The released MobileSAMv2, rebuilt from ultralytics' modules: the baseline.
 
-What is computed is what the release's `Inference.py` computes up to the masks (ChaoningZhang/MobileSAM at 34bbbfd):
+Computes the same as the release's `Inference.py` up to the masks (ChaoningZhang/MobileSAM at 34bbbfd):
 
 - the detector is a segmentation model. Its predictor hands it to ultralytics' `AutoBackend`, which merges convolutions
   and batch norms; mask coefficients and prototypes are computed, and not used;
@@ -8,7 +8,7 @@ What is computed is what the release's `Inference.py` computes up to the masks (
 - 320 boxes at a time go through `MaskDecoder`, each with a copy of the image's embedding;
 - masks are upsampled at full size in float32, all at once, compared with 0 and turned into float32 again.
 
-Weights are random: the released ones can't be had everywhere, and cost the same time.
+Weights are random: the released ones are not available everywhere, and take the same time.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_detector() -> SegmentationModel:
 
 
 def _with_lively_weights(module: nn.Module) -> nn.Module:
-    """Kaiming initialisation: with PyTorch's own, what is put in hardly matters to what comes out of a deep network."""
+    """Kaiming initialisation: with PyTorch's default, the output of a deep network hardly depends on its input."""
     for name, weight in module.named_parameters():
         if weight.ndim > 1 and weight.requires_grad and "attention_biases" not in name:
             nn.init.kaiming_normal_(weight)
@@ -75,8 +75,11 @@ def _with_lively_weights(module: nn.Module) -> nn.Module:
 
 
 def write_checkpoints(folder: Path, encoder: str = "tiny_vit") -> dict[str, Path]:
-    """These weights as files, by the arguments of `MobileSAMv2.from_checkpoints`."""
-    sam, detector = folder / f"{encoder}_mobile_sam.pt", folder / "detector.pt"  # ultralytics goes by the end of a name
+    """These weights as files, by argument of `MobileSAMv2.from_checkpoints`."""
+    sam, detector = (
+        folder / f"{encoder}_mobile_sam.pt",
+        folder / "detector.pt",
+    )  # ultralytics decides by the end of the name
     if not sam.exists():
         torch.save(make_sam(encoder).state_dict(), sam)
     if not detector.exists():
@@ -154,7 +157,7 @@ class Released:
 
 
 class PlausibleMasks:
-    """Replaces a decoder's logits, once it has computed them, by those of masks that look like objects.
+    """Replaces a decoder's computed logits by those of masks that look like objects.
 
     Random weights make masks of noise that fill the image, and to crop and store these would cost what no masks of a
     trained model do.
@@ -174,7 +177,7 @@ class PlausibleMasks:
 
 
 def object_like_logits(count: int = 64) -> Tensor:
-    """Low-res logits [count, 256, 256] that the demo model makes of boxes on the photo, scaled to SAM's size."""
+    """Low-res logits [count, 256, 256] of the demo model for boxes on the photo, scaled to SAM's size."""
     demo = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu")
     logits, _ = demo.decode(demo.encode([photo()]), [random_boxes(count, photo().shape[:2])])
     return F.interpolate(logits[0][None], (256, 256), mode="bilinear", align_corners=False)[0].contiguous()

@@ -1,8 +1,8 @@
-"""What a run asks of the database, the disk and the network for each image, and where a database is saturated.
+"""Measures a run's load per image on the database, the disk and the network, and where a database saturates.
 
     python benchmarks/scaling.py
 
-FiftyOne's database has to be at FIFTYONE_DATABASE_URI, or FiftyOne starts one.
+Uses the database at FIFTYONE_DATABASE_URI; if unset, FiftyOne starts one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
 PROMPTS = (16, 64, 320)
 WRITERS = (1, 4, 16)
-WRITING = 5  # seconds for each of these
+WRITING = 5  # seconds per measurement
 SCENES = 200
 IDS = 500_000
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure_image(folder: Path, prompts: int, on_disk: bool) -> dict:
-    """Prints what one image more costs: a run of four less a run of one. Returns the document's labels."""
+    """Prints the cost of one more image: a run of four minus a run of one. Returns the document's labels."""
     files = {key: str(path) for key, path in write_checkpoints(folder).items()}
     parameters = {"device": "cpu", "dtype": "bfloat16", "confidence_thresh": CONFIDENCE, "max_prompts": prompts}
     parameters |= {"masks_on_disk": on_disk, "mask_dir": str(folder / "masks"), **files}
@@ -99,7 +99,7 @@ def _where(on_disk: bool) -> str:
 
 
 def _server() -> list[int]:
-    """How many commands the database has carried out, and how many bytes it has received and sent."""
+    """The number of commands that the database has executed, and of bytes received and sent."""
     status = foo.get_db_conn().command("serverStatus")
     return [sum(status["opcounters"].values()), status["network"]["bytesIn"], status["network"]["bytesOut"]]
 
@@ -108,8 +108,8 @@ def _server() -> list[int]:
 
 
 def write_rate(labels: dict, writers: int) -> float:
-    """Images a second whose labels so many writers store, as a run does: one update, acknowledged by the journal."""
-    # In turns with the same in reverse: MongoDB doesn't write what is there already.
+    """Images per second that this many writers store, as in a run: one update, acknowledged by the journal."""
+    # Alternates between two values, because MongoDB doesn't write unchanged values.
     versions = labels, {**labels, "detections": labels["detections"][::-1]}
     with temporary_dataset([]) as dataset:
         dataset.add_samples([fo.Sample(f"{index}.jpg") for index in range(100 * writers)], progress=False)
@@ -137,7 +137,7 @@ def write_rate(labels: dict, writers: int) -> float:
 
 
 def measure_workers(folder: Path) -> None:
-    """One process and two on this machine, each with one thread; and what a part costs that has nothing to do."""
+    """Compares one and two processes on this machine, each with one thread, and measures the cost of an empty shard."""
     paths = [folder / f"scene{index}.png" for index in range(50)]
     for index, path in enumerate(paths):
         cv2.imwrite(str(path), make_scene(TEST_SEED, index).image[:, :, ::-1])
@@ -146,7 +146,7 @@ def measure_workers(folder: Path) -> None:
         rates = {}
         for workers in (1, 2):
             with _cluster(workers):
-                seconds = {}  # of fewer images and of all: what both have in common, such as a start, doesn't count
+                seconds = {}  # for fewer and for all images: the difference excludes common costs such as the start
                 for count in (SCENES // 4, SCENES):
                     field, samples = f"own{workers}_{count}", dataset.limit(count)
                     run = segment_everything(samples, config, field, progress=False, cluster="auto", workers=workers)
@@ -164,7 +164,7 @@ def measure_workers(folder: Path) -> None:
                 start = time.perf_counter()
                 segment_everything(dataset, model, field, progress=False, shard=Shard(index, 800, "empty"))
                 seconds.append(time.perf_counter() - start)
-            print(f"A part of {count:,} samples without anything to do: {1000 * median(seconds):.0f} ms")
+            print(f"An empty shard of {count:,} samples: {1000 * median(seconds):.0f} ms")
 
 
 @contextmanager

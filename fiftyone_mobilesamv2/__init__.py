@@ -1,7 +1,7 @@
 """MobileSAMv2 for FiftyOne: segment everything in a dataset by discovering the objects first.
 
-The package is at once a Python API, a source of zoo models, and an App plugin. Names are imported when they are used,
-so importing the package costs next to nothing.
+The package is a Python API, a source of zoo models and an App plugin. Names are imported on first use, so that
+importing the package is fast.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ __all__ = [
 
 
 def _package(name: str) -> ModuleType:
-    # FiftyOne imports a plugin, or a source of models, by file path and under a name of its own. Everything but this
-    # file is imported absolutely, so that there is one set of classes, which workers can unpickle by name.
+    # FiftyOne imports a plugin or a model source by file path and under its own module name. Everything except this
+    # file is imported absolutely, so that there is only one set of classes, which workers can unpickle by name.
     spec = importlib.util.find_spec("fiftyone_mobilesamv2")
-    if spec is None or spec.origin is None:  # or only a folder of that name is in sight, such as a clone's
+    if spec is None or spec.origin is None:  # or a namespace package, such as a clone's folder
         sys.path.append(str(Path(__file__).resolve().parents[1]))
     return importlib.import_module(name)
 
 
-if not TYPE_CHECKING:  # a checker would take every name for one of ours
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name in _EXPORTS:
@@ -78,34 +78,35 @@ def __dir__() -> list[str]:
 
 
 def download_model(model_name: str, model_path: str) -> None:
-    """FiftyOne's zoo: makes sure of a model's files."""
+    """FiftyOne zoo hook: downloads and verifies a model's files."""
     from importlib.metadata import distributions
 
-    # Once it finds a note at `model_path`, FiftyOne no longer imports this file, but the package by name. That works in
-    # every process only if pip has installed it (a source tree may have metadata too, but no RECORD): else leave none.
-    is_installed = any(found.read_text("RECORD") for found in distributions(name="fiftyone-mobilesamv2"))
+    # If there is a record at `model_path`, FiftyOne imports the package by name instead of this file. That works in
+    # every process only if the package is installed with pip (a source tree may have metadata, but no RECORD);
+    # otherwise, no record is written.
+    is_installed = any(package.read_text("RECORD") for package in distributions(name="fiftyone-mobilesamv2"))
     _package("fiftyone_mobilesamv2.zoo").download_model(model_name, model_path if is_installed else None)
 
 
 def load_model(model_name: str, model_path: str, **kwargs: Any) -> MobileSAMv2Model:
-    """FiftyOne's zoo: loads a model."""
+    """FiftyOne zoo hook: loads a model."""
     model: MobileSAMv2Model = _package("fiftyone_mobilesamv2.zoo").load_model(model_name, **kwargs)
     return model
 
 
 def register(plugin: PluginContext) -> None:
-    """FiftyOne's plugins: registers the operators and panels; importing the package offers its zoo models."""
+    """FiftyOne plugin hook: registers the operators and panels; importing the package registers its zoo models."""
     _package("fiftyone_mobilesamv2.operators").register(plugin)
     _package("fiftyone_mobilesamv2.panels").register(plugin)
 
 
 def resolve_input(model_name: str, ctx: ExecutionContext) -> Any:
-    """FiftyOne's zoo: the form of a model's parameters."""
+    """FiftyOne zoo hook: the form of a model's parameters."""
     return _package("fiftyone_mobilesamv2.zoo").resolve_input(model_name, ctx)
 
 
 def parse_parameters(model_name: str, ctx: ExecutionContext, params: dict[str, Any]) -> None:
-    """FiftyOne's zoo: what the form gave -> what `load_model` takes."""
+    """FiftyOne zoo hook: converts the form's values to arguments of `load_model`."""
     _package("fiftyone_mobilesamv2.zoo").parse_parameters(model_name, ctx, params)
 
 

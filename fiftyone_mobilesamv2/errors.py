@@ -1,4 +1,4 @@
-"""What callers may want to catch, told apart from bugs."""
+"""Exceptions that callers may want to catch, as distinct from bugs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 
 class MobileSAMv2Error(Exception):
-    """Something that the message explains: a file, an argument or a machine is not what is needed."""
+    """Base of the package's errors; the message explains what is wrong with a file, an argument or the machine."""
 
 
 class ArgumentError(MobileSAMv2Error, ValueError):
-    """An argument, a field or a view is not what a function needs."""
+    """An argument, a field or a view is invalid."""
 
 
 class FormError(ArgumentError):
-    """A form, or what it is about, has to be mended before an operator can run."""
+    """A form's input must be corrected before the operator can run."""
 
 
 class CheckpointError(MobileSAMv2Error, RuntimeError):
-    """A file of weights is missing, is not the expected one, or does not fit the model."""
+    """A weights file is missing, is not the expected one, or does not match the model."""
 
 
 class DownloadError(CheckpointError):
-    """Files that no source gave.
+    """Files that could not be downloaded from any source.
 
     Attributes:
-        reasons: source -> why it did not give its file.
-        details: all files with their hashes, all sources and all reasons; the message has only the first ones.
+        reasons: source -> why the download failed.
+        details: all files with their hashes, sources and reasons; the message has only the first source of each.
     """
 
     def __init__(self, message: str, reasons: Mapping[str, str], details: str) -> None:
@@ -37,11 +37,11 @@ class DownloadError(CheckpointError):
 
 
 class LabelError(ArgumentError):
-    """A label that can't be used."""
+    """A label is unusable."""
 
 
 class MissingError(LabelError):
-    """A label lacks what its whole field is expected to have."""
+    """A label lacks something that all labels of its field should have."""
 
 
 class FieldBusyError(ArgumentError):
@@ -53,14 +53,35 @@ class ClusterError(MobileSAMv2Error, RuntimeError):
 
 
 class StorageError(MobileSAMv2Error, OSError):
-    """Masks can't be stored: the disk is full, or the folder can't be written to."""
+    """Masks can't be stored: the disk is full, or the folder is not writable."""
 
 
 class Cancelled(BaseException):
-    """Raised by a `progress` callback to end the work between two images.
+    """Raised by a `progress` callback to stop the work between two images.
 
-    Not an Exception, so that nothing takes it for the failure of an image, which would be noted and passed over.
+    Not an Exception, so that it is not mistaken for the failure of an image, which would be recorded and skipped.
     """
+
+
+_DEFECTS = (AssertionError, AttributeError, LookupError, NameError)  # with messages that mean little by themselves
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    TypeError,
+)  # whose messages mean little by themselves
+
+
+def message_of(error: BaseException) -> str:
+    """The message of any exception for users: without its class, except where it means little without.
+
+    >>> message_of(ValueError("the file is empty"))
+    'the file is empty'
+    >>> message_of(KeyError("mask"))
+    "KeyError: 'mask'"
+    """
+    text = str(error).strip()
+    return text if text and not isinstance(error, _DEFECTS) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
@@ -74,20 +95,3 @@ class Failure:
     def __str__(self) -> str:
         """The file, once, and the cause."""
         return self.error if self.filepath is None or self.filepath in self.error else f"{self.filepath}: {self.error}"
-
-
-def cause_of(error: BaseException) -> str:
-    """What an error says, for people to read.
-
-    The class is named only where the message alone says too little: it is empty, or was not written to be read, as a
-    KeyError's, which is a defect.
-
-    >>> cause_of(ValueError("the file is empty"))
-    'the file is empty'
-    >>> cause_of(KeyError("mask"))
-    "KeyError: 'mask'"
-    """
-    text = str(error).strip()
-    if text and isinstance(error, (MobileSAMv2Error, ValueError, OSError, RuntimeError)):
-        return text
-    return f"{type(error).__name__}: {text}".removesuffix(": ")

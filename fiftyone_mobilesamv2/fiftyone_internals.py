@@ -1,6 +1,6 @@
-"""The one place that touches names of FiftyOne that are not public; tests/test_fiftyone_internals.py tests each.
+"""The only module that uses private names of FiftyOne; tests/test_fiftyone_internals.py tests each of them.
 
-Read in FiftyOne 1.22. What has a public way isn't here.
+Written for FiftyOne 1.22. Anything with a public equivalent is not here.
 """
 
 from __future__ import annotations
@@ -21,73 +21,73 @@ if TYPE_CHECKING:
     from pymongo import UpdateMany, UpdateOne
     from pymongo.collection import Collection
 
-FRAMES_PREFIX = "frames."  # of names of fields of videos' frames
+FRAMES_PREFIX = "frames."  # prefix of frame fields' names
 
-Document = dict[str, Any]  # what MongoDB holds, or is asked: its fields are whatever users and FiftyOne have made them
+Document = dict[str, Any]  # a MongoDB document or query; users and FiftyOne define its fields
 
 
 # Collections ---------------------------------------------------------------------------------------------------------
 
 
 def root_dataset(samples: SampleCollection) -> fo.Dataset:
-    """The dataset that a view is of, also where it is one of patches, clips or frames."""
+    """The dataset behind a view, also for a view of patches, clips or frames."""
     return samples._root_dataset
 
 
 def source_dataset(samples: SampleCollection) -> fo.Dataset:
-    """The dataset that a view's samples are in: of patches, clips and frames, one that FiftyOne has made for it."""
+    """The dataset that contains a view's samples; for patches, clips and frames, one that FiftyOne generated."""
     return samples._dataset
 
 
 def is_patches_view(samples: SampleCollection) -> bool:
-    """Whether it, or the dataset that FiftyOne has made for it, is of patches."""
+    """Whether it is a view of patches, or the dataset that FiftyOne generated for one."""
     return isinstance(samples, fop._PatchesView) or samples._is_patches
 
 
 def is_frames_view(samples: SampleCollection) -> bool:
-    """Whether it, or the dataset that FiftyOne has made for it, is of the frames of videos."""
+    """Whether it is a view of video frames, or the dataset that FiftyOne generated for one."""
     return isinstance(samples, fov.FramesView) or samples._is_frames
 
 
 def is_clips_view(samples: SampleCollection) -> bool:
-    """Whether it, or the dataset that FiftyOne has made for it, is of clips of videos."""
+    """Whether it is a view of video clips, or the dataset that FiftyOne generated for one."""
     return isinstance(samples, focl.ClipsView) or samples._is_clips
 
 
 def is_generated(samples: SampleCollection) -> bool:
-    """Whether its samples are patches, clips or frames, which FiftyOne has made of the dataset's own."""
+    """Whether its samples are patches, clips or frames that FiftyOne generated from the dataset's samples."""
     return bool(samples._is_generated)
 
 
 def contains_videos(samples: SampleCollection) -> bool:
-    """Whether there are videos among its samples, or in slices of its groups."""
+    """Whether its samples, or the slices of its groups, include videos."""
     return bool(samples._contains_videos())
 
 
 def select_all_slices(dataset: fo.Dataset) -> fo.DatasetView:
-    """The samples of all slices of a grouped dataset, also where these are of different media."""
+    """The samples of all slices of a grouped dataset, even with different media types."""
     return dataset.select_group_slices(_allow_mixed=True)
 
 
 def view_stages(samples: SampleCollection) -> list[ViewStage]:
-    """The stages of a view, without those of the view that its patches or frames are of; none of a dataset."""
+    """The stages of a view, without those of the view behind its patches or frames; empty for a dataset."""
     return getattr(samples, "_stages", [])
 
 
 def all_view_stages(view: fo.DatasetView) -> list[ViewStage]:
-    """The stages of a view, with those of the view that its patches or frames are of."""
+    """The stages of a view, including those of the view behind its patches or frames."""
     stages: list[ViewStage] = view._all_stages
     return stages
 
 
 def serialized_view(samples: SampleCollection, include_uuids: bool = True) -> list[Document]:
-    """A view as plain data, from which :func:`restored_view` makes it again."""
+    """A view as plain data, from which :func:`restored_view` restores it."""
     stages: list[Document] = samples.view()._serialize(include_uuids=include_uuids)
     return stages
 
 
 def restored_view(dataset: fo.Dataset, stages: list[Document]) -> fo.DatasetView:
-    """The view that :func:`serialized_view` was given."""
+    """Restores a view from the data of :func:`serialized_view`."""
     return fo.DatasetView._build(dataset, stages)
 
 
@@ -95,24 +95,24 @@ def restored_view(dataset: fo.Dataset, stages: list[Document]) -> fo.DatasetView
 
 
 def is_frame_field(samples: SampleCollection, name: str) -> bool:
-    """Whether a field is one of videos' frames there."""
+    """Whether a field is a frame field of these samples."""
     return bool(samples._is_frame_field(name))
 
 
 def split_frame_field(samples: SampleCollection, name: str) -> tuple[str, bool]:
-    """A field's name without "frames.", and whether it is one of videos' frames there."""
-    field, of_frames = samples._handle_frame_field(name)
-    return field, of_frames
+    """A field's name without "frames.", and whether it is a frame field of these samples."""
+    field_name, is_frame = samples._handle_frame_field(name)
+    return field_name, is_frame
 
 
 def label_root(samples: SampleCollection, name: str) -> tuple[str, bool]:
-    """Where the single labels of a field are, such as "x.detections", and whether they are in a list."""
+    """The path of a field's individual labels, such as "x.detections", and whether they are in a list."""
     root, is_list = samples._get_label_field_root(name)
     return root, is_list
 
 
 def label_path(samples: SampleCollection, name: str, attribute: str | None = None) -> str:
-    """Where the single labels of a field, or an attribute of theirs, are, such as "x.detections.id"."""
+    """The path of a field's individual labels, or of one of their attributes, such as "x.detections.id"."""
     path: str = samples._get_label_field_path(name, attribute)[1]
     return path
 
@@ -129,12 +129,12 @@ def add_to_sidebar_group(dataset: fo.Dataset, paths: Sequence[str], name: str) -
 
 
 def rename_sidebar_group(samples: SampleCollection, name: str, new_name: str) -> None:
-    """Renames a group of the App's sidebar, if there is one of that name."""
+    """Renames a group of the App's sidebar, if it exists."""
     samples._rename_sidebar_group(name, new_name)
 
 
 def delete_empty_sidebar_group(samples: SampleCollection, name: str) -> None:
-    """Deletes a group of the App's sidebar, if there is one of that name and nothing in it."""
+    """Deletes a group of the App's sidebar, if it exists and is empty."""
     samples._delete_empty_sidebar_group(name)
 
 
@@ -148,27 +148,27 @@ def dataset_id(dataset: fo.Dataset) -> ObjectId:
 
 
 def reload_list_of_runs(dataset: fo.Dataset) -> None:
-    """Reads anew which runs a dataset has: other processes may have added some."""
+    """Reloads the list of a dataset's runs, which other processes may have changed."""
     dataset._doc.reload("runs")
 
 
 def sample_collection(dataset: fo.Dataset) -> Collection[Document]:
-    """The documents of a dataset's samples."""
+    """The MongoDB collection of a dataset's samples."""
     collection: Collection[Document] = dataset._sample_collection
     return collection
 
 
 def frame_collection(dataset: fo.Dataset) -> Collection[Document] | None:
-    """The documents of the frames of a dataset's videos; None without any."""
+    """The MongoDB collection of a dataset's video frames; None without videos."""
     collection: Collection[Document] | None = dataset._frame_collection
     return collection
 
 
 def aggregate(samples: SampleCollection, **pipeline: object) -> Iterator[Document]:
-    """The documents of samples or, with frames_only=True, of frames, as the database has them.
+    """The database documents of samples or, with frames_only=True, of frames.
 
     Args:
-        pipeline: `pipeline`, or `post_pipeline` and `frames_only`, as FiftyOne has them.
+        pipeline: FiftyOne's arguments `pipeline`, or `post_pipeline` and `frames_only`.
     """
     documents: Iterator[Document] = samples._aggregate(**pipeline)
     return documents
@@ -181,10 +181,10 @@ def bulk_write(
     frames: bool = False,
     ordered: bool = False,
 ) -> None:
-    """Carries out operations of pymongo, and reloads the samples or frames `ids` that are in memory; all for None."""
+    """Executes PyMongo operations, and reloads the samples or frames `ids` that are in memory (None: all)."""
     dataset._bulk_write(operations, ids=ids, frames=frames, ordered=ordered)
 
 
 def reload_samples(dataset: fo.Dataset, ids: Sequence[str]) -> None:
-    """Reloads those of these samples that are in memory."""
+    """Reloads these samples if they are in memory."""
     fos.Sample._reload_docs(dataset._sample_collection_name, sample_ids=ids)

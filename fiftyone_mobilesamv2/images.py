@@ -15,31 +15,31 @@ from PIL import Image, ImageOps
 
 from .errors import ArgumentError
 
-MAX_SIDE = 65_535  # JPEG's limit. Masks are enlarged by a matrix with a row for every pixel of a side.
+MAX_SIDE = 65_535  # JPEG's limit. Masks are upsampled with a matrix that has a row for each pixel of a side.
 
-_STRIP_PIXELS = 2**22  # converted at a time: whole images would be in memory three to five times
+_STRIP_PIXELS = 2**22  # converted at a time; converting whole images would need three to five times their memory
 
 
 def read_image(path: str | PathLike[str]) -> npt.NDArray[np.uint8]:
-    """The pixels of an image file.
+    """Reads the pixels of an image file.
 
-    EXIF orientation is applied, as browsers do. 16-bit images keep their upper 8 bits; float images are stretched from
-    their least to their greatest finite value; transparency is dropped; of an animation the first frame counts.
+    EXIF orientation is applied, as in browsers. 16-bit images keep their upper 8 bits; the range of finite values of
+    float images is scaled to 0..255; transparency is dropped; of an animation, the first frame is used.
 
     Returns:
         uint8 RGB [H, W, 3]
 
     Raises:
-        OSError: there is no such file, it can't be read, or it is no image.
+        OSError: the file does not exist, can't be read, or is not an image.
         ValueError: the image is too large to be decoded safely (see :data:`MAX_SIDE` and `PIL.Image.MAX_IMAGE_PIXELS`);
-            or no file can have this path.
+            or the path is invalid.
     """
     name = repr(os.fspath(path))
     _check_is_file(path, name)
     try:
         with _open(path) as image:
-            if image.format == "EPS":  # PIL would have Ghostscript run it: it is a program
-                raise OSError("PostScript isn't read")
+            if image.format == "EPS":  # PIL would run the file, a program, in Ghostscript
+                raise OSError("PostScript is not supported")
             if max(image.size) > MAX_SIDE:
                 raise Image.DecompressionBombError(
                     f"a side of {max(image.size)} pixels exceeds the limit of {MAX_SIDE} pixels"
@@ -53,32 +53,32 @@ def read_image(path: str | PathLike[str]) -> npt.NDArray[np.uint8]:
     except Image.DecompressionBombError as error:
         raise ArgumentError(f"{name} is too large: {error}") from error
     except PermissionError as error:
-        raise PermissionError(f"{name} can't be read: permission is denied") from error
-    except Exception as error:  # PIL's decoders raise all kinds on files that are damaged in ways they did not foresee
+        raise PermissionError(f"{name} can't be read: permission denied") from error
+    except Exception as error:  # PIL's decoders raise exceptions of all kinds on damaged files
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{name} is damaged, or no image: {cause}") from error
+        raise OSError(f"{name} is damaged or not an image: {cause}") from error
 
 
 def _check_is_file(path: str | PathLike[str], name: str) -> None:
     try:
         mode = os.stat(path).st_mode
-    except ValueError as error:  # characters that no path can have
-        raise ArgumentError(f"{name} can't be the path of a file: {error}") from error
+    except ValueError as error:  # the path contains invalid characters
+        raise ArgumentError(f"{name} is not a valid path: {error}") from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{name} is a folder")
-    if not stat.S_ISREG(mode):  # opening a pipe waits for a writer; a device may never end
-        raise OSError(f"{name} is no regular file")
+    if not stat.S_ISREG(mode):  # opening a pipe blocks until there is a writer; reading a device may never end
+        raise OSError(f"{name} is not a regular file")
 
 
 def _open(path: str | PathLike[str]) -> Image.Image:
-    # Where it is imported, ultralytics has replaced PIL's `open` by one that installs a package from the network when
-    # it meets a file that is no image.
+    # When imported, ultralytics replaces PIL's `open` with a function that installs a package from the network if a
+    # file is not an image.
     patches = sys.modules.get("ultralytics.utils.patches")
     return getattr(patches, "_image_open", Image.open)(path)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """The image in parts: their rows, and these."""
+    """Yields the image in horizontal strips, as (rows, strip)."""
     step = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step, image.height)
@@ -86,8 +86,8 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def _conversion(image: Image.Image) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
-    """What makes uint8 RGB of strips of this image: [h, W, 3], or [h, W, 1] where it is grey."""
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip to white
+    """The function that converts strips of this image to uint8 RGB: [h, W, 3], or [h, W, 1] if it is greyscale."""
+    if image.mode.startswith("I"):  # 16-bit greyscale, which PIL's own conversion would clip to white
         return lambda strip: (np.clip(np.asarray(strip), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
     if image.mode == "F":
         low, high = _finite_range(image)
@@ -98,7 +98,7 @@ def _conversion(image: Image.Image) -> Callable[[Image.Image], npt.NDArray[np.ui
 
 
 def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """The least and the greatest finite value; zeros if there is none."""
+    """The minimum and maximum finite values; zeros if there are none."""
     low, high = np.inf, -np.inf
     for _, strip in _strips(image):
         values = np.asarray(strip)

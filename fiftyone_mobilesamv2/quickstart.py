@@ -1,4 +1,4 @@
-"""The quickstart: segment all objects of your images, or of synthetic scenes, and keep the dataset for the App."""
+"""The quickstart: segments all objects in your images or in synthetic scenes, and keeps the dataset for the App."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .errors import ArgumentError
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
+from .labels.fields import GROUND_TRUTH_FIELD
 from .labels.masks import cropped_masks
 from .modeling.arrays import ImageArray, IntArray, MaskArray
 from .runs.segment import segment_everything
@@ -24,24 +25,23 @@ from .training.scenes import write_coco
 
 DATASET_NAME = "mobilesamv2-quickstart"
 LABEL_FIELD = "segmentations"
-GROUND_TRUTH_FIELD = "ground_truth"
 EVAL_KEY = "ar"
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 
 def run(images: Path | None, model_name: str, scenes: int, batch_size: int, output: Path) -> fo.Dataset:
-    """Makes the dataset, segments it, prints a summary, and writes `overlays.png`.
+    """Creates the dataset, segments it, prints a summary and writes `overlays.png`.
 
     Args:
-        images: folder of images; None makes `scenes` synthetic scenes, whose masks are known.
-        output: folder for the scenes and the picture.
+        images: a folder of images; None generates `scenes` synthetic scenes, whose masks are known.
+        output: the folder for the scenes and the picture.
     """
     paths = [] if images is None else find_images(images)
     print(f"Loading {model_name} ...")
-    # Its parameters are the zoo's; made here without the zoo, so that neither registration nor requirements matter.
+    # Loaded with the zoo's parameters but without the zoo, so that neither registration nor requirements matter.
     model = zoo.load_model(model_name)
-    # An earlier run's dataset is replaced only now, when nothing that was typed can be wrong any more.
+    # An earlier run's dataset is replaced only below, when all arguments have proved valid.
     output.mkdir(parents=True, exist_ok=True)
     dataset = (
         scene_dataset(output / "scenes", scenes) if images is None else image_dataset(images.resolve().name, paths)
@@ -55,7 +55,7 @@ def run(images: Path | None, model_name: str, scenes: int, batch_size: int, outp
 
 
 def scene_dataset(folder: Path, count: int) -> fo.Dataset:
-    """A dataset of scenes that the demo model never saw, with the masks of their objects as ground truth."""
+    """A dataset of scenes that the demo model was not trained on, with their objects' masks as ground truth."""
     images, annotations = write_coco(folder, count)
     if fo.dataset_exists(DATASET_NAME):
         fo.delete_dataset(DATASET_NAME)
@@ -63,10 +63,10 @@ def scene_dataset(folder: Path, count: int) -> fo.Dataset:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files below `folder`. Names that are no UTF-8 are left out, and told: the database takes none.
+    """The image files below `folder`. Reports and skips paths that are not UTF-8, which the database can't store.
 
     Raises:
-        ValueError: there is no such folder, or no image in it.
+        ValueError: the folder does not exist or contains no images.
     """
     if not folder.is_dir():
         raise ArgumentError(f"{folder} is not a folder.")
@@ -77,25 +77,25 @@ def find_images(folder: Path) -> list[Path]:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            print(f"Left out: {str(path)!r} is no UTF-8. Rename it.", file=sys.stderr)
+            print(f"Skipped: {str(path)!r} is not UTF-8. Rename it.", file=sys.stderr)
         else:
             paths.append(path)
     if not paths:
-        raise ArgumentError(f"{folder} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
+        raise ArgumentError(f"{folder} contains no images ({', '.join(sorted(_IMAGE_SUFFIXES))}).")
     return paths
 
 
 def image_dataset(name: str, paths: list[Path]) -> fo.Dataset:
-    """A dataset of images, which replaces that of an earlier run over a folder of this name."""
+    """A dataset of images, which replaces that of an earlier run on a folder of this name."""
     dataset = fo.Dataset(f"{DATASET_NAME}-{name}", overwrite=True, persistent=True)
     dataset.add_samples([fo.Sample(str(path)) for path in paths], progress=False)
     return dataset
 
 
 def segment(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, batch_size: int) -> float:
-    """Runs the model over the dataset with a progress bar. Returns the seconds it took."""
+    """Runs the model over the dataset with a progress bar. Returns the time in seconds."""
     start = time.perf_counter()
-    # One bar, which also counts objects, in place of FiftyOne's.
+    # A bar that also counts objects replaces FiftyOne's.
     own_bar_only = fou.SetAttributes(fo.config, show_progress_bars=False)
     with own_bar_only, tqdm(total=len(dataset), desc="Segmenting", unit="images") as bar:
 
@@ -108,13 +108,13 @@ def segment(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, batch_size: int) -
 
 
 def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) -> str:
-    """What was found, how long each stage took and, where the dataset has ground truth, mask AR@K."""
+    """The number of objects, the time of each stage and, if the dataset has ground truth, mask AR@K."""
     counts = np.array([n or 0 for n in dataset.values(fo.ViewField(f"{LABEL_FIELD}.detections").length())])
     images = len(dataset)
     lines = [
         "",
         f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s), {len(model.failures)} failed",
-        f"{counts.sum()} objects: {counts.mean():.1f} an image, median {np.median(counts):.0f}, at most {counts.max()}",
+        f"{counts.sum()} objects: {counts.mean():.1f} per image, median {np.median(counts):.0f}, max {counts.max()}",
         "Time per image: " + ", ".join(f"{stage} {1000 * t / images:.0f} ms" for stage, t in model.seconds.items()),
     ]
     if dataset.has_field(GROUND_TRUTH_FIELD):
@@ -124,7 +124,7 @@ def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) ->
 
 
 def overlays(dataset: fo.Dataset, columns: int = 4, rows: int = 3, tile: int = 320) -> ImageArray:
-    """uint8 RGB: the first images of the dataset with their masks in colour, least confident first."""
+    """uint8 RGB: the dataset's first images with their masks in colour; the most confident masks are on top."""
     sheet = np.full((rows * tile, columns * tile, 3), 30, np.uint8)
     for number, sample in enumerate(dataset.match(fo.ViewField(LABEL_FIELD) != None).limit(rows * columns)):  # noqa: E711
         image = read_image(sample.filepath)
@@ -142,7 +142,7 @@ def draw_masks(image: ImageArray, masks: list[tuple[MaskArray, IntArray]]) -> Im
     """A copy of uint8 RGB `image` with each (bool mask, xyxy box) filled half-transparently and outlined."""
     drawn: ImageArray = image.copy()
     for index, (mask, (x0, y0, x1, y1)) in enumerate(masks):
-        hue = int(180 * ((index * 0.618034) % 1))  # golden ratio: neighbours in the list get hues far apart
+        hue = int(180 * ((index * 0.618034) % 1))  # golden ratio: consecutive masks get distant hues
         color = cv2.cvtColor(np.array([[[hue, 220, 255]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
         region = drawn[y0:y1, x0:x1]
         region[mask] = (region[mask] * 0.5 + color * 0.5).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Telling FiftyOne about the package: its zoo models, its evaluation method and its plugin.
+"""Registers the package's zoo models, evaluation method and plugin with FiftyOne.
 
-The `offer_...` functions do it for this process and its children; `install` and `uninstall` for every process of the
+The `offer_...` functions do so for this process and its children, `install` and `uninstall` for all processes of the
 user.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent
 MANIFEST = PACKAGE / "manifest.json"
 
-# Where FiftyOne looks for the files of a source of models that has this name, below its `model_zoo_dir`.
+# Folder below FiftyOne's `model_zoo_dir` for the files of a model source with this name.
 SOURCE_NAME = "mobilesamv2/fiftyone_mobilesamv2"
 PLUGIN = f"@{SOURCE_NAME}"  # its name in fiftyone.yml
 
@@ -27,9 +27,9 @@ _METHODS_VARIABLE = "FIFTYONE_DETECTION_BACKENDS"
 
 
 def offer_zoo_models() -> None:
-    """Makes `load_zoo_model` know the package's models in this process, whether FiftyOne is imported already or not.
+    """Makes the package's models available to `load_zoo_model` in this process, even before FiftyOne is imported.
 
-    Nothing is done where they are registered as a source: FiftyOne would warn of every name that it meets twice.
+    Does nothing if they are registered as a model source, since FiftyOne would warn about every duplicate name.
     """
     if (_model_zoo_dir() / SOURCE_NAME / MANIFEST.name).exists():
         return
@@ -38,17 +38,17 @@ def offer_zoo_models() -> None:
     if str(MANIFEST) in paths:
         return
     paths.append(str(MANIFEST))
-    # The variable replaces what the config file says, so it carries that along.
+    # The variable overrides the config file, so it includes the file's paths.
     os.environ[_MANIFESTS_VARIABLE] = ":".join(paths)
     if config := _fiftyone_config():
         config.model_zoo_manifest_paths = paths
 
 
 def offer_evaluation_method() -> None:
-    """Makes `evaluate_detections(method="proposals")` work in this process, whether FiftyOne is imported or not."""
+    """Makes `evaluate_detections(method="proposals")` work in this process, even before FiftyOne is imported."""
     if setting := os.environ.get(_METHODS_VARIABLE):
         methods = setting.split(",")
-    else:  # "*": FiftyOne's own. The variable replaces what the config file says, so it carries that along.
+    else:  # "*": FiftyOne's own methods. The variable overrides the config file, so it includes the file's methods.
         settings = _config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json")
         methods = ["*", *(settings.get("detection_backends") or {})]
     if EVALUATION_METHOD not in methods:
@@ -60,22 +60,23 @@ def offer_evaluation_method() -> None:
 
 
 def install() -> list[Path]:
-    """Registers the models and the plugin for every FiftyOne of this user, by links to this package.
+    """Registers the models and the plugin for all of the user's FiftyOne processes, with links to this package.
 
-    FiftyOne keeps its notes of downloaded models beside the links, so these are in a folder of their own.
+    The links of the model source are in a separate folder, because FiftyOne stores its records of downloaded models
+    beside them.
 
     Returns:
-        the links; each that was there before is made anew.
+        The links; existing ones are recreated.
 
     Raises:
-        FileExistsError: something that is no link is in the place of one. Nothing has been changed then.
+        FileExistsError: a file or folder that is not a link has the path of one. Nothing has then been changed.
     """
     source, links = _source_folder(), _links()
-    if source.is_symlink():  # to the whole package, made by hand: FiftyOne would write into the package
+    if source.is_symlink():  # a manual link to the whole package, into which FiftyOne would write
         source.unlink()
     for link in links:
         if link.exists() and not link.is_symlink():
-            raise FileExistsError(f"{link} is in the way: it is no link that this command made. Move it elsewhere.")
+            raise FileExistsError(f"{link} exists and is not a link that this command created. Move it elsewhere.")
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
@@ -84,7 +85,7 @@ def install() -> list[Path]:
 
 
 def uninstall() -> list[Path]:
-    """Undoes :func:`install`; weights stay where they are. Returns the links that were removed."""
+    """Undoes :func:`install` and returns the removed links. Weights are kept."""
     source = _source_folder()
     removed = [link for link in (source, *_links()) if link.is_symlink()]
     for link in removed:
@@ -107,7 +108,7 @@ def _source_folder() -> Path:
 def _links() -> dict[Path, Path]:
     import fiftyone as fo
 
-    # A wheel carries the plugin's manifest inside the package (setup.py), a checkout beside it.
+    # A wheel has the plugin's manifest inside the package (setup.py), a checkout beside it.
     plugin = PACKAGE if (PACKAGE / "fiftyone.yml").exists() else PACKAGE.parent
     source = _source_folder()
     return {
@@ -125,7 +126,7 @@ def _model_zoo_dir() -> Path:
 
 
 def _setting(key: str, variable: str) -> str | list[str] | None:
-    """A setting as FiftyOne reads it, without the seconds that importing FiftyOne takes."""
+    """A setting of FiftyOne, read without importing FiftyOne, which takes seconds."""
     if config := _fiftyone_config():
         setting: str | list[str] | None = getattr(config, key)
         return setting
@@ -138,11 +139,11 @@ def _config_file(variable: str, name: str) -> dict[str, Any]:
     path = Path(os.environ.get(variable, f"~/.fiftyone/{name}")).expanduser()
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):  # there is none, or FiftyOne will complain of it
+    except (OSError, ValueError):  # the file does not exist, or FiftyOne will report the problem
         content = {}
     return content if isinstance(content, dict) else {}
 
 
 def _fiftyone_config() -> Any:
-    # None while FiftyOne is being imported, too: its setting `module_path` imports packages from within.
+    # Also None while FiftyOne is being imported: its setting `module_path` imports packages during its own import.
     return getattr(sys.modules.get("fiftyone"), "config", None)

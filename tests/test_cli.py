@@ -55,7 +55,7 @@ finally:
     [
         (["--model", "mobilesamv2-huge-torch"], "Unknown model 'mobilesamv2-huge-torch'; choose one of .*-demo-torch"),
         (["--images", "missing"], "missing is not a folder"),
-        (["--images", "empty"], r"empty holds no images \(.*\.jpg"),
+        (["--images", "empty"], r"empty contains no images \(.*\.jpg"),
         (["--output", "file"], "file"),
     ],
     ids=["model", "missing folder", "empty folder", "output"],
@@ -107,7 +107,7 @@ def test_install_and_uninstall(tmp_path, monkeypatch, capsys):
     (tmp_path / "plugins" / "fiftyone_mobilesamv2").mkdir()
     assert cli.main(["install"]) == 1
     captured = capsys.readouterr()
-    assert "is in the way" in captured.err
+    assert "Move it elsewhere" in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 
@@ -272,7 +272,7 @@ def test_quickstart_with_images(quickstart_dataset, tmp_path, capsys):
     output = tmp_path / "output"
     assert cli.main(["quickstart", "--images", str(folder), "--output", str(output)]) == 0
     captured = capsys.readouterr()
-    assert r"my images/caf\udce9.jpg' is no UTF-8. Rename it." in captured.err
+    assert r"my images/caf\udce9.jpg' is not UTF-8. Rename it." in captured.err
     printed = captured.out
     assert re.search(r"^4 images in .*, 1 failed$", printed, re.M)
     assert "AR@" not in printed  # there is no ground truth

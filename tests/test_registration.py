@@ -370,7 +370,7 @@ def test_something_in_the_way(registration, user, path):
     (user / path).parent.mkdir(parents=True, exist_ok=True)
     (user / path).write_text("the user's")
     before = tree(user)
-    with pytest.raises(FileExistsError, match=rf"{user / path} is in the way.*Move it elsewhere"):
+    with pytest.raises(FileExistsError, match=rf"{user / path} exists and is not a link.*Move it elsewhere"):
         registration.install()
     assert tree(user) == before  # not half of it
     assert registration.uninstall() == []

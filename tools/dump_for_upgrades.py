@@ -1,4 +1,4 @@
-"""Makes a small database and its files with a version of this package, and dumps them: what the next has to read.
+"""Creates and dumps a small database and its files with one version of this package; later versions must read them.
 
     PYTHONPATH=<checkout of that version> python tools/dump_for_upgrades.py tests/data/upgrade
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Starts a MongoDB of its own, and fills the folder that the command line names."""
+    """Starts its own MongoDB and fills the folder given on the command line."""
     folder = Path(sys.argv[1]).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def start_database(scratch: Path) -> subprocess.Popen:
-    """A MongoDB, and an environment in which FiftyOne uses that and no folder of the user's."""
+    """A MongoDB, and an environment in which FiftyOne uses it and none of the user's folders."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (fiftyone,) = importlib.util.find_spec("fiftyone").submodule_search_locations
@@ -58,7 +58,7 @@ def start_database(scratch: Path) -> subprocess.Popen:
 
 
 def fill(folder: Path) -> dict:
-    """Makes the dataset. Returns what a test compares with."""
+    """Creates the dataset. Returns the values that tests compare with."""
     import cv2
     import fiftyone as fo
 
@@ -78,7 +78,7 @@ def fill(folder: Path) -> dict:
     annotations.unlink()
     dataset.persistent = True
     first = dataset.first()
-    first.ground_truth.detections = first.ground_truth.detections[3:]  # those are to be found
+    first.ground_truth.detections = first.ground_truth.detections[3:]  # the removed objects are unlabeled
     first.save()
 
     model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
@@ -106,7 +106,7 @@ def fill(folder: Path) -> dict:
 
 
 def dump(folder: Path) -> None:
-    """Writes every document of the database, with a placeholder for the folder."""
+    """Writes all documents of the database, with a placeholder for the folder."""
     import bson
     import fiftyone.core.odm as foo
 
@@ -118,7 +118,7 @@ def dump(folder: Path) -> None:
 
 
 def without_folder(value: object, folder: str) -> object:
-    """`value` with "{folder}" wherever it names the folder."""
+    """`value` with every mention of the folder replaced by "{folder}"."""
     if isinstance(value, dict):
         return {key: without_folder(each, folder) for key, each in value.items()}
     if isinstance(value, list):

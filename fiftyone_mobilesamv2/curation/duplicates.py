@@ -1,4 +1,4 @@
-"""Labels of one field that cover the same object, and those that are parts of others."""
+"""Finds labels of a field that cover the same object, and labels that are parts of others."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ATTRIBUTES = {DUPLICATE: "duplicate_of", PART: "part_of"}
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What a field's labels are to each other.
+    """The duplicates and parts among a field's labels.
 
     Attributes:
-        samples: where they were looked at.
-        field: that they are of.
-        ids: by tag, "duplicate", "part" and "whole", those of the labels that have it now: duplicates of the highest
-            IoU, parts of which most lies inside, and wholes of the most parts come first.
-        skipped: of each image with a label that can't be used, its id, filepath and cause.
+        samples: the samples that were searched.
+        field: the field of the labels.
+        ids: tag ("duplicate", "part" or "whole") -> ids of the labels that have it now, strongest relation first:
+            duplicates by IoU, parts by the share inside, wholes by their number of parts.
+        skipped: id, filepath and cause of each image with an unusable label.
     """
 
     samples: SampleCollection = dataclasses.field(repr=False)
@@ -49,11 +49,11 @@ class Duplicates:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many labels have each of the tags."""
+        """The number of labels with each tag."""
         return {tag: len(ids) for tag, ids in self.ids.items()}
 
     def patches(self, tag: str = DUPLICATE) -> fo.core.patches.PatchesView:
-        """The labels of a tag in the order of `ids`, but for those that have lost it since."""
+        """The labels with a tag in the order of `ids`, except those that have lost it since."""
         return patches_of(self.samples, self.field, tag, self.ids[tag])
 
 
@@ -67,71 +67,70 @@ def find_duplicates(
     rank_by: str = "confidence",
     progress: Progress = None,
 ) -> Duplicates:
-    """Finds, and tags, labels of a field that cover the same object, and those that are parts of others.
+    """Finds and tags labels of a field that cover the same object, and labels that are parts of others.
 
-    - "duplicate" with `duplicate_of`, the id of the label that is kept: has an IoU of `iou` with a better-ranked one
-      that is no duplicate itself, as in greedy non-maximum suppression.
-    - "part" with `part_of`, the id of the smallest such: at least `containment` of its area lies in a larger label.
+    - "duplicate", with `duplicate_of`, the id of the label that is kept: it has an IoU of at least `iou` with a
+      better-ranked label that is not a duplicate itself, as in greedy non-maximum suppression.
+    - "part", with `part_of`, the id of the smallest whole: at least `containment` of its area lies in a larger label.
       Duplicates are neither parts nor wholes.
-    - "whole": contains such parts.
+    - "whole": it contains such parts.
 
-    Crowd regions are left out. An image with a label that can't be used is skipped, logged, and listed in `skipped`.
-    Nothing is stored before everything has been looked at; then these tags and attributes replace those that labels
-    of `samples` had.
+    Crowd regions are ignored. An image with an unusable label is skipped, logged and listed in `skipped`. Results are
+    stored once all images have been read; they replace the tags and attributes that labels of `samples` had.
 
     Args:
-        samples: a dataset or view of images. Where image sizes are missing, metadata is computed and stored.
+        samples: a dataset or view of images. Missing metadata is computed and stored.
         field: detections or polylines.
-        iou: from which IoU on two labels are one object.
-        containment: from which share of its area inside a larger one on a label is a part.
-        use_masks: compares masks; else boxes.
+        iou: minimum IoU of two labels of the same object.
+        containment: minimum share of a part's area inside a larger label.
+        use_masks: whether to compare masks; otherwise boxes.
         rank_by: "confidence", "predicted_iou", "stability", or "sam", the mean of the last two. In an image where no
-            label has any of these, larger ones rank higher.
-        progress: as everywhere in FiftyOne.
+            label has any of these attributes, larger labels rank higher.
+        progress: as elsewhere in FiftyOne.
 
     Raises:
-        ValueError: the field is missing, of the wrong type or read-only; a mask is missing, or a score that others of
-            the image have; a threshold or ranking is not valid; or every image had to be skipped.
+        ValueError: the field is missing, of the wrong type or read-only; a mask is missing, or a score that other
+            labels of the image have; a threshold or ranking is invalid; or all images were skipped.
     """
     check_images(samples)
     check_options(rank_by, iou=iou, containment=containment)
     check_tagged_field(samples, field, "labels to compare", ATTRIBUTES.values())
     attributes = [*ATTRIBUTES.values()]
     tagged: dict[str, dict[ObjectId, set[ObjectId]]] = {tag: {} for tag in TAGS}
-    noted: dict[str, dict[ObjectId, dict[ObjectId, str]]] = {name: {} for name in attributes}
-    found: dict[str, dict[ObjectId, dict[ObjectId, _Relation]]] = {tag: {} for tag in TAGS}
+    stored_values: dict[str, dict[ObjectId, dict[ObjectId, str]]] = {name: {} for name in attributes}
+    relations: dict[str, dict[ObjectId, dict[ObjectId, _Relation]]] = {tag: {} for tag in TAGS}
 
-    def look(stored: StoredImage) -> None:
+    def visit(stored: StoredImage) -> None:
         labels = stored.labels(field)
         for tag in TAGS:
             tagged[tag][stored.sample_id] = {label["_id"] for label in labels if tag in tags_of(label)}
         for name in attributes:
             values = {label["_id"]: label.get(name) for label in labels}
-            noted[name][stored.sample_id] = {id: value for id, value in values.items() if value is not None}
+            stored_values[name][stored.sample_id] = {id: value for id, value in values.items() if value is not None}
         labels = [label for label in labels if not is_crowd(label)]
         shapes = shapes_of(labels, stored.known_size, use_masks)
         scores = _scores(labels, RANKINGS[rank_by].attributes, areas_of(shapes))
         ids = [label["_id"] for label in labels]
-        for tag, relations in _related(ids, shapes, ranking(scores, len(labels)), iou, containment).items():
-            found[tag][stored.sample_id] = relations
+        for tag, image_relations in _related(ids, shapes, ranking(scores, len(labels)), iou, containment).items():
+            relations[tag][stored.sample_id] = image_relations
 
-    skipped = visit_images(samples, [field], look, progress)
+    skipped = visit_images(samples, [field], visit, progress)
     dataset = source_dataset(samples)
     for name in attributes:
         dataset.add_sample_field(f"{label_path(dataset, field)}.{name}", fof.StringField)
     for tag in TAGS:
-        retag(dataset, field, tag, tagged[tag], found[tag])
+        retag(dataset, field, tag, tagged[tag], relations[tag])
     for tag, name in ATTRIBUTES.items():
-        _note(dataset, field, name, noted[name], found[tag])
-    return Duplicates(samples, field, {tag: _strongest_first(found[tag].values()) for tag in TAGS}, skipped)
+        _store_attribute(dataset, field, name, stored_values[name], relations[tag])
+    return Duplicates(samples, field, {tag: _strongest_first(relations[tag].values()) for tag in TAGS}, skipped)
 
 
 class _Relation(NamedTuple):
-    """What a tagged label is to others.
+    """The relation of a tagged label to another.
 
     Attributes:
         to: the label that is kept, or the whole.
-        strength: the IoU with it, or the share inside it, or how many parts a whole has.
+        strength: the IoU with it, the share inside it, or a whole's number of parts.
     """
 
     to: ObjectId | None
@@ -139,7 +138,7 @@ class _Relation(NamedTuple):
 
 
 def _scores(labels: Sequence[Document], names: Sequence[str], areas: FloatArray) -> Sequence[float] | FloatArray:
-    """What the labels of an image are ranked by."""
+    """The scores that rank the labels of an image."""
     if all(label.get(name) is None for label in labels for name in names):
         return areas
     return [number_of(label, names) for label in labels]
@@ -148,7 +147,7 @@ def _scores(labels: Sequence[Document], names: Sequence[str], areas: FloatArray)
 def _related(
     ids: Sequence[ObjectId], shapes: Shapes, order: IntArray, iou: float, containment: float
 ) -> dict[str, dict[ObjectId, _Relation]]:
-    """By tag, the labels of an image that get it; `order` holds the indices of all, best-ranked first."""
+    """Tag -> the labels of an image that get it; `order` has the indices of all labels, best-ranked first."""
     if not ids:
         return {}
     overlaps = ious(shapes, shapes)
@@ -166,7 +165,7 @@ def _related(
     sizes = areas_of(shapes)[kept]
     shares = shares_inside(shapes, shapes)[np.ix_(kept, kept)]
     is_inside = (shares >= containment) & (sizes[:, None] < sizes)
-    smallest = np.where(is_inside, sizes, np.inf).argmin(1)  # of equals the better-ranked
+    smallest = np.where(is_inside, sizes, np.inf).argmin(1)  # among equals, the better-ranked
     return {
         DUPLICATE: duplicates,
         PART: {
@@ -177,17 +176,18 @@ def _related(
     }
 
 
-def _note(
+def _store_attribute(
     dataset: fo.Dataset,
     field_name: str,
     attribute: str,
     before: Mapping[ObjectId, Mapping[ObjectId, str]],
     now: Mapping[ObjectId, Mapping[ObjectId, _Relation]],
 ) -> None:
-    """Stores as `attribute` what labels are related to, where it isn't what they have.
+    """Stores the ids of related labels as `attribute`, where they differ from the stored values.
 
     Args:
-        before: by sample and label, the attribute where there is one; `now`: likewise, the relations.
+        before: sample -> label -> the stored attribute, if there is one.
+        now: sample -> label -> its relation.
     """
     path = label_path(dataset, field_name)
     operations, ids = [], []
@@ -198,14 +198,14 @@ def _note(
             if had.get(label) != has.get(label):
                 changed.setdefault(has.get(label), []).append(label)
         if changed:
-            # An update for each label would store the whole sample as many times.
+            # A separate update for each label would store the whole sample each time.
             values: Document = {f"{path}.$[l{i}].{attribute}": value for i, value in enumerate(changed)}
             filters: list[Mapping[str, Any]] = [
                 {f"l{i}._id": {"$in": labels}} for i, labels in enumerate(changed.values())
             ]
             values["last_modified_at"] = datetime.now(timezone.utc)
-            there = {"_id": id, f"{path}._id": {"$exists": True}}  # else a list that is None now would be an error
-            operations.append(UpdateOne(there, {"$set": values}, array_filters=filters))
+            query = {"_id": id, f"{path}._id": {"$exists": True}}  # the update fails on a list that is None
+            operations.append(UpdateOne(query, {"$set": values}, array_filters=filters))
             ids.append(id)
     if operations:
         bulk_write(dataset, operations, ids=ids)

@@ -1,4 +1,4 @@
-"""Masks of a field -> one JSON file in COCO's format, read back and compared before it takes its place."""
+"""Exports the masks of a field to a JSON file in COCO format, which is verified before it is moved into place."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .findings import check_images
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
-# A key of an annotation -> the attribute of the label that it holds.
+# Key of an annotation -> attribute of the label.
 SCORES = {"score": "confidence", "predicted_iou": "predicted_iou", "stability": "stability"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What :func:`export_masks` wrote.
+    """The result of :func:`export_masks`.
 
     Attributes:
-        path: of the file.
-        root: the folder that the file names of the images are relative to.
-        images, annotations: how many.
+        path: the path of the file.
+        root: the folder that the images' file names are relative to.
+        images, annotations: their numbers.
         bytes: the size of the file.
-        skipped: of each image with a label that can't be used, its id, filepath and cause. It isn't in the file.
+        skipped: id, filepath and cause of each image with an unusable label, which is not in the file.
     """
 
     path: Path
@@ -57,27 +57,27 @@ def export_masks(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> Export:
-    """Writes the masks of a field as COCO's `instances_*.json` holds them, as RLE.
+    """Writes the masks of a field as RLE, in the format of COCO's `instances_*.json`.
 
-    Each sample is an image, without objects too; its `file_name` is relative to the deepest folder that holds all
+    Each sample is an image, even without objects; its `file_name` is relative to the deepest folder that contains all
     images. Each label is an annotation: `category_id` of its class ("object" without one), `segmentation` as RLE with
-    its counts as text, `area` in pixels, the tight `bbox` of the mask, `iscrowd`, and where the label has them
-    `score` (its confidence), `predicted_iou` and `stability`.
+    its counts as text, `area` in pixels, the tight `bbox` of the mask, `iscrowd`, and, if the label has them, `score`
+    (its confidence), `predicted_iou` and `stability`.
 
-    The file is written aside, compared by :func:`check_export` with what is stored, and then moved into place: what
-    was there stays until then. Writing holds the masks of one image in memory, the comparison the whole file, as
-    everyone who opens it with pycocotools does.
+    The file is written to a temporary folder, compared with the stored labels by :func:`check_export`, and then moved
+    into place; an existing file is kept until then. Writing needs memory for the masks of one image; the comparison
+    needs memory for the whole file, like any use of pycocotools.
 
     Args:
         samples: a dataset or view of images. Missing metadata is computed and stored.
-        field: detections with masks, or polylines. What a view hides isn't written.
-        path: ends with ".json". Missing folders are made.
-        overwrite: replaces an existing file.
-        progress: as everywhere in FiftyOne.
+        field: detections with masks, or polylines. Labels that a view hides aren't written.
+        path: the file, which must end with ".json". Missing folders are created.
+        overwrite: whether to replace an existing file.
+        progress: as elsewhere in FiftyOne.
 
     Raises:
-        ValueError: `field` is missing or of the wrong type; `path` has another ending, or exists; there are no
-            samples, or none can be used; or what was written isn't what is stored.
+        ValueError: `field` is missing or of the wrong type; `path` has another extension, or exists; there are no
+            samples, or none can be used; or the written file differs from the stored labels.
         OSError: the file can't be written.
     """
     check_images(samples)
@@ -85,20 +85,20 @@ def export_masks(
     path = Path(path)
     check_path(path, overwrite)
     if not len(samples):
-        raise ArgumentError(f"There are no samples in {samples.name}: nothing was written.")
+        raise ArgumentError(f"{samples.name} has no samples: nothing was written.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        aside = Path(folder, path.name)
+        temporary = Path(folder, path.name)
         root = _common_folder(samples)
-        images, annotations, skipped = _write(aside, root, samples, field, progress)
-        check_export(aside, samples.exclude([image["id"] for image in skipped]), field, progress)
-        size = aside.stat().st_size
-        aside.replace(path)
+        images, annotations, skipped = _write(temporary, root, samples, field, progress)
+        check_export(temporary, samples.exclude([image["id"] for image in skipped]), field, progress)
+        size = temporary.stat().st_size
+        temporary.replace(path)
     return Export(path, root, images, annotations, size, skipped)
 
 
 def check_path(path: Path, overwrite: bool) -> None:
-    """Raises ValueError where an export can't go there."""
+    """Raises ValueError if an export can't be written to `path`."""
     if path.suffix != ".json":
         raise ArgumentError(f"{path} must end with .json.")
     if path.is_dir():
@@ -108,51 +108,53 @@ def check_path(path: Path, overwrite: bool) -> None:
 
 
 def check_export(path: str | PathLike[str], samples: SampleCollection, field: str, progress: Progress = None) -> None:
-    """Reads a file of :func:`export_masks` with pycocotools and compares all of it with what is stored.
+    """Reads a file of :func:`export_masks` with pycocotools and compares it completely with the stored labels.
 
     Raises:
         ValueError: they differ; the message names the first difference.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports to stdout
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints to stdout
         coco = COCO(str(path))
     entries = iter(coco.dataset["images"])
 
-    def look(stored: StoredImage) -> None:
+    def visit(stored: StoredImage) -> None:
         expected = _annotations(stored, field)
         entry = next(entries, None)
         if entry is None or not Path(stored.name).as_posix().endswith(f"/{entry['file_name']}"):
-            raise ArgumentError(f"{path} has {entry} where {stored.name} was expected.")
+            raise ArgumentError(f"{path} contains {entry}; {stored.name} was expected.")
         if (entry["height"], entry["width"]) != stored.size:
-            raise ArgumentError(f"{path} has {entry}; (height, width) of {stored.name} are {stored.size}.")
-        found = coco.imgToAnns[entry["id"]]
-        if len(found) != len(expected):
-            raise ArgumentError(f"{path} has {len(found)} annotations of {stored.name}; {len(expected)} were expected.")
-        for annotation, label in zip(found, expected):
+            raise ArgumentError(f"{path} contains {entry}, but (height, width) of {stored.name} is {stored.size}.")
+        annotations = coco.imgToAnns[entry["id"]]
+        if len(annotations) != len(expected):
+            raise ArgumentError(
+                f"{path} has {len(annotations)} annotations of {stored.name}; {len(expected)} were expected."
+            )
+        for annotation, label in zip(annotations, expected):
             written = {**annotation, "category": coco.cats[annotation["category_id"]]["name"]}
             different = [key for key, value in label.items() if written.get(key) != value]
             if mask_utils.area(coco.annToRLE(annotation)) != label["area"]:
                 different.append("area of the mask")
             if different:
                 raise ArgumentError(
-                    f"{path}: annotation {annotation['id']}, of {stored.name}, isn't what is stored: it differs in "
+                    f"{path}: annotation {annotation['id']} of {stored.name} differs from the stored label in "
                     f"{', '.join(different)}."
                 )
 
-    visit_images(samples, [field], look, progress)
+    visit_images(samples, [field], visit, progress)
     if (entry := next(entries, None)) is not None:
-        raise ArgumentError(f"{path} has {entry}, which isn't among the samples.")
+        raise ArgumentError(f"{path} contains {entry}, which is not among the samples.")
 
 
 def _write(
     path: Path, root: Path, samples: SampleCollection, field: str, progress: Progress
 ) -> tuple[int, int, list[Skipped]]:
-    """Writes the file; returns the numbers of images and annotations, and what was skipped."""
+    """Writes the file; returns the numbers of images and annotations, and the skipped images."""
     images: list[dict[str, Any]] = []
     categories: dict[str, int] = {}
     count = 0
     with path.open("w") as file:
 
-        def look(stored: StoredImage) -> None:
+        def visit(stored: StoredImage) -> None:
             nonlocal count
             annotations = _annotations(stored, field)
             file_name = Path(stored.name).relative_to(root).as_posix()
@@ -165,14 +167,14 @@ def _write(
                 count += 1
 
         file.write('{"annotations": [')
-        skipped = visit_images(samples, [field], look, progress)
+        skipped = visit_images(samples, [field], visit, progress)
         named = [{"id": id, "name": name} for name, id in categories.items()]
         file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(named)}}}\n')
     return len(images), count, skipped
 
 
 def _annotations(stored: StoredImage, field: str) -> list[dict[str, Any]]:
-    """The image's annotations, without ids, and with the name of their `category`."""
+    """An image's annotations without ids, with the name of their `category`."""
     labels = stored.labels(field)
     annotations = []
     for label, mask in zip(labels, masks_of(labels, stored.known_size)):
@@ -193,5 +195,5 @@ def _annotations(stored: StoredImage, field: str) -> list[dict[str, Any]]:
 
 
 def _common_folder(samples: SampleCollection) -> Path:
-    """The deepest folder that holds all images."""
+    """The deepest folder that contains all images."""
     return Path(os.path.commonpath({os.path.dirname(filepath) for filepath in samples.values("filepath")}))

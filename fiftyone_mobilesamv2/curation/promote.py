@@ -1,4 +1,4 @@
-"""Proposals -> ground truth: what the annotators missed, taken over with one's own class."""
+"""Promotes proposals to ground truth: adds objects that annotators missed, with a class that the user chooses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..fiftyone_internals import (
     source_dataset,
 )
 from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, value_in, visit_images
-from ..labels.fields import check_field_name, check_shapes_field
+from ..labels.fields import GROUND_TRUTH_FIELD, check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from .findings import LabelIds, check_images, check_tagged_field, retag
-from .unlabeled import DISMISSED, PROMOTED
+from .unlabeled import DISMISSED, PROMOTED, UNLABELED
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -36,20 +36,19 @@ if TYPE_CHECKING:
 
     from ..modeling.rle import RLE
 
-UNLABELED = "unlabeled"  # the tag that `find_unlabeled_objects` gives
-PROMOTED_FROM = "promoted_from"  # the attribute of a label that holds the id of the proposal it was
+PROMOTED_FROM = "promoted_from"  # attribute of a label with the id of its proposal
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What :func:`promote_to_labels` did.
+    """The result of :func:`promote_to_labels`.
 
     Attributes:
-        promoted: how many proposals became labels.
-        already: how many were labels before; these were left as they are.
-        samples: how many samples got labels.
-        missing: the ids that no proposal has.
-        skipped: of each sample that got no label, because one couldn't be made or stored, its id, filepath and cause.
+        promoted: number of proposals that became labels.
+        already: number of proposals that were labels already; their labels are unchanged.
+        samples: number of samples that got labels.
+        missing: ids without a proposal.
+        skipped: id, filepath and cause of each sample that got no labels because one could not be created or stored.
     """
 
     promoted: int
@@ -63,95 +62,96 @@ def promote_to_labels(
     samples: SampleCollection,
     ids: Iterable[str],
     pred_field: str,
-    gt_field: str = "ground_truth",
+    gt_field: str = GROUND_TRUTH_FIELD,
     *,
     label: str,
     progress: Progress = None,
 ) -> Promotion:
-    """Makes proposals ground truth, in the dataset that `samples` is, or shows.
+    """Adds proposals to the ground truth of the dataset behind `samples`.
 
-    Each becomes a label of its own in `gt_field`: its box and its mask, the class `label`, and its id as
-    `promoted_from`. Nothing else is taken over: confidence and notes of evaluations are of proposals. A mask in a file
-    is copied beside it, named after the new label, so that the label outlives the proposal. The proposal stays, and has
-    the tag "promoted" instead of "unlabeled".
+    Each becomes a new label in `gt_field` with its box and mask, the class `label`, and its id as `promoted_from`.
+    Other attributes, such as the confidence and those of evaluations, belong to the proposal and are not copied. A mask
+    in a file is copied to the same folder under the new label's id, so that the label does not depend on the proposal.
+    The proposal is kept; its tag "unlabeled" is replaced by "promoted".
 
-    A proposal that is a label of `gt_field` already isn't promoted again, and its label keeps its class. All labels of
-    a sample are stored at once, before the proposals' tags change: after an interruption, the same call does the rest.
+    A proposal that already is a label of `gt_field` isn't promoted again, and its label keeps its class. All labels of
+    a sample are stored at once, before the proposals' tags change: after an interruption, the same call completes the
+    work.
 
     Args:
-        samples: a dataset or view of images, or a view of patches; proposals that it hides are missing.
-        ids: of the proposals.
+        samples: a dataset or view of images, or a view of patches; proposals that it hides count as missing.
+        ids: the ids of the proposals.
         pred_field: the proposals: `fo.Detections`.
-        gt_field: `fo.Detections`, which it becomes if there is no such field, or `fo.Polylines`, which get the outline
-            by FiftyOne's `Detection.to_polyline`.
+        gt_field: `fo.Detections`, also created if the field does not exist, or `fo.Polylines`, which get the outlines
+            of FiftyOne's `Detection.to_polyline`.
         label: the class.
-        progress: as everywhere in FiftyOne.
+        progress: as elsewhere in FiftyOne.
 
     Raises:
-        ValueError: a field is missing, read-only or of the wrong type; `label` is empty; or every sample was skipped.
+        ValueError: a field is missing, read-only or of the wrong type; `label` is empty; or all samples were skipped.
     """
     dataset = root_dataset(samples)
     check_promotion(samples, pred_field, gt_field)
     if not isinstance(label, str) or not label.strip():
-        raise ArgumentError(f"label={label!r}: the name of a class was expected.")
+        raise ArgumentError(f"label must be the name of a class, not {label!r}.")
     if not dataset.has_field(gt_field):
         dataset.add_sample_field(gt_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
     attribute = label_path(dataset, gt_field, PROMOTED_FROM)
     dataset.add_sample_field(attribute, fof.StringField)
 
-    asked = dict.fromkeys(ids)
-    shown = samples.select_labels(ids=[id for id in asked if ObjectId.is_valid(id)], fields=pred_field)
+    requested = dict.fromkeys(ids)
+    shown = samples.select_labels(ids=[id for id in requested if ObjectId.is_valid(id)], fields=pred_field)
     sample_ids = set(shown.values("sample_id" if is_patches_view(samples) else "id"))
     label_ids = shown.values(label_path(shown, pred_field, "id"), unwind=True)
-    # What a view shows may be incomplete, and what patches show out of date.
+    # A view may hide attributes, and patches may be outdated.
     view = dataset.select(sample_ids).select_labels(ids=label_ids, fields=pred_field)
 
-    labelled: dict[ObjectId, list[ObjectId]] = {}  # by the id of each sample, its proposals that are labels now
-    found: set[str] = set()
+    labelled: dict[ObjectId, list[ObjectId]] = {}  # sample id -> its proposals that are labels now
+    existing_ids: set[str] = set()
     promoted = samples_changed = 0
 
-    def look(stored: StoredImage) -> None:
+    def visit(stored: StoredImage) -> None:
         nonlocal promoted, samples_changed
         proposals = stored.labels(pred_field)
-        found.update(str(proposal["_id"]) for proposal in proposals)
+        existing_ids.update(str(proposal["_id"]) for proposal in proposals)
         new = _promote(dataset, stored, proposals, gt_field, label)
         labelled[stored.sample_id] = [proposal["_id"] for proposal in proposals]
         promoted += new
         samples_changed += new > 0
 
     try:
-        skipped = visit_images(view, [pred_field], look, progress)
+        skipped = visit_images(view, [pred_field], visit, progress)
     finally:
         _tag(samples, pred_field, labelled, PROMOTED)
     already = sum(map(len, labelled.values())) - promoted
-    return Promotion(promoted, already, samples_changed, [id for id in asked if id not in found], skipped)
+    return Promotion(promoted, already, samples_changed, [id for id in requested if id not in existing_ids], skipped)
 
 
 def dismiss(samples: SampleCollection, ids: Iterable[str], pred_field: str) -> int:
-    """Gives the proposals with these ids the tag "dismissed" instead of "unlabeled": they are not suggested again.
+    """Replaces the tag "unlabeled" of these proposals by "dismissed", so that they are not suggested again.
 
-    Arguments as for :func:`promote_to_labels`. Returns how many there were.
+    Arguments as for :func:`promote_to_labels`. Returns the number of proposals.
     """
     dataset = root_dataset(samples)
     check_tagged_field(dataset, pred_field, "proposals")
     view = dataset.select_labels(ids=[id for id in ids if ObjectId.is_valid(id)], fields=pred_field)
-    found = {
+    label_ids = {
         image.sample_id: [label["_id"] for label in image.labels(pred_field)]
         for image in stored_images(view, [pred_field])
     }
-    _tag(samples, pred_field, found, DISMISSED)
-    return sum(map(len, found.values()))
+    _tag(samples, pred_field, label_ids, DISMISSED)
+    return sum(map(len, label_ids.values()))
 
 
 def check_promotion(samples: SampleCollection, pred_field: str, gt_field: str) -> None:
-    """Raises ValueError where proposals of the one field can't become labels of the other."""
+    """Raises ValueError if proposals of `pred_field` can't become labels of `gt_field`."""
     dataset = root_dataset(samples)
     check_images(dataset)
     check_shapes_field(samples, pred_field, "proposals")
     check_tagged_field(dataset, pred_field, "proposals")
     kind = label_type(dataset, pred_field)
     if kind is not fol.Detections:
-        raise ArgumentError(f"Field '{pred_field}' holds {kind.__name__}; Detections were expected as proposals.")
+        raise ArgumentError(f"Field '{pred_field}' contains {kind.__name__}; Detections were expected as proposals.")
     if pred_field == gt_field:
         raise ArgumentError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
     if dataset.has_field(gt_field):
@@ -161,10 +161,10 @@ def check_promotion(samples: SampleCollection, pred_field: str, gt_field: str) -
 
 
 def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Document], gt_field: str, label: str) -> int:
-    """Stores the labels of proposals of one sample that are none yet; returns how many.
+    """Stores labels for the proposals of one sample that are not labels yet; returns their number.
 
     Raises:
-        LabelError: one of them can't be made, or they can't be stored. Nothing was stored.
+        LabelError: a label can't be created, or the labels can't be stored. Nothing was stored.
     """
     kind = label_type(dataset, gt_field)
     path, attribute = (label_path(dataset, gt_field, name) for name in ("", PROMOTED_FROM))
@@ -172,7 +172,7 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
     query: Document = {"_id": stored.sample_id}
     document = collection.find_one(query, {attribute: True})
     if document is None:
-        raise LabelError("it was deleted meanwhile")
+        raise LabelError("it has been deleted")
     before = {each.get(PROMOTED_FROM) for each in labels_in(document, gt_field)}
     new = [proposal for proposal in proposals if str(proposal["_id"]) not in before]
     if not new:
@@ -180,11 +180,11 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
     make = _polyline if kind is fol.Polylines else _detection
     try:
         labels = [make(proposal, stored.known_size, label) for proposal in new]
-        # Someone else may be promoting the same proposals: the update finds only what is as it was read.
+        # Others may be promoting the same proposals: the query only matches if none has become a label since.
         if value_in(document, gt_field) is not None:
             query[attribute] = {"$nin": [made[PROMOTED_FROM] for made in labels]}
             update: Document = {"$push": {path: {"$each": labels}}}
-        else:  # MongoDB adds to a list, but not to one that isn't there
+        else:  # MongoDB can't append to a list that does not exist
             query[gt_field] = None
             update = {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}
         update["$currentDate"] = {"last_modified_at": True}
@@ -192,13 +192,13 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
     except (OSError, WriteError, DocumentTooLarge) as error:
         raise LabelError(f"its labels can't be stored: {error}") from error
     if not result.matched_count:
-        raise LabelError("its labels were changed at the same time: promote once more")
+        raise LabelError("its labels were changed at the same time: promote again")
     return len(new)
 
 
 def _detection(proposal: Document, size: tuple[int, int], label: str) -> Document:
-    """As the database holds it; its mask, if in a file, in a file of its own."""
-    _mask(proposal, size)  # only labels that can be used are made
+    """The document of the new label; a mask in a file is copied to a new file."""
+    _mask(proposal, size)  # raises LabelError for an unusable proposal
     made: Document = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal)).to_dict()
     if proposal.get("mask") is not None:
         made["mask"] = proposal["mask"]
@@ -209,7 +209,7 @@ def _detection(proposal: Document, size: tuple[int, int], label: str) -> Documen
 
 
 def _polyline(proposal: Document, size: tuple[int, int], label: str) -> Document:
-    """As the database holds it."""
+    """The document of the new label."""
     if (mask := _mask(proposal, size)) is None:
         detection = fol.Detection(label=label, bounding_box=proposal["bounding_box"], **_origin(proposal))
     else:
@@ -223,24 +223,24 @@ def _origin(proposal: Document) -> dict[str, str]:
 
 
 def _mask(proposal: Document, size: tuple[int, int]) -> RLE | None:
-    """COCO RLE; None of a box without a mask. Raises LabelError where either can't be used, or the mask is empty."""
+    """The mask as COCO RLE; None for a box without a mask. Raises LabelError if it is unusable or empty."""
     try:
         (mask,) = masks_of([proposal], size)
     except MissingError:
         boxes_of([proposal], size)
         return None
     if not mask_utils.area(mask):
-        raise LabelError(f"{name_of(proposal)} has a mask without any pixel")
+        raise LabelError(f"{name_of(proposal)} has an empty mask")
     return mask
 
 
-def _tag(samples: SampleCollection, pred_field: str, found: LabelIds, tag: str) -> None:
-    """Gives these proposals the tag, in place of "unlabeled": in the dataset, and in patches of it that are shown."""
+def _tag(samples: SampleCollection, pred_field: str, proposals: LabelIds, tag: str) -> None:
+    """Replaces the proposals' tag "unlabeled" by `tag`, in the dataset and in `samples` if it is a view of patches."""
     dataset = root_dataset(samples)
-    retag(dataset, pred_field, tag, {}, found)
-    retag(dataset, pred_field, UNLABELED, found, {})
-    if source_dataset(samples) is not dataset and found:
-        ids = [str(id) for label_ids in found.values() for id in label_ids]
+    retag(dataset, pred_field, tag, {}, proposals)
+    retag(dataset, pred_field, UNLABELED, proposals, {})
+    if source_dataset(samples) is not dataset and proposals:
+        ids = [str(id) for label_ids in proposals.values() for id in label_ids]
         patches = source_dataset(samples).select_labels(ids=ids, fields=pred_field)
         patches.tag_labels(tag, label_fields=pred_field)
         patches.untag_labels(UNLABELED, label_fields=pred_field)

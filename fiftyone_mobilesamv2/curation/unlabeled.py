@@ -1,4 +1,4 @@
-"""Objects without a label, and labels without an object: where the ground truth and the proposals disagree."""
+"""Finds disagreements of ground truth and proposals: objects without a label, and labels without an object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..evaluation.average_recall import areas_of
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import source_dataset
 from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
-from ..labels.fields import check_shapes_field
+from ..labels.fields import GROUND_TRUTH_FIELD, check_shapes_field
 from .duplicates import DUPLICATE
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside_any
@@ -24,24 +24,25 @@ if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
-# Tags of proposals that someone has decided on.
+UNLABELED = "unlabeled"  # default tag of `find_unlabeled_objects`
+# Tags of proposals that a user has reviewed.
 PROMOTED = "promoted"
 DISMISSED = "dismissed"
-NOT_SUGGESTED = {PROMOTED, DISMISSED, DUPLICATE}  # the last where `find_duplicates` was run before
+NOT_SUGGESTED = {PROMOTED, DISMISSED, DUPLICATE}  # the last is set by `find_duplicates`
 
 
 @dataclass(frozen=True)
 class FoundLabels:
-    """Labels that were found, and tagged.
+    """Labels that were found and tagged.
 
     Attributes:
-        samples: where they were looked for.
-        field: that they are of.
-        tag: that they have now, and no other label of that field in `samples`.
-        ids: of the labels, in the order in which they should be looked at.
-        num_samples: how many samples have any.
-        left_out: how many images were not looked at, since the model hasn't been run on them.
-        skipped: of each image with a label that can't be used, its id, filepath and cause.
+        samples: the samples that were searched.
+        field: the field of the labels.
+        tag: their tag, which no other label of the field in `samples` has.
+        ids: the ids of the labels, in the order in which to review them.
+        num_samples: number of samples with such labels.
+        left_out: number of images that were left out because the model hasn't been run on them.
+        skipped: id, filepath and cause of each image with an unusable label.
     """
 
     samples: SampleCollection = dataclasses.field(repr=False)
@@ -57,14 +58,14 @@ class FoundLabels:
 
     @property
     def patches(self) -> fo.core.patches.PatchesView:
-        """These labels in this order, but for those that have lost the tag since."""
+        """These labels in this order, except those that have lost the tag since."""
         return patches_of(self.samples, self.field, self.tag, self.ids)
 
 
 def find_unlabeled_objects(
     samples: SampleCollection,
     pred_field: str,
-    gt_field: str = "ground_truth",
+    gt_field: str = GROUND_TRUTH_FIELD,
     *,
     iou: float = 0.5,
     max_inside: float = 0.7,
@@ -72,37 +73,38 @@ def find_unlabeled_objects(
     min_area: float = 0.0,
     rank_by: str = "confidence",
     use_masks: bool = True,
-    tag: str = "unlabeled",
+    tag: str = UNLABELED,
     progress: Progress = None,
 ) -> FoundLabels:
     """Finds and tags the proposals that no label explains.
 
-    A label explains a proposal that has an IoU of `iou` with it. Labels together explain one of which `max_inside` lies
-    in their union: a part of a labelled object, or anything in a crowd region. Proposals tagged "promoted" or
-    "dismissed" have been decided on, and are not found again. In an image without any label all others are.
+    A label explains a proposal if their IoU is at least `iou`. Labels together explain a proposal if at least
+    `max_inside` of it lies in their union: a part of a labelled object, or anything in a crowd region. Proposals tagged
+    "promoted" or "dismissed" have been reviewed and are not found again; neither are those tagged "duplicate". In an
+    image without labels, all other proposals are found.
 
-    An image with a label that can't be used is skipped, logged, and listed in `skipped`. Nothing is stored before
-    everything has been looked at; then the tag is taken from all other proposals in `samples`.
+    An image with an unusable label is skipped, logged and listed in `skipped`. Tags are stored once all images have
+    been read; the tag is then removed from all other proposals in `samples`.
 
     Args:
-        samples: a dataset or view of images. Where image sizes are missing, metadata is computed and stored.
+        samples: a dataset or view of images. Missing metadata is computed and stored.
         pred_field: the proposals: detections or polylines.
         gt_field: the labels, likewise. `iscrowd` marks regions of several objects.
-        iou: from which IoU with a label on a proposal is that object.
-        max_inside: from which share of its area inside labels on a proposal is explained by them.
-        min_score: proposals that score less are not looked at.
-        min_area: nor are those of fewer pixels.
-        rank_by: what the score is: "confidence", "predicted_iou", "stability", or "sam", the mean of the last two.
-        use_masks: compares masks; else boxes, whose shares are rounded to pixels.
-        tag: what they are tagged with.
-        progress: as everywhere in FiftyOne.
+        iou: minimum IoU of a proposal with a label of the same object.
+        max_inside: minimum share of a proposal's area inside labels for which they explain it.
+        min_score: proposals with a lower score are ignored.
+        min_area: proposals with fewer pixels are ignored.
+        rank_by: the score: "confidence", "predicted_iou", "stability", or "sam", the mean of the last two.
+        use_masks: whether to compare masks; otherwise boxes, which are rounded to pixels for `max_inside`.
+        tag: the tag for the proposals.
+        progress: as elsewhere in FiftyOne.
 
     Returns:
-        the proposals, those of the highest score first.
+        The proposals, highest score first.
 
     Raises:
         ValueError: a field is missing, of the wrong type or read-only; a mask or a score is missing; a threshold or
-            ranking is not valid; or every image had to be skipped.
+            ranking is invalid; or all images were skipped.
     """
     check_images(samples)
     check_options(rank_by, iou=iou, max_inside=max_inside)
@@ -119,33 +121,34 @@ def find_unlabeled_objects(
         crowd = np.array([is_crowd(label) for label in objects], bool)
         shapes, labelled = shapes_of(proposals, size, use_masks), shapes_of(objects, size, use_masks)
         best_ious = ious(shapes, labelled)[:, ~crowd].max(1, initial=0)
-        found = (best_ious < iou) & (shares_inside_any(shapes, labelled, size) < max_inside)
-        found &= (areas_of(shapes) > 0) & (areas_of(shapes) >= min_area)
-        return {proposals[i]["_id"]: -scores[i] for i in np.flatnonzero(found)}
+        is_unlabeled = (best_ious < iou) & (shares_inside_any(shapes, labelled, size) < max_inside)
+        is_unlabeled &= (areas_of(shapes) > 0) & (areas_of(shapes) >= min_area)
+        return {proposals[i]["_id"]: -scores[i] for i in np.flatnonzero(is_unlabeled)}
 
-    return _found(samples, [pred_field, gt_field], pred_field, unlabeled, tag, progress)
+    return _tag_labels(samples, [pred_field, gt_field], pred_field, unlabeled, tag, progress)
 
 
 def find_unsupported_labels(
     samples: SampleCollection,
     pred_field: str,
-    gt_field: str = "ground_truth",
+    gt_field: str = GROUND_TRUTH_FIELD,
     *,
     iou: float = 0.5,
     use_masks: bool = True,
     tag: str = "unsupported",
     progress: Progress = None,
 ) -> FoundLabels:
-    """Finds and tags the labels that no proposal has an IoU of `iou` with: wrong ones, or objects the model misses.
+    """Finds and tags the labels whose IoU with every proposal is below `iou`: wrong labels, or objects the model
+    misses.
 
-    Crowd regions are no such labels. Images on which the model hasn't been run, where `pred_field` is None, are left
-    out and counted. Otherwise as :func:`find_unlabeled_objects`, with the same arguments.
+    Crowd regions are ignored. Images on which the model hasn't been run, where `pred_field` is None, are left out and
+    counted. Otherwise like :func:`find_unlabeled_objects`, with the same arguments.
 
     Returns:
-        the labels, those of the lowest best IoU first.
+        The labels, lowest best IoU first.
 
     Raises:
-        ValueError: as :func:`find_unlabeled_objects`.
+        ValueError: as for :func:`find_unlabeled_objects`.
     """
     check_images(samples)
     check_options(iou=iou)
@@ -162,10 +165,10 @@ def find_unsupported_labels(
         best_ious = ious(shapes, proposed).max(1, initial=0)
         return {objects[i]["_id"]: best_ious[i] for i in np.flatnonzero(best_ious < iou)}
 
-    return _found(samples, [pred_field, gt_field], gt_field, unsupported, tag, progress)
+    return _tag_labels(samples, [pred_field, gt_field], gt_field, unsupported, tag, progress)
 
 
-def _found(
+def _tag_labels(
     samples: SampleCollection,
     field_names: list[str],
     field_name: str,
@@ -176,26 +179,26 @@ def _found(
     """Tags the labels of `field_name` that `find` finds in the images.
 
     Args:
-        find: an image -> by id its labels that are to be tagged, and where they go in the order of all, lowest first;
-            None for an image that is left out.
+        find: image -> {label id: sort key} of the labels to tag, which are sorted in ascending order; None for an image
+            that is left out.
     """
     before: dict[ObjectId, set[ObjectId]] = {}
-    found: dict[ObjectId, dict[ObjectId, float]] = {}
+    sort_keys: dict[ObjectId, dict[ObjectId, float]] = {}
     left_out = 0
 
-    def look(stored: StoredImage) -> None:
+    def visit(stored: StoredImage) -> None:
         nonlocal left_out
         before[stored.sample_id] = {label["_id"] for label in stored.labels(field_name) if tag in tags_of(label)}
         if (labels := find(stored)) is None:
             left_out += 1
         elif labels:
-            found[stored.sample_id] = labels
+            sort_keys[stored.sample_id] = labels
 
-    skipped = visit_images(samples, field_names, look, progress)
-    retag(source_dataset(samples), field_name, tag, before, found)
-    places = {id: place for labels in found.values() for id, place in labels.items()}
-    ids = [str(id) for id in sorted(places, key=places.__getitem__)]
-    return FoundLabels(samples, field_name, tag, ids, len(found), left_out, skipped)
+    skipped = visit_images(samples, field_names, visit, progress)
+    retag(source_dataset(samples), field_name, tag, before, sort_keys)
+    all_keys = {id: key for labels in sort_keys.values() for id, key in labels.items()}
+    ids = [str(id) for id in sorted(all_keys, key=all_keys.__getitem__)]
+    return FoundLabels(samples, field_name, tag, ids, len(sort_keys), left_out, skipped)
 
 
 def _check_different(pred_field: str, gt_field: str) -> None:

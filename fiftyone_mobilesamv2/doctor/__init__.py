@@ -1,4 +1,4 @@
-"""Proof that a model works on this machine: ``fiftyone-mobilesamv2 doctor [MODEL]``."""
+"""Checks that a model works on this machine: ``fiftyone-mobilesamv2 doctor [MODEL]``."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _MARKS = {True: "ok  ", False: "FAIL", None: "    "}
 
 
 def run(name: str | None, device: str | None, dtype: str, output: Path) -> int:
-    """Looks at the machine, at the model's files, and at what the model makes of images whose objects are known.
+    """Checks the machine, the model's files, and the model's results on images with known objects.
 
-    Prints what it finds as it goes, and a sentence at the end.
+    Prints each result as it becomes available, and a verdict at the end.
 
     Args:
-        name: of a zoo model; None for the one that comes with the package.
-        output: where the picture goes.
+        name: the name of a zoo model; None for the one that is part of the package.
+        output: path of the picture.
 
     Returns:
-        0 if the model works, else 1.
+        0 if the model works, otherwise 1.
 
     Raises:
         ValueError: no model has that name.
@@ -39,15 +39,15 @@ def run(name: str | None, device: str | None, dtype: str, output: Path) -> int:
     name = name or DEMO_MODEL
     model = pretrained_model(name)
     print("Machine", flush=True)
-    found = _shown(machine_checks(device))
+    results = _print_checks(machine_checks(device))
 
     print(f"\nFiles of {name}", flush=True)
-    files = _shown(_file_checks(name))
-    found += files
+    files = _print_checks(_file_checks(name))
+    results += files
     if all(check.passed for check in files):
         print(f"\nSegmentation of {model.images}", flush=True)
-        found += _segmentation(name, model, device, dtype, output)
-    sentence = verdict(found)
+        results += _segmentation(name, model, device, dtype, output)
+    sentence = verdict(results)
     print(f"\n{name}: {sentence}")
     return int(sentence != "works")
 
@@ -55,35 +55,35 @@ def run(name: str | None, device: str | None, dtype: str, output: Path) -> int:
 def _segmentation(name: str, model: PretrainedModel, device: str | None, dtype: str, output: Path) -> list[Check]:
     images = known_images(model.images)
     if not images:
-        raise MobileSAMv2Error("No package here has the photos to test with: pip install scikit-image")
+        raise MobileSAMv2Error("No installed package contains the test photos: pip install scikit-image")
     start = time.perf_counter()
     try:
         loaded = MobileSAMv2.from_pretrained(name, device, getattr(torch, dtype))
     except CheckpointError as error:
-        return _shown([Check(False, str(error), "The files do not fit the model: see above.")])
+        return _print_checks([Check(False, str(error), "The files do not match the model: see above.")])
     measured = measure(loaded, images)
-    found = _shown(checks(measured, model.known_iou, model.known_fingerprint))
+    results = _print_checks(checks(measured, model.known_iou, model.known_fingerprint))
     stages = ", ".join(f"{stage} {seconds / len(images):.2f}" for stage, seconds in measured.seconds.items())
-    print(f"     Seconds per image: {stages}; {time.perf_counter() - start:.0f} s in all")
+    print(f"     Seconds per image: {stages}; {time.perf_counter() - start:.0f} s in total")
     cv2.imwrite(str(output), picture(images, measured)[:, :, ::-1])
     print(f"     Picture: {output}")
-    return found
+    return results
 
 
-def _shown(found: Iterable[Check]) -> list[Check]:
-    """The checks, each printed as it comes."""
-    kept = []
-    for check in found:
+def _print_checks(results: Iterable[Check]) -> list[Check]:
+    """Prints each check as it becomes available, and returns them all."""
+    printed = []
+    for check in results:
         print(f"{_MARKS[check.passed]} {check.text}", flush=True)
-        kept.append(check)
-    return kept
+        printed.append(check)
+    return printed
 
 
 def _file_checks(name: str) -> list[Check]:
     try:
         fetch_model(name)
     except CheckpointError as error:
-        return [Check(False, str(error), "Files are missing or are not the right ones: see above.")]
+        return [Check(False, str(error), "Files are missing or are not the expected ones: see above.")]
     return [
         Check(verified.problem is None, f"{local_path(weights)}: {verified.problem or f'sha256 {verified.sha256}'}")
         for weights, verified in verify_model(name).items()

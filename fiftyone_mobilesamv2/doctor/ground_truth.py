@@ -1,7 +1,7 @@
-"""Images whose objects are known: photos that installed packages carry, and scenes made for this package.
+"""Images with known objects: photos from installed packages, and scenes generated for this package.
 
-The masks of photos were drawn by hand for this package, to about 3 pixels, around objects that fill less than 55 % of
-their box: so the filled box, and the ellipse in it, are bad answers.
+The photos' masks were drawn by hand for this package, accurate to about 3 pixels. The objects fill less than 55 % of
+their boxes, so the filled box and the ellipse in it are poor answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..modeling.checkpoints.verification import file_hashes
 from ..training.scenes import TEST_SEED, make_scene
 
 PHOTO_OBJECTS = Path(__file__).with_name("photo_objects.json")
-MAX_FILL = 0.55  # share of its box that an object may fill
-MIN_AREA = 400  # pixels of an object in a scene: in smaller ones a pixel's width decides
+MAX_FILL = 0.55  # maximum share of its box that an object fills
+MIN_AREA = 400  # minimum pixels of an object in a scene: for smaller ones, an error of one pixel dominates
 NUM_SCENES = 20
 
-_FRACTION_BITS = 3  # of the coordinates that are drawn with
+_FRACTION_BITS = 3  # of drawing coordinates
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class KnownImage:
     """An image and masks of some of its objects.
 
     Attributes:
-        name: of the file, or the number of the scene.
+        name: the name of the file, or the number of the scene.
         image: uint8 RGB [H, W, 3].
-        objects: what they are called.
+        objects: the names of the objects.
         masks: bool [N, H, W].
     """
 
@@ -58,7 +58,7 @@ class KnownImage:
 
 
 def known_images(kind: str) -> list[KnownImage]:
-    """Those that a model is proven on: "photos" or "scenes", as the catalog says of it.
+    """The images for checking a model: "photos" or "scenes", as given in the catalog.
 
     >>> known_images("scenes")[0].masks.dtype
     dtype('bool')
@@ -67,35 +67,35 @@ def known_images(kind: str) -> list[KnownImage]:
 
 
 def photos() -> list[KnownImage]:
-    """The photos of the packages that are installed here, if the files are those that were drawn on."""
-    found = []
+    """The photos from installed packages whose files are the annotated ones."""
+    images = []
     for photo in json.loads(PHOTO_OBJECTS.read_text())["photos"]:
         spec = importlib.util.find_spec(photo["package"])
         folders = spec.submodule_search_locations if spec else None
         path = Path(folders[0], photo["path"]) if folders else None
         if path is None or not path.is_file() or file_hashes(path)[0] != photo["sha256"]:
-            continue  # another version of the package, perhaps, with other photos
+            continue  # perhaps another version of the package with different photos
         image = read_image(str(path))
         masks = [filled(each["rings"], image.shape[:2]) for each in photo["objects"]]
-        found.append(KnownImage(path.name, image, [each["name"] for each in photo["objects"]], np.stack(masks)))
-    return found
+        images.append(KnownImage(path.name, image, [each["name"] for each in photo["objects"]], np.stack(masks)))
+    return images
 
 
 def scenes() -> list[KnownImage]:
-    """Scenes that the demo model was not trained on, with those of their objects that don't fill their boxes."""
-    found = []
+    """Scenes that the demo model was not trained on, with the objects that don't fill their boxes."""
+    images = []
     for index in range(NUM_SCENES):
         scene = make_scene(TEST_SEED, index)
         names = [f"object {i}" for i in range(scene.num_objects)]
         whole = KnownImage(f"scene {index}", scene.image, names, scene.masks())
         kept = np.flatnonzero((whole.fills < MAX_FILL) & (whole.masks.sum((1, 2)) >= MIN_AREA))
         if len(kept):
-            found.append(KnownImage(whole.name, whole.image, [names[i] for i in kept], whole.masks[kept]))
-    return found
+            images.append(KnownImage(whole.name, whole.image, [names[i] for i in kept], whole.masks[kept]))
+    return images
 
 
 def filled(rings: list[list[list[float]]], size: tuple[int, int]) -> MaskArray:
-    """bool [H, W]: polygons of (x, y), filled even-odd; what they touch is inside."""
+    """bool [H, W]: polygons of (x, y), filled by the even-odd rule; pixels that they touch are inside."""
     mask = np.zeros(size, np.uint8)
     points = [np.round(np.array(ring, float) * 2**_FRACTION_BITS).astype(np.int32) for ring in rings]
     cv2.fillPoly(mask, points, 1, shift=_FRACTION_BITS)

@@ -1,4 +1,4 @@
-"""What a model needs around it: versions, devices, the database, and the App's parts that need no browser."""
+"""Checks of a model's environment: versions, devices, the database, and the parts of the App that need no browser."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+from ..errors import message_of
 from .segmentation_check import Check
 
 PACKAGES = (
@@ -26,31 +27,31 @@ PACKAGES = (
     "opencv-python",
     "opencv-python-headless",
 )
-SERVER_START = 90  # seconds that the App's server may take
+SERVER_START = 90  # seconds for the App's server to start
 
 
 def machine_checks(device: str | None) -> Iterator[Check]:
-    """One after the other, as they are done. Nothing that fails keeps the rest from being looked at.
+    """Yields the checks as they complete. A failing check does not prevent the others.
 
     Args:
-        device: the one that is asked for, or None.
+        device: the requested device, or None.
     """
     yield Check(None, f"Python {platform.python_version()} on {platform.platform()}")
     yield Check(None, ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
-    for what, check in (
+    for problem, check in (
         ("The device can't be used", lambda: _device(device)),
         ("The database can't be used", _database),
         ("The plugin can't be loaded", _plugin),
         ("The App's server doesn't start", _server),
     ):
-        yield _attempt(what, check)
+        yield _attempt(problem, check)
 
 
-def _attempt(what: str, check: Callable[[], str]) -> Check:
+def _attempt(problem: str, check: Callable[[], str]) -> Check:
     try:
         return Check(True, check())
-    except Exception as error:  # whatever it is, it is what this machine lacks
-        return Check(False, f"{what}: {error}", f"{what}: see above.")
+    except Exception as error:  # any error means that this machine lacks something
+        return Check(False, f"{problem}: {message_of(error)}", f"{problem}: see above.")
 
 
 def _version(package: str) -> str:
@@ -66,7 +67,7 @@ def _device(name: str | None) -> str:
     from ..modeling.devices import available_devices, usable_device
 
     device = usable_device(name)
-    text = f"Device {device}, of {', '.join(available_devices())}; {torch.get_num_threads()} threads"
+    text = f"Device {device} (available: {', '.join(available_devices())}); {torch.get_num_threads()} threads"
     return f"{text}; {torch.cuda.get_device_name(device)}" if device.type == "cuda" else text
 
 
@@ -91,8 +92,8 @@ def _plugin() -> str:
         if context.name == PLUGIN:
             if context.errors:
                 raise RuntimeError("; ".join(map(str, context.errors)))
-            found = sum(isinstance(instance, Operator) for instance in context.instances)
-            return f"The plugin is linked into {fo.config.plugins_dir}, and registers {found} operators and panels"
+            count = sum(isinstance(instance, Operator) for instance in context.instances)
+            return f"The plugin is linked into {fo.config.plugins_dir}, and registers {count} operators and panels"
     return (
         f"{len(OPERATORS)} operators can be loaded. The plugin is not linked into {fo.config.plugins_dir}: "
         "run fiftyone-mobilesamv2 install to have it in the App"
@@ -114,9 +115,9 @@ def _server() -> str:
                 return f"The App's server answers after {time.monotonic() - start:.0f} s"
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 if process.poll() is not None:
-                    raise RuntimeError(f"it ended with exit status {process.returncode}") from None
+                    raise RuntimeError(f"it exited with status {process.returncode}") from None
                 if time.monotonic() - start > SERVER_START:
-                    raise RuntimeError(f"it does not answer within {SERVER_START} s") from None
+                    raise RuntimeError(f"it did not answer within {SERVER_START} s") from None
                 time.sleep(0.5)
     finally:
         process.terminate()

@@ -1,4 +1,4 @@
-"""A picture of what the doctor saw: the known objects, what the model made of their boxes, and everything it found."""
+"""A picture of the doctor's results: the known objects, the masks from their boxes, and all objects found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GAP = 4
 
 
 def picture(images: Sequence[KnownImage], measured: Measured) -> ImageArray:
-    """uint8 RGB: a row an image, with the known masks, the masks from their boxes and their IoU, and all masks."""
+    """uint8 RGB: a row per image with the known masks, the masks from their boxes with their IoU, and all masks."""
     rows = [_captions()]
     first = 0
     for known, prompted, everything in list(zip(images, measured.prompted, measured.everything))[:ROWS]:
@@ -52,17 +52,16 @@ def _tile(image: ImageArray) -> ImageArray:
 
 
 def _write(tile: ImageArray, text: str, box: AnyArray) -> None:
-    """In the middle of a box, white with a dark rim."""
+    """Writes text in the middle of a box, white with a dark outline."""
     x, y = int((box[0] + box[2]) / 2) - 14, int((box[1] + box[3]) / 2) + 5
     for color, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(tile, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, thickness, cv2.LINE_AA)
 
 
-def _masks(found: Segmentation) -> list[tuple[MaskArray, IntArray]]:
-    """In order of confidence, so that the most confident are on top."""
-    return [
-        (found.masks[i], found.boxes[i]) for i in np.argsort(found.confidence, kind="stable") if found.masks[i].size
-    ]
+def _masks(segmentation: Segmentation) -> list[tuple[MaskArray, IntArray]]:
+    """The masks and boxes by increasing confidence, so that the most confident are drawn on top."""
+    order = np.argsort(segmentation.confidence, kind="stable")
+    return [(segmentation.masks[i], segmentation.boxes[i]) for i in order if segmentation.masks[i].size]
 
 
 def _cropped(mask: MaskArray, box: AnyArray) -> tuple[MaskArray, AnyArray]:

@@ -1,7 +1,7 @@
-"""Whether a model segments: measured on images whose objects are known, and what is wrong where it does not.
+"""Checks that a model segments correctly, on images with known objects, and explains what is wrong if it does not.
 
-Weights that load prove little: random ones load, too, and so does a decoder beside an encoder that it was not trained
-with. Each check here fails for such a model.
+Weights that load prove little: so do random weights, and a decoder that was not trained with the encoder. The checks in
+this module fail for such models.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..modeling.mobilesamv2 import MobileSAMv2
 from ..training.scenes import TEST_SEED, make_scene
 from .ground_truth import KnownImage
 
-# What a working model has to reach. Those for models of photos are not calibrated on the released weights, which could
-# not be had where this was written: they lie far above the trivial answers (0.40 and 0.42) and below what is reported
-# of SAM's masks from boxes.
+# Thresholds for a working model. For photos, they are not calibrated on the released weights, which were not available
+# when this was written: they lie far above the trivial answers (0.40 and 0.42) and below the reported quality of SAM's
+# masks from boxes.
 MIN_IOU = 0.6  # mean IoU of masks from boxes
-MARGIN = 0.1  # how much that exceeds the better trivial answer
-MAX_BELOW_KNOWN = 0.03  # how far it may be below what the catalog knows of the model
-MIN_FOUND = 0.5  # share of the known objects that discovery finds
-MIN_AGREEMENT = 0.5  # share of object-aware masks that the grid finds, too
-MAX_BETTER = 0.05  # how much better masks of an image in another form may be
-MAX_FINGERPRINT = 0.05  # standard deviations that the embedding may differ from the known one
-SAME = 0.5  # IoU from which on two boxes or masks are of the same object
+MARGIN = 0.1  # minimum difference of the mean IoU to the better trivial answer
+MAX_BELOW_KNOWN = 0.03  # maximum difference of the mean IoU to the catalog's value
+MIN_FOUND = 0.5  # minimum share of the known objects that discovery finds
+MIN_AGREEMENT = 0.5  # minimum share of object-aware masks that the grid also finds
+MAX_BETTER = 0.05  # maximum IoU gain from another input format
+MAX_FINGERPRINT = 0.05  # maximum deviation from the known embedding, in standard deviations
+SAME = 0.5  # minimum IoU of two boxes or masks of the same object
 
 GRID = 16  # points per side
-COMPARED = 4  # images that are also encoded in other forms
+COMPARED = 4  # number of images that are also encoded in other formats
 FINGERPRINT_CHANNELS = 8
 
-# Other forms of the network's input that weights may expect: RGB in 0..255 [3, S, S] -> input.
+# Other input formats that weights may expect: RGB in 0..255 [3, S, S] -> network input.
 _MEAN, _STD = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
 FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "BGR": lambda pixels: (pixels.flip(0) - _MEAN) / _STD,
@@ -47,12 +47,12 @@ FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        passed: whether it is as it should be; None where there was nothing to compare with.
+        passed: whether it passed; None if there was nothing to compare with.
         text: what was measured, and what was expected.
-        verdict: what a failure means, in a sentence.
+        verdict: the meaning of a failure, as a sentence.
     """
 
     passed: bool | None
@@ -62,20 +62,20 @@ class Check:
 
 @dataclass
 class Measured:
-    """What was measured of a model.
+    """The measurements of a model.
 
     Attributes:
         iou: [N] IoU of the mask from each known object's box.
         box_iou, ellipse_iou: [N] IoU of the filled box, and of the ellipse in it.
-        forms: form -> (mean IoU of the first images' masks in it, in the right form).
-        found: [N] whether discovery has a box of each object.
-        num_found: objects that discovery finds in all images.
-        agreement: share of the object-aware masks of one image that the grid finds; NaN without any.
-        grid_masks: masks of the grid in that image.
-        fingerprint: of the embedding of a scene.
+        forms: input format -> (mean IoU of the first images' masks in it, and in the right format).
+        found: [N] whether discovery finds a box for each object.
+        num_found: number of objects that discovery finds in all images.
+        agreement: share of one image's object-aware masks that the grid also finds; NaN if there are none.
+        grid_masks: number of the grid's masks in that image.
+        fingerprint: the fingerprint of a scene's embedding.
         fingerprint_std: the embedding's standard deviation.
-        inputs: network -> what it was given for a red image, and what it should have been.
-        seconds: stage -> wall time over all images, of object-aware prompting.
+        inputs: network -> its input for a red image, and the expected input.
+        seconds: stage -> wall time over all images with object-aware prompting.
         prompted, everything: masks of each image, from the known boxes and from discovery.
     """
 
@@ -97,7 +97,7 @@ class Measured:
 
 def measure(model: MobileSAMv2, images: Sequence[KnownImage]) -> Measured:
     """Runs the model over `images`, which have at least one known object each."""
-    # The first image takes longer than the rest: kernels are chosen, memory is reserved.
+    # Warm-up: for the first image, kernels are chosen and memory is allocated.
     model.segment_everything([images[0].image])
     model.seconds.clear()
     everything = [model.segment_everything([known.image])[0] for known in images]
@@ -134,10 +134,10 @@ def measure(model: MobileSAMv2, images: Sequence[KnownImage]) -> Measured:
 def checks(
     measured: Measured, known_iou: float | None = None, known_fingerprint: Sequence[float] | None = None
 ) -> list[Check]:
-    """What the measurements say, the most telling first.
+    """Evaluates the measurements, the most specific checks first.
 
     Args:
-        known_iou, known_fingerprint: what a working model of that name has, if that is known.
+        known_iou, known_fingerprint: the values of a working model of that name, if known.
     """
     return [
         *_input_checks(measured),
@@ -149,37 +149,37 @@ def checks(
     ]
 
 
-def verdict(found: Sequence[Check]) -> str:
+def verdict(results: Sequence[Check]) -> str:
     """One sentence: "works", or what is wrong."""
-    return next((check.verdict for check in found if check.passed is False), "works")
+    return next((check.verdict for check in results if check.passed is False), "works")
 
 
 # Each check ----------------------------------------------------------------------------------------------------------
 
 
 def _input_checks(measured: Measured) -> list[Check]:
-    found = []
-    for network, (given, expected) in measured.inputs.items():
-        passed = bool(np.allclose(given, expected, atol=0.02))
-        shown = " ".join(f"{value:.3f}" for value in given)
-        wanted = "" if passed else f", expected {' '.join(f'{value:.3f}' for value in expected)}"
-        found.append(
+    results = []
+    for network, (actual, expected) in measured.inputs.items():
+        passed = bool(np.allclose(actual, expected, atol=0.02))
+        shown = " ".join(f"{value:.3f}" for value in actual)
+        expectation = "" if passed else f", expected {' '.join(f'{value:.3f}' for value in expected)}"
+        results.append(
             Check(
                 passed,
-                f"The {network} is given {shown} for a red pixel{wanted}",
-                f"Images reach the {network} in another form than its weights expect: wrong normalisation or order of "
-                "channels.",
+                f"The {network} receives {shown} for a red pixel{expectation}",
+                f"The {network} receives images in another format than its weights expect: wrong normalisation or "
+                "channel order.",
             )
         )
-    return found
+    return results
 
 
 def _form_checks(measured: Measured) -> list[Check]:
     return [
         Check(
             bool(other <= right + MAX_BETTER),
-            f"Masks have IoU {right:.3f} as the image is, {other:.3f} with {form}",
-            f"The encoder's weights expect {form}: they are of another kind than the catalog says.",
+            f"Masks have IoU {right:.3f} with the normal input, {other:.3f} with {form}",
+            f"The encoder's weights expect {form}: they are not the kind of weights that the catalog declares.",
         )
         for form, (other, right) in measured.forms.items()
     ]
@@ -187,36 +187,36 @@ def _form_checks(measured: Measured) -> list[Check]:
 
 def _mask_check(measured: Measured, known: float | None) -> Check:
     mean, trivial = float(measured.iou.mean()), max(measured.box_iou.mean(), measured.ellipse_iou.mean())
-    least = max(MIN_IOU if known is None else known - MAX_BELOW_KNOWN, trivial + MARGIN)
+    min_iou = max(MIN_IOU if known is None else known - MAX_BELOW_KNOWN, trivial + MARGIN)
     text = (
         f"Masks from the boxes of {len(measured.iou)} known objects have a mean IoU of {mean:.3f}, expected at least "
-        f"{least:.3f} (the filled box has {measured.box_iou.mean():.3f}, the ellipse in it "
+        f"{min_iou:.3f} (the filled box has {measured.box_iou.mean():.3f}, the ellipse in it "
         f"{measured.ellipse_iou.mean():.3f})"
     )
     if mean < trivial:
         meaning = (
-            "The weights load, but decoder and encoder do not fit each other, or one of the files holds other weights: "
-            "masks are worse than a filled box."
+            "The weights load, but decoder and encoder do not match, or one of the files contains other weights: masks "
+            "are worse than a filled box."
         )
     else:
         meaning = (
-            "The weights load and see something, but masks are worse than they should be: one of the files, or what is "
-            "done to an image before the encoder, is not what the weights were trained with."
+            "The weights load and find objects, but masks are worse than expected: one of the files is wrong, or the "
+            "preprocessing differs from that in training."
         )
-    return Check(bool(mean >= least), text, meaning)
+    return Check(bool(mean >= min_iou), text, meaning)
 
 
 def _fingerprint_check(measured: Measured, known: Sequence[float] | None) -> Check:
     shown = " ".join(f"{value:.4f}" for value in measured.fingerprint)
     text = f"The embedding's fingerprint is {shown} (standard deviation {measured.fingerprint_std:.4f})"
     if known is None:
-        return Check(None, f"{text}; none is known of this model")
+        return Check(None, f"{text}; none is known for this model")
     deviation = float(np.abs(measured.fingerprint - known).max() / max(measured.fingerprint_std, 1e-12))
     return Check(
         deviation <= MAX_FINGERPRINT,
         f"{text}, {deviation:.4f} standard deviations from the known one",
-        "The encoder computes something else than it does where its weights were made: wrong normalisation, other "
-        "weights, or a device that computes wrongly (try --device cpu).",
+        "The encoder's output differs from the expected one: wrong normalisation, other weights, or a device with "
+        "wrong results (try --device cpu).",
     )
 
 
@@ -226,20 +226,20 @@ def _discovery_check(measured: Measured) -> Check:
         f"Discovery finds {measured.num_found} objects, {measured.found.sum()} of the {len(measured.found)} known ones "
         f"among them, expected at least {MIN_FOUND:.0%}",
         "Masks from boxes are right, but object discovery finds too few of the known objects: the detector's file "
-        "holds other weights.",
+        "contains other weights.",
     )
 
 
 def _agreement_check(measured: Measured) -> Check:
     text = f"In one image, a {GRID}x{GRID} grid finds {measured.grid_masks} masks"
     if np.isnan(measured.agreement):
-        return Check(None, f"{text}, object-aware prompts none")
+        return Check(None, f"{text}; object-aware prompting finds none")
     return Check(
         bool(measured.agreement >= MIN_AGREEMENT),
-        f"{text}, {measured.agreement:.0%} of those that object-aware prompts find, expected at least "
+        f"{text}, including {measured.agreement:.0%} of those from object-aware prompts, expected at least "
         f"{MIN_AGREEMENT:.0%}",
-        "Masks from boxes are right, but masks from points are of other things: the prompt encoder's weights do not "
-        "fit.",
+        "Masks from boxes are right, but masks from points show other objects: the prompt encoder's weights do not "
+        "match.",
     )
 
 
@@ -270,7 +270,7 @@ def _trivial_ious(known: KnownImage) -> tuple[list[float], list[float]]:
 def _iou_in_form(
     model: MobileSAMv2, images: Sequence[KnownImage], form: Callable[[torch.Tensor], torch.Tensor]
 ) -> float:
-    """Mean IoU of the masks from known boxes where the network is given its images in another form."""
+    """Mean IoU of the masks from known boxes if the network receives images in another format."""
     ious = []
     for known in images:
         pixels, (height, width) = preprocess(known.image, model.config.image_size)
@@ -286,7 +286,7 @@ def _iou_in_form(
 
 
 def _agreement(model: MobileSAMv2, image: ImageArray, everything: Segmentation) -> tuple[float, int]:
-    """The share of the object-aware masks that masks of a grid agree with, unfiltered ones; and how many these are."""
+    """The share of object-aware masks that match a mask of an unfiltered grid, and the number of the grid's masks."""
     (grid,) = model.segment_everything(
         [image], prompting="grid", points_per_side=GRID, grid_filter=GridFilter(0, 0, 0.9)
     )
@@ -298,26 +298,26 @@ def _agreement(model: MobileSAMv2, image: ImageArray, everything: Segmentation) 
 
 
 def _inputs(model: MobileSAMv2) -> dict[str, tuple[list[float], list[float]]]:
-    """What encoder and detector are given where the image is red, and what they should be given."""
+    """The inputs of the encoder and the detector for a red image, and the expected inputs."""
     red = np.zeros((64, 64, 3), np.uint8)
     red[..., 0] = 255
     normalised = [float((value - mean) / std) for value, mean, std in zip((255, 0, 0), PIXEL_MEAN, PIXEL_STD)]
     networks = {"encoder": (model.image_encoder, normalised)}
     if model.discovery is not None:
         networks["detector"] = (model.discovery.detector, [1.0, 0.0, 0.0])
-    given: dict[str, list[float]] = {}
+    inputs: dict[str, list[float]] = {}
 
-    def look_at(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
-        def look(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    def record_input(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor]], None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
             (pixels,) = args
-            given[name] = pixels[0, :, pixels.shape[2] // 2, pixels.shape[3] // 2].float().tolist()
+            inputs[name] = pixels[0, :, pixels.shape[2] // 2, pixels.shape[3] // 2].float().tolist()
 
-        return look
+        return hook
 
-    hooks = [network.register_forward_pre_hook(look_at(name)) for name, (network, _) in networks.items()]
+    hooks = [network.register_forward_pre_hook(record_input(name)) for name, (network, _) in networks.items()]
     try:
         model.segment_everything([red]) if model.discovery is not None else model.encode([red])
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (given[name], expected) for name, (_, expected) in networks.items()}
+    return {name: (inputs[name], expected) for name, (_, expected) in networks.items()}

@@ -1,8 +1,8 @@
-"""Average recall of class-agnostic proposals, by COCO's rules (`COCOeval` with `useCats=0`): numpy and pycocotools.
+"""Average recall of class-agnostic proposals by COCO's rules (`COCOeval` with `useCats=0`), with NumPy and pycocotools.
 
-A match depends on better-ranked proposals only, so one pass over an image tells its recall at every K. And an object
-that COCO ignores (a crowd region, one outside the range of areas) never takes a proposal from one that counts, so each
-group of objects is matched as if its objects were the only ones.
+A match depends only on better-ranked proposals, so one pass over an image gives its recall at every K. An object that
+COCO ignores (a crowd region, or an object outside the area range) never takes a proposal from one that counts, so each
+group of objects is matched as if it contained all objects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 KS = (10, 100, 1000)
 MAX_K = 100_000
 
-# pixels; ends belong to both neighbours, as in COCOeval
+# In pixels. Limits belong to both adjacent ranges, as in COCOeval.
 AREA_RANGES = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 # LVIS: categories with fewer than 10, with 10 to 99, and with 100 or more training images.
 FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
@@ -37,7 +37,7 @@ METRIC_NAMES = {
     "frequent": "ARf",
 }
 
-NOT_FOUND = np.iinfo(np.int32).max  # a rank below no K
+NOT_FOUND = np.iinfo(np.int32).max  # a rank that exceeds every K
 
 # [N, 4] boxes as x, y, width, height in pixels, or N masks of one image as COCO RLE
 Shapes = FloatArray | Sequence[RLE]
@@ -45,13 +45,13 @@ Shapes = FloatArray | Sequence[RLE]
 
 @dataclass(frozen=True)
 class Matches:
-    """What the proposals of one image found.
+    """The matches between the proposals and objects of one image.
 
     Attributes:
-        ious: float64 [proposals, objects], proposals in order of rank; of crowds the share of the proposal inside.
+        ious: float64 [proposals, objects], proposals in order of rank; for crowds, the share of the proposal inside.
         ranks: int64 [thresholds, objects]: the rank, from 0, of the proposal that finds the object at each of
-            `IOU_THRESHOLDS`; `NOT_FOUND` where none does, and for crowds.
-        unmatched: bool [proposals]: finds no object at IoU 0.5 and does not lie on a crowd.
+            `IOU_THRESHOLDS`; `NOT_FOUND` if none does, and for crowds.
+        unmatched: bool [proposals]: whether it neither finds an object at IoU 0.5 nor lies on a crowd.
     """
 
     ious: FloatArray
@@ -60,26 +60,26 @@ class Matches:
 
     @property
     def best_ious(self) -> FloatArray:
-        """float64 [objects]: the highest IoU of each with any proposal; 0 without proposals."""
+        """float64 [objects]: the highest IoU of each object with any proposal; 0 without proposals."""
         best: FloatArray = self.ious.max(0, initial=0.0)
         return best
 
 
 class AverageRecall:
-    """Counts over images from which AR@K follows for every K up to the largest of `ks`.
+    """Counts over images, from which AR@K can be computed for every K up to the largest of `ks`.
 
-    It holds as much after a million images as after one, and sums of parts are exact in any grouping:
-    `AverageRecall(ks) + ...` of shards equals one over all images.
+    Its size does not depend on the number of images, and sums are exact in any grouping: the sum over shards equals the
+    counts over all images.
 
     Attributes:
-        ks: how many proposals of an image count, ascending.
-        images: how many were added.
-        totals: by group of objects, how many there are.
-        found: by group, int64 [thresholds, max(ks)]: how many objects the proposals of each rank found.
+        ks: numbers of proposals per image to evaluate, ascending.
+        images: number of images added.
+        totals: group -> number of objects.
+        found: group -> int64 [thresholds, max(ks)], the number of objects that proposals of each rank found.
     """
 
     def __init__(self, ks: Iterable[int] = KS) -> None:
-        """Raises ValueError if `ks` are not whole numbers from 1 to 100,000: there is a count for each rank."""
+        """Raises ValueError unless `ks` are whole numbers from 1 to 100,000; there is one count for each rank."""
         ks = tuple(ks)
         if not ks or any(isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= MAX_K for k in ks):
             raise ArgumentError(f"ks must be whole numbers from 1 to {MAX_K:,}, such as {KS}; got {ks}.")
@@ -96,13 +96,13 @@ class AverageRecall:
         areas: Sequence[float] | None = None,
         frequencies: Sequence[str | None] | None = None,
     ) -> Matches:
-        """Matches an image's proposals to its objects, and counts.
+        """Matches an image's proposals to its objects and adds them to the counts.
 
         Args:
-            proposals: best-ranked first; those beyond the largest K are left out.
+            proposals: best-ranked first; those beyond the largest K are ignored.
             objects: the ground truth; masks if proposals are masks, boxes if they are boxes.
-            is_crowd: of each object; such a region is ignored, as COCO does. Default: none is.
-            areas: of each object, in pixels; default: what its mask or box covers.
+            is_crowd: whether each object is a crowd region, which is ignored as in COCO. Default: none are.
+            areas: the area of each object in pixels; default: that of its mask or box.
             frequencies: LVIS's "r", "c" or "f" of each object's category.
         """
         proposals = proposals[: self.ks[-1]]
@@ -129,7 +129,7 @@ class AverageRecall:
 
     def __add__(self, other: AverageRecall) -> AverageRecall:
         if self.ks != other.ks:
-            raise ArgumentError(f"Parts measured with ks={self.ks} and ks={other.ks} can't be merged.")
+            raise ArgumentError(f"Counts for ks={self.ks} and ks={other.ks} can't be merged.")
         merged = AverageRecall(self.ks)
         merged.images = self.images + other.images
         for part in (self, other):
@@ -139,21 +139,23 @@ class AverageRecall:
         return merged
 
     def recalls(self, k: int, group: str = "all") -> FloatArray:
-        """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN where there are none."""
+        """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN if there are none."""
         if not 1 <= k <= self.ks[-1]:
-            raise ArgumentError(f"The {self.ks[-1]} best-ranked proposals were matched; K={k} is not among them.")
+            raise ArgumentError(
+                f"K={k} is not between 1 and {self.ks[-1]}, the number of best-ranked proposals that were matched."
+            )
         found = self.found[group][:, :k].sum(1)
         return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
 
     def curve(self, group: str = "all") -> FloatArray:
-        """float64 [max(ks)]: AR@1, AR@2, ... of the group."""
+        """float64 [max(ks)]: the group's AR@1, AR@2, ..."""
         found = self.found[group].cumsum(1).mean(0)
         return found / self.totals[group] if self.totals[group] else np.full(len(found), np.nan)
 
     def metrics(self) -> dict[str, float]:
         """AR@K of every group and K, and their mean over K: `{"AR@10": ..., "AR": ..., "ARs@10": ...}`.
 
-        "AR" alone is what MobileSAMv2's tables call the average. NaN where a group has no objects.
+        "AR" without a K is the average in MobileSAMv2's tables. NaN for a group without objects.
         """
         metrics: dict[str, float] = {}
         for group in self.totals:
@@ -162,7 +164,7 @@ class AverageRecall:
         return metrics
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The counts as JSON-serializable data."""
         found = {name: counts.tolist() for name, counts in self.found.items()}
         return {"ks": list(self.ks), "images": self.images, "totals": dict(self.totals), "found": found}
 
@@ -177,10 +179,10 @@ class AverageRecall:
 
     @classmethod
     def of_ranks(cls, ks: Iterable[int], ranks: IntArray) -> AverageRecall:
-        """That of objects whose ranks, [objects, thresholds], are known: one group, "all".
+        """The average recall of objects with known ranks, [objects, thresholds], as a single group, "all".
 
         Args:
-            ranks: from 0; -1 where no proposal finds the object.
+            ranks: from 0; -1 if no proposal finds the object.
         """
         recall = cls(ks)
         recall.totals, recall.found = {}, {}
@@ -198,10 +200,10 @@ class AverageRecall:
 
 
 def average_recall(images: Iterable[tuple[Shapes, Shapes]], ks: Sequence[int] = KS) -> dict[str, float]:
-    """AR@K over images, each given by its proposals, best-ranked first, and its objects.
+    """AR@K over images, each given as (proposals, best-ranked first; objects).
 
     Returns:
-        see :meth:`AverageRecall.metrics`.
+        See :meth:`AverageRecall.metrics`.
     """
     recall = AverageRecall(ks)
     for proposals, objects in images:
@@ -210,10 +212,10 @@ def average_recall(images: Iterable[tuple[Shapes, Shapes]], ks: Sequence[int] = 
 
 
 def ranking(scores: Sequence[float | None] | FloatArray, k: int) -> IntArray:
-    """The indices of the `k` highest scores, best first; equal ones keep their order, as in COCOeval.
+    """The indices of the `k` highest scores, best first; equal scores keep their order, as in COCOeval.
 
     Raises:
-        ValueError: a score is missing or NaN: it has no place in a ranking.
+        ValueError: a score is missing or NaN, so it can't be ranked.
     """
     known = np.array([np.nan if score is None else score for score in scores], float)
     if bad := int(np.isnan(known).sum()):
@@ -224,7 +226,7 @@ def ranking(scores: Sequence[float | None] | FloatArray, k: int) -> IntArray:
 def areas_of(shapes: Shapes) -> FloatArray:
     if isinstance(shapes, np.ndarray):
         return shapes[:, 2] * shapes[:, 3]
-    # One at a time: pycocotools' `area` of 256 or more fails with numpy 2.
+    # One at a time: pycocotools' `area` of 256 or more masks fails with NumPy 2.
     return np.array([mask_utils.area(rle) for rle in shapes], float)
 
 
@@ -239,21 +241,22 @@ def ious_of(proposals: Shapes, objects: Shapes, crowd: MaskArray) -> FloatArray:
 def _first_ranks(ious: FloatArray) -> IntArray:
     """int64 [thresholds, objects]: the rank of the first proposal that overlaps the object enough, or `NOT_FOUND`."""
     best_so_far = np.maximum.accumulate(ious)
-    # COCOeval's guard, for a threshold of 1.
+    # As in COCOeval, for a threshold of 1.
     thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
     ranks = (best_so_far < thresholds[:, None, None]).sum(1)
     return np.where(ranks < len(ious), ranks, NOT_FOUND)
 
 
 def _settle(first: IntArray, ious: FloatArray) -> IntArray:
-    """COCO's greedy matching: each proposal, best-ranked first, takes the free object that it overlaps most.
+    """COCO's greedy matching: each proposal, best-ranked first, takes the free object with which its IoU is highest.
 
-    While no two objects name the same proposal as their first, that is the matching: a proposal finds all objects that
-    it overlaps taken, but for the one that named it. So only rivals need a loop: of those for the best-ranked contested
-    proposal one wins, and the others turn to the next that overlaps them.
+    If each object has a different first proposal (the best-ranked one that overlaps it enough), these pairs are the
+    matching, because all other objects that a proposal overlaps are already taken. A loop is needed only where several
+    objects have the same first proposal: starting with the best-ranked such proposal, one object wins, and the others
+    move on to their next overlapping proposal.
 
     Args:
-        first: [thresholds, objects], from :func:`_first_ranks`.
+        first: [thresholds, objects], the result of :func:`_first_ranks`.
         ious: [proposals, objects].
 
     Returns:
@@ -265,7 +268,7 @@ def _settle(first: IntArray, ious: FloatArray) -> IntArray:
         while (repeated := _repeated(row)).any():
             rank = np.sort(row)[1:][repeated][0]
             rivals = np.flatnonzero(row == rank)
-            # Among equals COCO keeps the last.
+            # Among equal IoUs, COCO keeps the last object.
             winner = rivals[::-1][ious[rank, rivals[::-1]].argmax()]
             for loser in rivals[rivals != winner]:
                 later = np.flatnonzero(ious[rank + 1 :, loser] >= threshold)
@@ -274,7 +277,7 @@ def _settle(first: IntArray, ious: FloatArray) -> IntArray:
 
 
 def _repeated(ranks: IntArray) -> MaskArray:
-    """bool: of each rank but the first, in ascending order along the last axis, whether it is the one before it."""
+    """bool: for each sorted rank (along the last axis) except the first, whether it equals the previous one."""
     ranks = np.sort(ranks)
     repeated: MaskArray = (ranks[..., 1:] == ranks[..., :-1]) & (ranks[..., 1:] != NOT_FOUND)
     return repeated

@@ -1,7 +1,7 @@
-"""Ground truth in COCO's format -> a FiftyOne dataset whose masks are pycocotools' to the pixel.
+"""Ground truth in COCO format -> a FiftyOne dataset whose masks equal those of pycocotools.
 
-FiftyOne's own importer cuts each mask at the annotated box, rounded, which loses pixels, and stores that box unrounded:
-the mask no longer says where its pixels are.
+FiftyOne's own importer crops each mask to the rounded annotated box, which loses pixels, and stores the box unrounded,
+so that the position of the mask's pixels is no longer exact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import fiftyone.core.labels as fol
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ..errors import ArgumentError, cause_of
+from ..errors import ArgumentError, message_of
+from ..labels.fields import GROUND_TRUTH_FIELD
 from ..modeling.arrays import MaskArray
 
 logger = logging.getLogger(__name__)
@@ -34,42 +35,42 @@ def load_coco(
     sample: int | None = None,
     seed: int = 0,
     name: str | None = None,
-    gt_field: str = "ground_truth",
+    gt_field: str = GROUND_TRUTH_FIELD,
 ) -> fo.Dataset:
-    """Images and the objects in them, as COCO's `instances_*.json` lists them.
+    """Loads images and their objects from a file such as COCO's `instances_*.json`.
 
-    Every image of the file, or of the sample, becomes a sample with its metadata and `fo.Detections`, without objects
-    too. Every object becomes a `fo.Detection`:
+    Every image of the file, or every drawn image, becomes a sample with its metadata and `fo.Detections`, even without
+    objects. Every object becomes a `fo.Detection`:
 
     - `label`: the name of its category.
-    - `mask`: bool [h, w], the pixels that pycocotools finds, cropped to their tight box.
+    - `mask`: bool [h, w], the pixels according to pycocotools, cropped to their tight box.
     - `bounding_box`: that tight box, [x, y, w, h] relative to the image; a whole number of pixels.
     - `iscrowd`: bool.
-    - `area`: the file's, in pixels; for polygons not quite the number of pixels in the mask.
+    - `area`: the area in the file, in pixels; for polygons, it may differ slightly from the mask's pixel count.
 
-    An object without any pixel, such as a polygon of two points, keeps the file's box, rounded outwards to pixels, with
-    a mask that is False everywhere: no proposal can find it, as in pycocotools. A warning names these.
+    An object without pixels, such as a polygon of two points, keeps the file's box, rounded outwards to pixels, and an
+    all-False mask: as in pycocotools, no proposal can find it. A warning lists these objects.
 
     Args:
-        images: the folder that the file names of the images are relative to.
+        images: the folder that the images' file names are relative to.
         annotations: the JSON file.
-        sample: how many images to draw at random, from those that exist, without objects too; None takes all, and all
-            must exist. The draw doesn't depend on the order of the file.
-        seed: of the draw.
-        name: of a persistent dataset. Without it, the dataset lasts as long as the process.
-        gt_field: the field of the objects.
+        sample: number of existing images to draw at random, including those without objects; None uses all images, all
+            of which must exist. The draw doesn't depend on the order in the file.
+        seed: seed of the draw.
+        name: the name of a persistent dataset. Without it, the dataset is not persistent.
+        gt_field: the field for the objects.
 
     Raises:
-        FileNotFoundError: the JSON file doesn't exist, or an image that it lists, or fewer than `sample` images do.
-        ValueError: the JSON file isn't in COCO's format or contradicts itself, an image has another size than the file
-            says, or there is a dataset of this name. Nothing is left in the database then.
+        FileNotFoundError: the JSON file or a listed image doesn't exist, or fewer than `sample` images do.
+        ValueError: the JSON file isn't in COCO format or is inconsistent, an image's size differs from the file's, or a
+            dataset of this name exists. Nothing is then left in the database.
     """
     instances = read_instances(annotations)
     paths = {key: Path(images) / instances.value(image, "file_name") for key, image in instances.images.items()}
     return make_dataset(instances, paths, sample, seed, name, gt_field)
 
 
-Entry = dict[str, Any]  # of an image, a category or an annotation, as somebody has written it
+Entry = dict[str, Any]  # an image, category or annotation, as in the file
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,18 @@ class Instances:
     objects: Mapping[int, list[Entry]]
 
     def value(self, entry: Entry, key: str) -> Any:
-        """`entry[key]`; raises ValueError where it is missing."""
+        """`entry[key]`. Raises ValueError if it is missing."""
         if key not in entry:
             raise ArgumentError(f"{self.file}: entry {entry.get('id')} has no '{key}'; it has {', '.join(entry)}.")
         return entry[key]
 
 
 def read_instances(file: str | PathLike[str]) -> Instances:
-    """Reads a JSON file in the format of COCO or LVIS.
+    """Reads a JSON file in COCO or LVIS format.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it isn't in this format, or an annotation is of an image or a category that it doesn't list.
+        FileNotFoundError: the file does not exist.
+        ValueError: it isn't in this format, or an annotation refers to an image or category that it doesn't list.
     """
     file = Path(file)
     try:
@@ -111,14 +112,14 @@ def read_instances(file: str | PathLike[str]) -> Instances:
             objects[annotation["image_id"]].append(annotation)
             if annotation["image_id"] not in images or annotation["category_id"] not in categories:
                 raise ArgumentError(
-                    f"annotation {annotation['id']} is of image {annotation['image_id']} and category "
-                    f"{annotation['category_id']}, and the file doesn't list both: complete 'images' and 'categories', "
+                    f"annotation {annotation['id']} refers to image {annotation['image_id']} and category "
+                    f"{annotation['category_id']}, but the file doesn't list both: complete 'images' and 'categories', "
                     "or remove the annotation."
                 )
     except (KeyError, TypeError) as error:
         raise ArgumentError(
-            f"{file} isn't in COCO's format ({cause_of(error)}): it must hold 'images', 'annotations' "
-            "and 'categories', as the instances_*.json of COCO and lvis_v1_*.json do."
+            f"{file} isn't in COCO format ({message_of(error)}): it must contain 'images', 'annotations' "
+            "and 'categories', like COCO's instances_*.json and lvis_v1_*.json."
         ) from error
     except ValueError as error:
         raise ArgumentError(f"{file}: {error}") from error
@@ -128,33 +129,33 @@ def read_instances(file: str | PathLike[str]) -> Instances:
 def make_dataset(
     instances: Instances, paths: Mapping[int, Path], sample: int | None, seed: int, name: str | None, gt_field: str
 ) -> fo.Dataset:
-    """A dataset of the images `paths`, by id, with their objects; arguments and errors are :func:`load_coco`'s."""
+    """A dataset of the images `paths` (id -> path) with their objects; otherwise like :func:`load_coco`."""
     existing = sorted(key for key, path in paths.items() if path.is_file())
     if len(existing) < (len(paths) if sample is None else sample):
         missing = [str(path) for path in paths.values() if not path.is_file()]
         raise FileNotFoundError(
             f"{len(missing)} of the {len(paths)} images in {instances.file} don't exist: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}. Give the folder that holds them as `images`"
+            f"{', ...' if len(missing) > 3 else ''}. Pass the folder that contains them as `images`"
             f"{'.' if sample is None else f', or draw fewer than {sample}.'}"
         )
     if sample is not None:
         paths = {key: paths[key] for key in sorted(random.Random(seed).sample(existing, sample))}
     if name is not None and fo.dataset_exists(name):
         raise ArgumentError(
-            f"There is a dataset {name!r} already. Give another name, or delete it: fiftyone.delete_dataset({name!r})."
+            f"A dataset named {name!r} exists. Choose another name, or delete it: fiftyone.delete_dataset({name!r})."
         )
     dataset = fo.Dataset(name, persistent=name is not None)
     try:
         _declare_fields(dataset, instances, gt_field)
         empty: list[int] = []
-        # A generator: the masks of one batch at a time are in memory.
+        # A generator, so that only one batch of masks is in memory at a time.
         dataset.add_samples(_samples(instances, paths, gt_field, empty), num_samples=len(paths))
     except BaseException:
         dataset.delete()
         raise
     if empty:
         logger.warning(
-            "%s: annotations without pixels, kept with an empty mask: %d, with the ids %s%s",
+            "%s: %d annotations without pixels were kept with empty masks; ids: %s%s",
             instances.file,
             len(empty),
             ", ".join(map(str, empty[:10])),
@@ -164,7 +165,7 @@ def make_dataset(
 
 
 def _declare_fields(dataset: fo.Dataset, instances: Instances, gt_field: str) -> None:
-    # The App filters on declared attributes only.
+    # The App only filters by declared attributes.
     dataset.add_sample_field(gt_field, fo.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
     dataset.add_sample_field(f"{gt_field}.detections.iscrowd", fo.BooleanField)
     dataset.add_sample_field(f"{gt_field}.detections.area", fo.FloatField)
@@ -173,15 +174,15 @@ def _declare_fields(dataset: fo.Dataset, instances: Instances, gt_field: str) ->
 
 
 def _samples(instances: Instances, paths: Mapping[int, Path], gt_field: str, empty: list[int]) -> Iterator[fo.Sample]:
-    """The samples, one at a time; the ids of annotations without pixels are added to `empty`."""
+    """Yields the samples; adds the ids of annotations without pixels to `empty`."""
     for key, path in paths.items():
         image = instances.images[key]
         size = instances.value(image, "height"), instances.value(image, "width")
         metadata = fo.ImageMetadata.build_for(str(path))
         if (metadata.height, metadata.width) != size:
             raise ArgumentError(
-                f"{path} is {metadata.width}x{metadata.height} pixels, and {instances.file} says {size[1]}x{size[0]}: "
-                "give the images that were annotated, not resized ones."
+                f"{path} has {metadata.width}x{metadata.height} pixels, but {instances.file} says {size[1]}x{size[0]}: "
+                "use the annotated images, not resized ones."
             )
         detections = []
         for annotation in instances.objects.get(key, ()):
@@ -201,7 +202,7 @@ def _detection(instances: Instances, annotation: Entry, size: tuple[int, int]) -
     except (KeyError, TypeError, ValueError) as error:
         raise ArgumentError(
             f"{instances.file}: the segmentation of annotation {annotation['id']} must be polygons, [[x, y, x, y, "
-            f"...], ...], or RLE of {height} rows and {width} columns ({cause_of(error)})."
+            f"...], ...], or RLE of {height} rows and {width} columns ({message_of(error)})."
         ) from error
     if mask.any():
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
@@ -222,20 +223,20 @@ def _detection(instances: Instances, annotation: Entry, size: tuple[int, int]) -
 
 
 def _whole_pixels(start: float, length: float, limit: int) -> tuple[int, int]:
-    """The pixels of 0 ... `limit` that a range touches, at least one; the end is exclusive."""
+    """The range of pixels in 0 ... `limit` that a range touches, at least one; the end is exclusive."""
     first = min(max(math.floor(start), 0), limit - 1)
     return first, min(max(math.ceil(start + length), first + 1), limit)
 
 
 def decode_segmentation(segmentation: list[list[float]] | Mapping[str, Any] | None, size: tuple[int, int]) -> MaskArray:
-    """A COCO segmentation as bool [height, width], by pycocotools.
+    """Decodes a COCO segmentation to bool [height, width] with pycocotools.
 
     Args:
-        segmentation: polygons, of which those of less than 3 points are left out; RLE, compressed or not; None.
+        segmentation: polygons, of which those with fewer than 3 points are ignored; RLE, compressed or not; or None.
         size: (height, width) of the image.
 
     Raises:
-        KeyError, TypeError, ValueError: it is neither, or RLE of another size.
+        KeyError, TypeError, ValueError: it is none of these, or RLE of another size.
     """
     height, width = size
     if not isinstance(segmentation, Mapping):
@@ -245,10 +246,10 @@ def decode_segmentation(segmentation: list[list[float]] | Mapping[str, Any] | No
         rle = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
     else:
         counts = segmentation["counts"]
-        # pycocotools returns unset memory for the pixels that uncompressed RLE leaves out.
+        # pycocotools returns uninitialized memory for pixels that uncompressed RLE does not cover.
         uncompressed = isinstance(counts, list)
         if list(segmentation["size"]) != [height, width] or (uncompressed and sum(counts) != height * width):
-            raise ArgumentError(f"it has size {segmentation['size']}, or counts of another size")
+            raise ArgumentError(f"its size is {segmentation['size']}, or its counts do not add up to the size")
         rle = mask_utils.frPyObjects(segmentation, height, width) if uncompressed else segmentation
     mask: MaskArray = mask_utils.decode(rle).astype(bool)
     return mask

@@ -1,4 +1,4 @@
-"""What ways of prompting find, and what they cost: object-aware prompts against SAM's grid."""
+"""Compares the recall and cost of object-aware prompting with SAM's grid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OBJECT_AWARE = "object_aware"
 IMAGES = 16
-SEED = 51  # of the draw: the next comparison is on the same images
+SEED = 51  # seed of the draw, so that the next comparison uses the same images
 
 # All fields of a sample share one document, which MongoDB limits to 16 MiB; evaluations add attributes to each label.
 LABEL_BYTES = 12 * 2**20
@@ -34,15 +34,15 @@ LABEL_BYTES = 12 * 2**20
 
 @dataclass(frozen=True)
 class Truth:
-    """The objects that proposals are measured by.
+    """The ground truth for an evaluation of proposals.
 
     Attributes:
-        field: of the labels.
+        gt_field: the field of the objects.
         use_masks, area_field: as for :func:`evaluate_proposals`.
-        is_kept: whether the evaluation stays, as "ar_<field of the proposals>".
+        is_kept: whether to keep the evaluation, as "ar_<field of the proposals>".
     """
 
-    field: str
+    gt_field: str
     use_masks: bool = True
     area_field: str | None = None
     is_kept: bool = True
@@ -50,13 +50,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a way of prompting finds, and what it costs.
+    """The recall and cost of a prompting method.
 
     Attributes:
-        recall: from which AR@K follows; None where there was no ground truth.
-        prompts, masks: of an image, on average. Object-aware, each box that is found is a prompt, and gives one mask.
-        seconds: wall time per image of each stage: "discover", "encode", "decode", "crop".
-        failures: the images that could not be segmented, which count as images without proposals.
+        recall: the counts for AR@K; None without ground truth.
+        prompts, masks: averages per image. With object-aware prompting, each discovered box is a prompt with one mask.
+        seconds: wall time per image by stage: "discover", "encode", "decode", "crop".
+        failures: the images that could not be segmented; they count as images without proposals.
     """
 
     recall: AverageRecall | None
@@ -67,7 +67,7 @@ class Measurement:
 
     @property
     def ms(self) -> float:
-        """Milliseconds per image of all but the encoder, which is what the paper compares."""
+        """Milliseconds per image without the encoder, which is what the paper compares."""
         return 1000 * sum(seconds for stage, seconds in self.seconds.items() if stage != "encode")
 
     @property
@@ -76,8 +76,8 @@ class Measurement:
         return 1000 * self.seconds["decode"]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; metrics are shares, None for a group without objects."""
-        figures = {
+        """The measurement as JSON-serializable data; metrics are in 0..1, or None for a group without objects."""
+        costs = {
             "prompts_per_image": self.prompts,
             "masks_per_image": self.masks,
             "decoder_ms_per_image": self.decoder_ms,
@@ -86,9 +86,9 @@ class Measurement:
             "failures": [asdict(failure) for failure in self.failures],
         }
         if self.recall is None:
-            return figures
+            return costs
         metrics = {key: None if math.isnan(value) else value for key, value in self.recall.metrics().items()}
-        return {"metrics": metrics, "objects": self.recall.totals, **figures}
+        return {"metrics": metrics, "objects": self.recall.totals, **costs}
 
 
 def measure(
@@ -102,22 +102,22 @@ def measure(
     batch_size: int = 1,
     progress: Progress = None,
 ) -> Measurement:
-    """Segments images into a field, and measures AR@K of what is found there.
+    """Segments images into a field and measures the AR@K of its masks.
 
     As in SAM's paper, masks of a grid are ranked by the mean of predicted IoU and stability; object-aware ones are
     ranked by the detector's confidence.
 
     Args:
-        settings: of the model's configuration, for this run.
-        truth: the objects; None measures time alone.
-        label_bytes: what the labels of an image may take in its document.
-        progress: of segmenting, as everywhere in FiftyOne.
+        settings: settings of the model's configuration for this run.
+        truth: the ground truth; None measures only time.
+        label_bytes: maximum size of an image's labels in its document.
+        progress: for segmentation; as elsewhere in FiftyOne.
 
     Raises:
         ValueError: no image could be segmented, or the ground truth can't be used.
     """
     with fou.SetAttributes(model.config, **settings), fou.SetAttributes(model.writer, label_bytes=label_bytes):
-        # Without workers: they would be forks of this process, which may be the App's server.
+        # No workers, which would be forks of this process, and that may be the App's server.
         samples.apply_model(model, field_name, batch_size=batch_size, num_workers=0, progress=progress)
         is_grid = model.config.prompting == "grid"
         points = model.config.points_per_side**2
@@ -130,7 +130,7 @@ def measure(
         results = evaluate_proposals(
             samples,
             field_name,
-            truth.field,
+            truth.gt_field,
             f"ar_{field_name}" if truth.is_kept else None,
             use_masks=truth.use_masks,
             rank_by="sam" if is_grid else "confidence",
@@ -148,19 +148,19 @@ def measure(
 
 
 def warm_up(model: zoo.MobileSAMv2Model) -> None:
-    """A GPU's first image is slow, and the first way of prompting would be charged for it."""
+    """Runs the model once on a GPU, whose first image is slow, so that it does not count for the first method."""
     if model.model.device.type == "cuda":
         model.model.segment_anything([np.zeros((64, 64, 3), np.uint8)], boxes=[np.array([[8, 8, 56, 56]])])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Object-aware prompting and a grid, on the same images by the same model.
+    """Object-aware prompting compared with a grid, on the same images with the same model.
 
     Attributes:
-        samples: the images, as a view of where they came from.
-        points_per_side: of the grid.
-        object_aware, grid: what was measured.
+        samples: a view of the images.
+        points_per_side: the grid's points per side.
+        object_aware, grid: the measurements.
     """
 
     samples: fo.DatasetView
@@ -170,16 +170,16 @@ class Comparison:
 
     @property
     def decoder_ratio(self) -> float | None:
-        """The grid's decoder time by the object-aware one; None where that found nothing to decode."""
+        """The grid's decoder time divided by the object-aware one; None if no objects were discovered."""
         return self.grid.decoder_ms / self.object_aware.decoder_ms if self.object_aware.prompts else None
 
     @property
     def ratio(self) -> float:
-        """The grid's time without the encoder by the object-aware one, to which finding the objects belongs."""
+        """The grid's time without the encoder, divided by the object-aware one, which includes discovery."""
         return self.grid.ms / self.object_aware.ms
 
     def table(self) -> pd.DataFrame:
-        """A row for each way of prompting; cells are text."""
+        """A table with a row for each prompting method; cells are text."""
         import pandas as pd
 
         side = self.points_per_side
@@ -197,7 +197,7 @@ class Comparison:
         return table
 
     def __str__(self) -> str:
-        """In a sentence."""
+        """The comparison as a sentence."""
         aware, grid, side = self.object_aware, self.grid, self.points_per_side
         grid_cost = f"the {side}x{side} grid {grid.prompts:.0f} in {short(grid.decoder_ms / 1000)} s"
         if self.decoder_ratio is None:
@@ -208,7 +208,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The comparison as JSON-serializable data."""
         return {
             "images": self.samples.values("id"),
             "points_per_side": self.points_per_side,
@@ -220,17 +220,17 @@ class Comparison:
 
 
 def short(value: float) -> str:
-    """Two significant digits, and never an exponent for what is large."""
+    """Formats two significant digits, without an exponent for large numbers."""
     return f"{float(f'{value:.2g}'):g}"
 
 
 def kept_fields(points_per_side: int) -> tuple[str, str]:
-    """Where a comparison keeps its masks: the field of the object-aware ones and that of the grid's."""
+    """The fields in which a comparison keeps its masks: object-aware, grid."""
     return f"compare_{OBJECT_AWARE}", f"compare_grid_{points_per_side}"
 
 
 def draw(samples: SampleCollection, images: int) -> fo.DatasetView:
-    """That many of the images at random, the same ones each time; all, where there are fewer."""
+    """A random sample of `images` images, the same each time; all of them if there are fewer."""
     return samples.select(samples.take(images, seed=SEED).values("id"))
 
 
@@ -245,17 +245,17 @@ def compare_promptings(
     keep: bool = False,
     progress: Callable[[float, str], None] | None = None,
 ) -> Comparison:
-    """Segments a random sample of images by object-aware prompts, then the same images by a grid, one by one.
+    """Segments a random sample of images, one by one, with object-aware prompts and then with a grid.
 
     Args:
         samples: a dataset or view of images.
-        model: its thresholds are used as they are.
-        gt_field: objects by which AR@K is measured; None compares the number of masks and the time alone.
-        use_masks: compares masks with the ground truth; else boxes.
-        keep: leaves the masks in :func:`kept_fields` of these images, replacing what is there, and the evaluations
-            "ar_<field>". Else nothing is left, whatever ends it.
-        progress: told the share of the work that is done and what is running; it may raise
-            :class:`~fiftyone_mobilesamv2.progress.Cancelled`. Default: FiftyOne's bars.
+        model: the model; its thresholds are used.
+        gt_field: the objects for AR@K; None compares only the number of masks and the time.
+        use_masks: whether to compare masks with the ground truth; otherwise boxes.
+        keep: whether to keep the masks in :func:`kept_fields` of these images, replacing existing labels, and the
+            evaluations "ar_<field>". Otherwise nothing is kept, however this ends.
+        progress: called with the share of the work done and a description of the current step; may raise
+            :class:`~fiftyone_mobilesamv2.errors.Cancelled`. Default: FiftyOne's progress bars.
 
     Raises:
         ValueError: no image could be segmented, or the ground truth can't be used.
@@ -284,7 +284,7 @@ def compare_promptings(
                     field_name,
                     setting,
                     truth,
-                    label_bytes=LABEL_BYTES // (len(settings) + 1),  # and one for the ground truth
+                    label_bytes=LABEL_BYTES // (len(settings) + 1),  # plus the ground truth's field
                     progress=None if progress is None else report,
                 )
             )
@@ -293,7 +293,7 @@ def compare_promptings(
 
 @contextmanager
 def _copy(samples: fo.DatasetView, model: zoo.MobileSAMv2Model, gt_field: str | None) -> Iterator[fo.Dataset]:
-    """A dataset of these samples that is gone afterwards, with all masks that the model puts on disk."""
+    """A temporary dataset of these samples; it and all masks that the model writes to disk are deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder, fou.SetAttributes(model.config, mask_dir=folder):
         copy = samples.select_fields(gt_field).clone()
         try:

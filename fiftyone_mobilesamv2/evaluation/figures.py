@@ -13,11 +13,11 @@ from .average_recall import IOU_THRESHOLDS, AverageRecall
 if TYPE_CHECKING:
     from ..runs.record import SegmentationRun
 
-COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # on dark and on white
+COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9825a")  # for dark and light backgrounds
 _CURVE_POINTS = 100
 _BINS = 20
 _IOU_HOVER = "IoU %{x}: recall %{y:.3f}"
-_JSON = dict[str, Any]  # an object of plotly's
+_JSON = dict[str, Any]  # a Plotly object
 _Values = Sequence[object] | AnyArray
 _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
 
@@ -30,7 +30,7 @@ class Figure(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What a line of a figure shows: a group of the objects of a run."""
+    """A line of a figure: a group of the objects of a run."""
 
     name: str
     recall: AverageRecall
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 def recall_by_k(lines: Sequence[Line]) -> Figure:
-    """AR@K of each line at about 100 K, among them those of the run, which have larger points."""
+    """AR@K of each line at about 100 values of K, including the run's own, which are drawn as larger points."""
     data = []
     for number, (name, recall, group) in enumerate(lines):
         curve = recall.curve(group)
@@ -51,7 +51,7 @@ def recall_by_k(lines: Sequence[Line]) -> Figure:
 
 
 def recall_by_iou(lines: Sequence[Line], k: int | None = None) -> Figure:
-    """The share of objects that each line finds at each IoU within `k` proposals of an image; None: its largest K."""
+    """The share of objects that each line finds within `k` proposals (None: its largest K), by IoU threshold."""
     data = [
         _line(name, number, IOU_THRESHOLDS.round(2), recall.recalls(k or recall.ks[-1], group), _IOU_HOVER, 7)
         for number, (name, recall, group) in enumerate(lines)
@@ -61,7 +61,7 @@ def recall_by_iou(lines: Sequence[Line], k: int | None = None) -> Figure:
 
 
 def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
-    """AR at the largest K of each group of objects that a run has. A bar's `ids` is its group."""
+    """AR at the largest K of each group of objects. The `ids` of the bars are the groups."""
     groups = list(dict.fromkeys(g for recall in runs.values() for g, total in recall.totals.items() if total))
     data = []
     for number, (name, recall) in enumerate(runs.items()):
@@ -73,7 +73,7 @@ def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
 
 
 def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
-    """How many images have how many objects, for each field. A bar's `ids` is "least-most" objects."""
+    """A histogram of the number of objects per image, for each field. The `ids` of the bars are "min-max" objects."""
     top = max((max(each, default=0) for each in counts.values()), default=0)
     width = top // _BINS + 1
     lows = np.arange(0, top + 1, width)
@@ -85,14 +85,14 @@ def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
         data.append(
             _bar(name, number, lows + (width - 1) / 2, images, "%{hovertext} objects: %{y}", ids=ids, hovertext=names)
         )
-    layout = _layout("objects in an image", "images", len(counts) > 1)
+    layout = _layout("objects per image", "images", len(counts) > 1)
     if max(max(trace["y"]) for trace in data) < 6:
-        layout["yaxis"]["dtick"] = 1  # there are no half images
+        layout["yaxis"]["dtick"] = 1  # no fractions of images
     return Figure(data, layout)
 
 
 def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
-    """Milliseconds an image of each stage of the run of each field; "other" is what is left of its total."""
+    """Milliseconds per image for each stage of each field's run; "other" is the rest of its total time."""
     stages = list(dict.fromkeys(stage for run in runs.values() for stage in run.seconds if stage != "total"))
     data = []
     for number, stage in enumerate([*stages, "other"]):
@@ -102,8 +102,8 @@ def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
             seconds = known | {"other": max(0.0, run.seconds["total"] - sum(known.values()))}
             values.append(1000 * seconds.get(stage, 0) / run.images)
         data.append(_bar(stage, number, values, list(runs), f"{stage}: %{{x:.0f}} ms", orientation="h"))
-    layout = _layout("ms an image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
-    layout["yaxis"]["autorange"] = "reversed"  # the first on top
+    layout = _layout("ms per image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
+    layout["yaxis"]["autorange"] = "reversed"  # the first bar on top
     return Figure(data, layout)
 
 

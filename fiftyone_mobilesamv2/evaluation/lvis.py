@@ -1,4 +1,4 @@
-"""Ground truth in LVIS' format, on which the paper measures proposals -> a FiftyOne dataset."""
+"""Ground truth in LVIS format, on which the paper evaluates proposals -> a FiftyOne dataset."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import fiftyone as fo
 
+from ..labels.fields import GROUND_TRUTH_FIELD
 from .coco import make_dataset, read_instances
 
 
@@ -17,16 +18,16 @@ def load_lvis(
     sample: int | None = None,
     seed: int = 0,
     name: str | None = None,
-    gt_field: str = "ground_truth",
+    gt_field: str = GROUND_TRUTH_FIELD,
 ) -> fo.Dataset:
-    """Images and the objects in them, as `lvis_v1_val.json` lists them.
+    """Loads images and their objects from a file such as `lvis_v1_val.json`.
 
-    It is :func:`~fiftyone_mobilesamv2.evaluation.coco.load_coco` but for two things: an object has the `frequency` of
-    its category too, "r" (rare), "c" (common) or "f" (frequent), and `images` is the folder of
-    `val2017/000000001000.jpg`, or of `000000001000.jpg` itself. LVIS splits COCO's images anew, so its val needs COCO's
-    val2017 and train2017.
+    Works like :func:`~fiftyone_mobilesamv2.evaluation.coco.load_coco`, with two differences: an object also has the
+    `frequency` of its category, "r" (rare), "c" (common) or "f" (frequent), and `images` is the folder that contains
+    `val2017/000000001000.jpg`, or `000000001000.jpg` itself. LVIS has its own split of COCO's images, so its val split
+    needs COCO's val2017 and train2017.
 
-    The paper measures on "100 randomly sampled LVIS images" without saying which: `sample=100` draws other ones.
+    The paper uses "100 randomly sampled LVIS images" without naming them: `sample=100` draws different ones.
     """
     instances = read_instances(annotations)
     paths = {

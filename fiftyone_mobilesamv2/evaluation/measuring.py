@@ -1,4 +1,4 @@
-"""Matching proposals to objects, image by image, here or on a cluster: what an evaluation of proposals measures."""
+"""Matches proposals to objects, image by image, in this process or on a cluster."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from .proposals import ProposalEvaluationConfig
 
-NO_CLASS = "object"  # of objects without a class, which the App counts by their class
-FOUND_AT = 0  # the place of IoU 0.5, of "tp" and "fn", in IOU_THRESHOLDS
+NO_CLASS = "object"  # class of objects without one, since the App groups objects by class
+FOUND_AT = 0  # index in IOU_THRESHOLDS of IoU 0.5, which decides "tp" and "fn"
 
-# FiftyOne's (label of the object, of the proposal, IoU, confidence, id of the object, of the proposal).
+# FiftyOne's match: (object's label, proposal's label, IoU, confidence, object's id, proposal's id).
 Match = tuple[str | None, str | None, float | None, float | None, str | None, str | None]
 
 
@@ -39,20 +39,20 @@ class MeasuredObject:
     label: str
     best_iou: float
     ranks: IntArray  # [thresholds], from 0
-    match_id: ObjectId | None  # of the proposal that finds it at IoU 0.5; the next two are of this match
+    match_id: ObjectId | None  # id of the proposal that finds it at IoU 0.5; the next two belong to this match
     match_iou: float | None
     match_confidence: float | None
 
     @property
     def rank(self) -> int | None:
-        """From 1, as users count."""
+        """The rank of the proposal that finds the object, from 1."""
         return None if self.match_id is None else int(self.ranks[FOUND_AT]) + 1
 
     @property
     def match(self) -> Match:
-        """As FiftyOne has it.
+        """The match in FiftyOne's format.
 
-        The proposal is given the object's label, or FiftyOne would not count it as a true positive.
+        The proposal gets the object's label; otherwise FiftyOne would not count it as a true positive.
         """
         if self.match_id is None:
             return self.label, None, None, None, str(self.id), None
@@ -61,12 +61,12 @@ class MeasuredObject:
 
 @dataclass
 class MeasuredImage:
-    """A sample, or a frame of a video: what was found in it.
+    """The matches in a sample or video frame.
 
     Attributes:
-        sample_id: of the dataset's sample that it is, or belongs to.
+        sample_id: id of the dataset's sample that it is or belongs to.
         recalls: its AR at each K; None without objects.
-        fp: how many proposals match nothing at IoU 0.5.
+        fp: number of proposals without a match at IoU 0.5.
     """
 
     id: ObjectId
@@ -79,14 +79,14 @@ class MeasuredImage:
 
 @dataclass
 class Measured:
-    """What was measured of samples, or of a shard of them.
+    """The measurements of samples, or of a shard of them.
 
     Attributes:
-        recall: the counts from which AR@K follows.
-        images: those that could be measured.
-        skipped: those that could not.
-        num_images: how many there are of both.
-        num_samples: how many samples these are, or are of.
+        recall: the counts that AR@K is computed from.
+        images: the images that were measured.
+        skipped: the images that could not be measured.
+        num_images: the number of images, measured and skipped.
+        num_samples: the number of samples that the images belong to.
     """
 
     recall: AverageRecall
@@ -96,7 +96,7 @@ class Measured:
     num_samples: int = 0
 
     def add(self, other: Measured) -> None:
-        """Takes what was measured of other samples."""
+        """Merges the measurements of other samples."""
         self.recall += other.recall
         self.images += other.images
         self.skipped += other.skipped
@@ -105,7 +105,7 @@ class Measured:
 
 
 def measure(samples: SampleCollection, config: ProposalEvaluationConfig, progress: Progress) -> Measured:
-    """Reads and matches everything; stores nothing but missing metadata."""
+    """Reads and matches all images; stores nothing except missing metadata."""
     measured = Measured(AverageRecall(config.ks), num_samples=len(samples))
 
     def measure_image(stored: StoredImage) -> None:
@@ -119,25 +119,27 @@ def measure(samples: SampleCollection, config: ProposalEvaluationConfig, progres
 def measure_on_cluster(
     samples: SampleCollection, config: ProposalEvaluationConfig, cluster: Cluster, progress: Progress
 ) -> Measured:
-    """The same, by the workers of a cluster. Raises ArgumentError for patches and frames."""
+    """Like :func:`measure`, on the workers of a cluster. Raises ArgumentError for patches and frames."""
     if is_generated(samples):
-        raise ArgumentError("Patches and frames can't be spread over a cluster: evaluate what they are of.")
+        raise ArgumentError(
+            "Patches and frames can't be evaluated on a cluster: evaluate the samples that they come from."
+        )
     ensure_metadata(samples, progress)
     measured = Measured(AverageRecall(config.ks))
-    shards = on_cluster(samples, _measurer, (config,), cluster, group=uuid.uuid4().hex)
-    with fou.ProgressBar(total=len(samples), progress=progress) as bar, closing(shards):
-        for of_shard in shards:
-            measured.add(of_shard)
-            bar.update(of_shard.num_samples)
-    # As if they had been measured one after the other.
-    places = {sample_id: place for place, sample_id in enumerate(samples.values("_id"))}
-    measured.images.sort(key=lambda image: (places[image.sample_id], image.frame_number or 0))
-    measured.skipped.sort(key=lambda each: places.get(ObjectId(each["id"]), -1))
+    results = on_cluster(samples, _measurer, (config,), cluster, group=uuid.uuid4().hex)
+    with fou.ProgressBar(total=len(samples), progress=progress) as bar, closing(results):
+        for shard_measured in results:
+            measured.add(shard_measured)
+            bar.update(shard_measured.num_samples)
+    # Restores the order of the samples.
+    positions = {sample_id: position for position, sample_id in enumerate(samples.values("_id"))}
+    measured.images.sort(key=lambda image: (positions[image.sample_id], image.frame_number or 0))
+    measured.skipped.sort(key=lambda each: positions.get(ObjectId(each["id"]), -1))
     return measured
 
 
 def _measurer(config: ProposalEvaluationConfig) -> Work[Measured]:
-    """What a worker of a cluster does with each shard."""
+    """Returns the function with which a cluster's worker measures each shard."""
 
     def measure_shard(samples: SampleCollection, shard: Shard) -> Measured:
         return measure(shard.of(samples), config, progress=False)
@@ -146,12 +148,12 @@ def _measurer(config: ProposalEvaluationConfig) -> Work[Measured]:
 
 
 def _match(stored: StoredImage, config: ProposalEvaluationConfig, recall: AverageRecall) -> MeasuredImage:
-    """Matches the image's proposals to its objects, and adds them to the counts."""
+    """Matches an image's proposals to its objects and adds them to the counts."""
     size = stored.known_size
     objects = stored.labels(config.gt_field)
     proposals = stored.labels(config.pred_field)
     scores = [number_of(label, RANKINGS[config.rank_by].attributes) for label in proposals]
-    # Masks beyond the largest K need no decoding.
+    # Masks beyond the largest K are not decoded.
     proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]
     crowd = [is_crowd(label) for label in objects]
     areas = None if config.area_field is None else [number_of(label, [config.area_field]) for label in objects]

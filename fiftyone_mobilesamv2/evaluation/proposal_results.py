@@ -1,4 +1,4 @@
-"""What an evaluation of proposals found: figures, tables, plots, and views of what was missed."""
+"""Results of an evaluation of proposals: metrics, tables, plots, and views of missed objects."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from .proposals import ProposalEvaluationConfig
 
 
-class Comparison(NamedTuple):
-    """Views of the objects that one of two runs finds and the other doesn't.
+class FoundDifference(NamedTuple):
+    """Views of the objects that only one of two runs finds.
 
     Attributes:
-        gained: found by this run, not by the other.
-        lost: found by the other, not by this.
+        gained: objects found by this run but not by the other.
+        lost: objects found by the other run but not by this one.
     """
 
     gained: fo.DatasetView
@@ -41,13 +41,13 @@ class Comparison(NamedTuple):
 
 
 class ProposalResults(foud.DetectionResults):
-    """AR@K, and which objects were found by which proposal.
+    """AR@K, and which proposal finds which object.
 
     Attributes:
-        recall: counts of :class:`~fiftyone_mobilesamv2.evaluation.average_recall.AverageRecall`, as JSON; with
-            `AverageRecall.from_dict` they merge with those of other datasets.
-        ranks: int64 [objects, thresholds]: from 0, the rank of the proposal that finds the object; -1 where none does.
-        skipped: of each image that couldn't be measured, its id, filepath and cause.
+        recall: the counts of :class:`~fiftyone_mobilesamv2.evaluation.average_recall.AverageRecall`, as JSON;
+            `AverageRecall.from_dict` restores them, for example to merge them with those of other datasets.
+        ranks: int64 [objects, thresholds]: the rank, from 0, of the proposal that finds the object; -1 if none does.
+        skipped: id, filepath and cause of each image that couldn't be measured.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class ProposalResults(foud.DetectionResults):
 
     @property
     def average_recall(self) -> AverageRecall:
-        """The counts over all images; within `use_subset`, those of the subset's objects, matched as in the whole."""
+        """The counts over all images; within `use_subset`, of the subset's objects, as matched in the whole run."""
         if self.has_subset:
             return AverageRecall.of_ranks(self.config.ks, self._ranks)
         return AverageRecall.from_dict(self.recall)
 
     @property
     def _ranks(self) -> IntArray:
-        """Of the objects in `ytrue`."""
+        """The ranks of the objects in `ytrue`."""
         return self.ranks[np.isin(self._ytrue_ids_orig, self.ytrue_ids)] if self.has_subset else self.ranks
 
     def metrics(
@@ -87,10 +87,10 @@ class ProposalResults(foud.DetectionResults):
         number of objects.
 
         Args:
-            classes: of the objects that count, all as one group, "AR@10"; by default all objects, by size, too. Which
-                proposal finds which object was settled among the objects of all classes, as within `use_subset`.
-            average, beta: without effect; FiftyOne passes them to every method. Each object counts the same, and
-                proposals have no precision, so no F-score.
+            classes: count only objects of these classes, as a single group ("AR@10"); by default, all objects count,
+                also grouped by size. Matches are those among the objects of all classes, as within `use_subset`.
+            average, beta: ignored; FiftyOne passes them to every method. Each object counts the same, and proposals
+                have no precision, so there is no F-score.
         """
         chosen = self._of_classes(classes)
         if classes is None:
@@ -98,8 +98,8 @@ class ProposalResults(foud.DetectionResults):
             recall = self.average_recall
         else:
             custom, recall = {}, AverageRecall.of_ranks(self.config.ks, self._ranks[chosen])
-        found = {"recall": _mean((self.ytrue == self.ypred)[chosen]), "support": int(chosen.sum())}
-        return custom | recall.metrics() | found
+        totals = {"recall": _mean((self.ytrue == self.ypred)[chosen]), "support": int(chosen.sum())}
+        return custom | recall.metrics() | totals
 
     def print_metrics(
         self, classes: Sequence[str] | None = None, average: str | None = "micro", beta: float = 1.0, digits: int = 3
@@ -108,20 +108,20 @@ class ProposalResults(foud.DetectionResults):
         self._print_metrics(self.metrics(classes, average, beta), digits=digits)
 
     def mAR(self, classes: Sequence[str] | None = None) -> float:
-        """AR at the largest K: the App's row of that name."""
+        """AR at the largest K, shown by the App as mAR."""
         return self.metrics(classes)[f"AR@{self.config.ks[-1]}"]
 
     def _of_classes(self, classes: Sequence[str] | None) -> MaskArray:
-        """bool, of the objects in `ytrue`."""
+        """bool, for each object in `ytrue`."""
         return np.ones(len(self.ytrue), bool) if classes is None else np.isin(self.ytrue, list(classes))
 
     def report(self, classes: Sequence[str] | None = None) -> Report:
-        """The table of AR@K; of each class (of the ground truth), the share that was found at IoU 0.5."""
+        """The table of AR@K, and for each ground truth class the share of objects found at IoU 0.5."""
         found = self.ytrue == self.ypred
         by_class = {}
         for name in self._parse_classes(classes):
             members = self.ytrue == name
-            # Proposals have no class. The App's panel breaks down where precision isn't mentioned, though.
+            # Proposals have no class, so there is no precision, but the App's panel fails without the key.
             by_class[str(name)] = {
                 "precision": None,
                 "recall": _mean(found[members]) if members.any() else None,
@@ -134,7 +134,7 @@ class ProposalResults(foud.DetectionResults):
         print(self.report(classes).rounded(digits).to_string())
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for each group of objects, K and IoU threshold: "group", "k", "iou", "recall", "objects"."""
+        """A row for each group of objects, K and IoU threshold: "group", "k", "iou", "recall", "objects"."""
         import pandas as pd
 
         recall = self.average_recall
@@ -149,7 +149,7 @@ class ProposalResults(foud.DetectionResults):
         return table
 
     def plot(self, *others: ProposalResults) -> go.Figure:
-        """AR against K, and recall against IoU at the largest K: by group of objects, or of this and other runs."""
+        """Plots AR against K, and recall against IoU at the largest K: by group of objects, or for several runs."""
         from plotly.subplots import make_subplots
 
         if others:
@@ -170,7 +170,7 @@ class ProposalResults(foud.DetectionResults):
         return figure
 
     def missed(self, iou: float = 0.5, k: int | None = None) -> fo.DatasetView:
-        """The objects that none of the `k` best-ranked proposals of their image finds at that IoU.
+        """The objects that none of the `k` best-ranked proposals of their image finds at this IoU.
 
         Args:
             iou: 0.5, 0.55, ... or 0.95.
@@ -181,34 +181,37 @@ class ProposalResults(foud.DetectionResults):
         root, _ = label_root(self.samples, self.config.gt_field)
         if self.has_subset or _threshold_index(iou) or not self.samples.has_field(f"{root}.{ranks}"):
             return self._objects(missed)
-        # What is noted on the labels says the same, and MongoDB compares it faster than a long list of ids.
+        # The labels' attributes contain the same information, and MongoDB compares them faster than a long list of ids.
         not_found = F(states) == "fn"
         if k is not None:
             not_found |= F(ranks) > k
         return self.samples.filter_labels(self.config.gt_field, not_found)
 
-    def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> Comparison:
-        """What this run finds among the `k` best-ranked proposals of an image and `other` doesn't, and the reverse.
+    def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> FoundDifference:
+        """The objects that this run finds with an image's `k` best-ranked proposals but `other` doesn't, and vice
+        versa.
 
         Raises:
-            ValueError: they don't measure against the same ground truth.
+            ValueError: the runs don't have the same ground truth.
         """
         if other.config.gt_field != self.config.gt_field or set(other.ytrue_ids) != set(self.ytrue_ids):
             raise ArgumentError(
-                f"Runs '{self.key}' and '{other.key}' measure against different objects "
+                f"Runs '{self.key}' and '{other.key}' have different ground truth objects "
                 f"({len(self.ytrue_ids)} of '{self.config.gt_field}', {len(other.ytrue_ids)} of "
                 f"'{other.config.gt_field}'): evaluate both on the same view."
             )
         found_by_other = set(other.ytrue_ids[other._found(iou, k)])
-        here, there = self._found(iou, k), np.array([id in found_by_other for id in self.ytrue_ids], bool)
-        return Comparison(gained=self._objects(here & ~there), lost=self._objects(there & ~here))
+        by_this, by_other = self._found(iou, k), np.array([id in found_by_other for id in self.ytrue_ids], bool)
+        return FoundDifference(gained=self._objects(by_this & ~by_other), lost=self._objects(by_other & ~by_this))
 
     def _found(self, iou: float, k: int | None) -> MaskArray:
-        """bool, of the objects in `ytrue`."""
-        most = self.config.ks[-1]
-        k = most if k is None else k
-        if not 1 <= k <= most:
-            raise ArgumentError(f"k={k}: the {most} best-ranked proposals of an image were matched.")
+        """bool, for each object in `ytrue`."""
+        max_k = self.config.ks[-1]
+        k = max_k if k is None else k
+        if not 1 <= k <= max_k:
+            raise ArgumentError(
+                f"k={k} is not between 1 and {max_k}, the number of best-ranked proposals that were matched."
+            )
         ranks = self._ranks[:, _threshold_index(iou)]
         return (ranks >= 0) & (ranks < k)
 
@@ -231,11 +234,11 @@ class ProposalResults(foud.DetectionResults):
 
 
 class Report(dict[str, dict[str, float | None]]):
-    """By class `{"precision": None, "recall", "support"}`, as in FiftyOne's reports; printed, the table of AR@K.
+    """`{"precision": None, "recall", "support"}` by class, as in FiftyOne's reports. Prints as the table of AR@K.
 
     Attributes:
-        table: a pandas DataFrame: a row for each K, one for their mean and one for the number of objects; a column for
-            each group of objects.
+        table: a pandas DataFrame with a row for each K, one for their mean and one for the number of objects, and a
+            column for each group of objects.
     """
 
     def __init__(self, by_class: dict[str, dict[str, float | None]], recall: AverageRecall) -> None:
@@ -264,7 +267,7 @@ class Report(dict[str, dict[str, float | None]]):
 
 
 def comparison_table(runs: Mapping[str, ProposalResults]) -> pd.DataFrame:
-    """The figures of several runs, a row for each: two promptings, two encoders, two thresholds.
+    """The metrics of several runs, for example with two promptings, encoders or thresholds; a row for each run.
 
     Example:
         `comparison_table({key: dataset.load_evaluation_results(key) for key in ("grid", "object_aware")})`

@@ -24,7 +24,7 @@ from ..labels.documents import (
     Progress,
     log_skipped,
 )
-from ..labels.fields import check_shapes_field
+from ..labels.fields import GROUND_TRUTH_FIELD, check_shapes_field
 from ..runs.cluster import Cluster
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall
 from .measuring import FOUND_AT, NO_CLASS, Match, Measured, measure, measure_on_cluster
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 def evaluate_proposals(
     samples: SampleCollection,
     pred_field: str,
-    gt_field: str = "ground_truth",
+    gt_field: str = GROUND_TRUTH_FIELD,
     eval_key: str | None = None,
     *,
     ks: Sequence[int] = KS,
@@ -54,46 +54,46 @@ def evaluate_proposals(
     cluster: str | None = None,
     workers: int | None = None,
 ) -> ProposalResults:
-    """Measures class-agnostic proposals against ground truth: AR@K, by COCO's rules.
+    """Evaluates class-agnostic proposals against ground truth: AR@K by COCO's rules.
 
-    An earlier run of that key is replaced only after everything has been measured.
+    An earlier run with the same key is replaced only after all images have been measured.
 
-    An image with a label that can't be used (a file that is no mask, a score that is no number, a mask that isn't
-    cropped to its box) is skipped, logged, and listed in `results.skipped`. Masks of proposals whose boxes meet no
-    object are not looked at. What a view hides isn't seen: neither samples and labels nor attributes such as `iscrowd`.
+    An image with an unusable label (a file that is not a mask, a score that is not a number, a mask that isn't cropped
+    to its box) is skipped, logged and listed in `results.skipped`. Masks of proposals whose boxes overlap no object are
+    not decoded. Samples, labels and attributes (such as `iscrowd`) that a view hides are ignored.
 
     Args:
-        samples: a dataset or view of images or videos. Where image sizes are missing, metadata is computed and stored.
-        pred_field: the proposals: detections or polylines, of samples or, as "frames.x", of frames.
-        gt_field: the objects, likewise. `iscrowd` marks regions that are ignored; "r", "c" or "f" in `frequency` puts
-            objects into LVIS's groups.
-        eval_key: the key of the run. Then each object gets `<eval_key>` ("tp" or "fn" at IoU 0.5), `<eval_key>_iou`
-            (its best IoU with any proposal), `<eval_key>_rank` (from 1) and `<eval_key>_id` of the proposal that finds
-            it, and that proposal the same; each sample gets `<eval_key>_tp`, `_fp` (proposals that match nothing),
-            `_fn` and `_recall_at_<K>`, its AR@K. None stores nothing of these.
-        ks: how many proposals of an image count.
-        use_masks: compares masks; else boxes.
-        rank_by: "confidence": the detector's score, by which MobileSAMv2 caps its prompts, so that the K best are what
-            a run of K prompts would have found, and which labels of any model have; "predicted_iou"; "stability"; or
-            "sam", the mean of these two, by which SAM ranks.
-        area_field: the objects' attribute that holds their area in pixels; default: their mask's, or their box's.
-        progress: as everywhere in FiftyOne.
-        cluster: measures on a Ray cluster: "auto" for the one that this machine belongs to, its address, or "local" for
-            processes on this machine. The results are the same, to the last digit.
-        workers: how many of the cluster; None: one for each GPU, or, without any, for each machine.
+        samples: a dataset or view of images or videos. Missing metadata is computed and stored.
+        pred_field: the proposals: a field of detections or polylines, or a frame field ("frames.x").
+        gt_field: the objects, likewise. `iscrowd` marks regions to ignore; "r", "c" or "f" in `frequency` assigns
+            objects to LVIS's groups.
+        eval_key: the key of the run. Each object gets `<eval_key>` ("tp" or "fn" at IoU 0.5), `<eval_key>_iou` (its
+            best IoU with any proposal), and `<eval_key>_rank` (from 1) and `<eval_key>_id` of the proposal that finds
+            it, which gets the same attributes; each sample gets `<eval_key>_tp`, `_fp` (proposals without a match),
+            `_fn` and `_recall_at_<K>`, its AR@K. With None, none of these are stored.
+        ks: numbers of proposals per image to evaluate.
+        use_masks: whether to compare masks; otherwise boxes.
+        rank_by: "confidence": the detector's score, by which MobileSAMv2 limits its prompts, so that the K best are
+            those of a run with K prompts, and which any model's labels have; "predicted_iou"; "stability"; or "sam",
+            the mean of the last two, as in SAM.
+        area_field: the objects' attribute with their area in pixels; default: the area of the mask, or of the box.
+        progress: as elsewhere in FiftyOne.
+        cluster: evaluates on a Ray cluster: "auto" for the cluster of this machine, an address, or "local" for
+            processes on this machine. The results are identical.
+        workers: number of workers of the cluster; None: one per GPU or, without GPUs, one per machine.
 
     Returns:
-        the results; `results.metrics()` are the figures.
+        The results; `results.metrics()` returns the metrics.
 
     Raises:
-        ValueError: a field is missing or of the wrong type; a mask, a score or an area is missing; what a run of this
-            key would store is there already and no earlier run's; or every image had to be skipped.
+        ValueError: a field is missing or of the wrong type; a mask, a score or an area is missing; a field that the run
+            would store exists and does not belong to an earlier run with this key; or all images were skipped.
     """
-    spread = Cluster.of(cluster, workers)
+    ray_cluster = Cluster.of(cluster, workers)
     method = ProposalEvaluationConfig(
         pred_field, gt_field, ks=ks, use_masks=use_masks, rank_by=rank_by, area_field=area_field
     ).build()
-    method.cluster = spread
+    method.cluster = ray_cluster
     method.register_run(samples, eval_key, progress=progress)
     method.register_samples(samples, eval_key)
     if eval_key is not None:
@@ -103,11 +103,11 @@ def evaluate_proposals(
 
 
 class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
-    """See :func:`evaluate_proposals`. FiftyOne's `evaluate_detections(method="proposals")` makes one, too.
+    """See :func:`evaluate_proposals`. FiftyOne's `evaluate_detections(method="proposals")` creates one, too.
 
     Attributes:
-        view: "frames" or "patches" if the run was over such a view, whose labels are in other fields of its dataset.
-        stored_as: the key in the names of the fields, which isn't the run's if those of a new key were taken.
+        view: "frames" or "patches" if the run was on such a view, whose labels are in other fields of its dataset.
+        stored_as: the key in the field names; differs from the run's key if a new key's field names were taken.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         area_field: str | None = None,
         view: str | None = None,
         stored_as: str | None = None,
-        # What FiftyOne passes to any method:
+        # FiftyOne passes these to every method:
         iou: float = 0.5,
         classwise: bool = False,
         use_boxes: bool = False,
@@ -135,7 +135,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         self.stored_as = stored_as
         check_ranking(rank_by)
         if iou != IOU_THRESHOLDS[FOUND_AT]:
-            raise ArgumentError(f'iou={iou}: "tp" and "fn" are told at 0.5; the results have recall at 0.5 to 0.95.')
+            raise ArgumentError(f'iou={iou}: "tp" and "fn" are decided at 0.5; the results have recall at 0.5 to 0.95.')
         if pred_field == gt_field:
             raise ArgumentError(f"The proposals and the ground truth are the same field, '{gt_field}'.")
 
@@ -145,10 +145,10 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
 
 
 class ProposalEvaluation(RunFields):
-    """The method. It reads labels from the database itself, and each mask once.
+    """The evaluation method. It reads labels directly from the database, and each mask once.
 
-    FiftyOne calls `register_run`, which would delete an earlier run, then `register_samples`, and then, having loaded
-    every label, `evaluate` for each sample. Here the first measures, the second stores, and the third tells.
+    FiftyOne calls `register_run`, which deletes an earlier run, then `register_samples`, and then, having loaded all
+    labels, `evaluate` for each sample. Here, the first measures, the second stores, and the third returns the matches.
     """
 
     def __init__(self, config: ProposalEvaluationConfig) -> None:
@@ -188,12 +188,12 @@ class ProposalEvaluation(RunFields):
             raise
 
     def evaluate(self, doc: fo.Sample | FrameView, eval_key: str | None = None) -> list[Match]:
-        # FiftyOne counts these, and stores the counts once more.
+        # FiftyOne counts these matches and stores the counts again.
         image = self._by_id.get(doc.id)
         if image is None:
             return []
         unmatched: Match = (None, NO_CLASS, None, None, None, None)
-        return [found.match for found in image.objects] + [unmatched] * image.fp
+        return [each.match for each in image.objects] + [unmatched] * image.fp
 
     def generate_results(
         self,
@@ -218,14 +218,16 @@ class ProposalEvaluation(RunFields):
         check_shapes_field(samples, config.pred_field, "proposals")
         check_shapes_field(samples, config.gt_field, "ground truth")
         if is_frame_field(samples, config.pred_field) != is_frame_field(samples, config.gt_field):
-            raise ArgumentError(f"'{config.pred_field}' and '{config.gt_field}' must both be of frames, or of samples.")
+            raise ArgumentError(
+                f"'{config.pred_field}' and '{config.gt_field}' must both be frame fields or both be sample fields."
+            )
         if is_clips_view(samples) or (is_patches_view(samples) and root_dataset(samples).media_type == "video"):
-            raise ArgumentError("Clips, and patches of frames, can't be measured: evaluate the frames of the videos.")
+            raise ArgumentError("Clips and patches of frames can't be evaluated: evaluate the frames of the videos.")
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, samples: SampleCollection, progress: Progress) -> None:
-        """Reads and matches everything, and stores nothing but missing metadata."""
+        """Reads and matches all images; stores nothing except missing metadata."""
         if self.cluster is None:
             self._measured = measure(samples, self.config, progress)
         else:
@@ -240,15 +242,15 @@ class ProposalEvaluation(RunFields):
         classes: Sequence[str] | None = None,
         missing: str | None = None,
     ) -> ProposalResults:
-        objects = [found for image in self._measured.images for found in image.objects]
-        ranks = np.array([found.ranks for found in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
+        objects = [each for image in self._measured.images for each in image.objects]
+        ranks = np.array([each.ranks for each in objects], np.int64).reshape(-1, len(IOU_THRESHOLDS))
         if not objects:
-            classes = [NO_CLASS]  # the App's panel breaks down without any
+            classes = [NO_CLASS]  # the App's panel fails without classes
         return ProposalResults(
             samples,
             self.config,
             eval_key,
-            [found.match for found in objects],
+            [each.match for each in objects],
             recall=self._measured.recall.to_dict(),
             ranks=np.where(ranks == NOT_FOUND, -1, ranks),
             skipped=self._measured.skipped,
@@ -260,7 +262,7 @@ class ProposalEvaluation(RunFields):
 
 
 def _panel_metrics(recall: AverageRecall) -> dict[str, dict[str, object]]:
-    """As the App's panel shows them, where they are numbers."""
+    """The metrics that are not NaN, in the format of the App's panel."""
     return {
         name: {"key": name, "value": value, "label": name, "lower_is_better": False}
         for name, value in recall.metrics().items()

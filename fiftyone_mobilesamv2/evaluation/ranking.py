@@ -1,4 +1,4 @@
-"""How proposals are ranked: the one table of the attributes that count, and what forms call each ranking."""
+"""Rankings of proposals: the attributes that each uses, and its title in forms."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Ranking(NamedTuple):
     """A way to rank proposals.
 
     Attributes:
-        attributes: of a label; their mean is the score.
-        title: what forms say.
+        attributes: the label attributes whose mean is the score.
+        title: its name in forms.
     """
 
     attributes: tuple[str, ...]
@@ -28,6 +28,6 @@ RANKINGS = {
 
 
 def check_ranking(rank_by: str) -> None:
-    """Raises ArgumentError unless it is a key of RANKINGS."""
+    """Raises ArgumentError unless `rank_by` is a key of RANKINGS."""
     if rank_by not in RANKINGS:
         raise ArgumentError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")

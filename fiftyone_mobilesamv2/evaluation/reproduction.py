@@ -1,9 +1,9 @@
-"""The paper's tables of mask AR on your ground truth, with the paper's figures beside ours.
+"""Reproduces the paper's tables of mask AR on your ground truth, with the paper's figures beside yours.
 
-A run of at most N prompts takes the N boxes that the detector is surest of, and the masks of different boxes don't
-depend on each other. So one run of 320 prompts tells what fewer would have found: AR with at most N prompts is AR@N of
-that run, ranked by the detector's confidence. (A mask without a pixel is dropped; AR@N then counts the next best in its
-place.) Grids of different density have no points in common: each is a run of its own.
+A run with at most N prompts uses the N boxes with the highest confidence, and the masks of different boxes are
+independent. So one run with 320 prompts also gives the results for fewer: AR with at most N prompts is AR@N of that
+run, ranked by the detector's confidence. (An empty mask is dropped; AR@N then counts the next best instead.) Grids of
+different density have no points in common, so each needs its own run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from .. import zoo
 from ..errors import ArgumentError
-from ..modeling.checkpoints.catalog import pretrained_model
+from ..labels.fields import GROUND_TRUTH_FIELD
+from ..modeling.checkpoints.catalog import DEMO_MODEL, pretrained_model
 from ..modeling.defaults import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
 from .coco import load_coco, read_instances
@@ -32,13 +33,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GRIDS = (16, 32, 64)
-GT_FIELD = "ground_truth"
 RESULTS_NAME, PICTURE_NAME = "reproduction.json", "reproduction.png"
 
-# The paper's figures, arXiv 2312.09579: AR in percent on 100 images of LVIS, ViT-H encoder where no other is named.
+# The paper's figures, arXiv 2312.09579: AR in percent on 100 images of LVIS, ViT-H encoder unless another is named.
 PAPER_AR: dict[
     str, dict[int | None, tuple[float, ...]]
-] = {  # of all, small, medium and large objects; None: the mean over K
+] = {  # all, small, medium and large objects; None: the mean over K
     OBJECT_AWARE: {
         10: (17.6, 6.4, 35.0, 37.8),
         100: (50.6, 36.3, 73.1, 76.3),
@@ -56,15 +56,15 @@ PAPER_AR: dict[
 }
 PAPER_AR_BY_PROMPTS = {320: 59.3, 256: 58.5, 192: 56.6, 128: 53.6, 64: 44.8}
 PAPER_AR_BY_ENCODER = {"sam_vit_h": 59.3, "efficientvit_l2": 56.3, "tiny_vit": 51.1}
-PAPER_MS = {OBJECT_AWARE: 97, "grid_32": 1616, "grid_64": 6464}  # of an image, after the encoder
+PAPER_MS = {OBJECT_AWARE: 97, "grid_32": 1616, "grid_64": 6464}  # per image, without the encoder
 
 COMPARABLE = (
-    "The paper measured on 100 images of LVIS val that it doesn't name, with SAM's ViT-H as the encoder. Its figures "
-    "compare with these only where the ground truth is LVIS val and the model is a released one with that encoder "
-    "(mobilesamv2-vith-torch); by encoder, also EfficientViT-L2 and TinyViT. It doesn't name its GPU: compare ratios "
-    "of times."
+    "The paper used 100 unnamed images of LVIS val and SAM's ViT-H as the encoder. Its figures are comparable with "
+    "these only if the ground truth is LVIS val and the model is a released one with that encoder "
+    "(mobilesamv2-vith-torch); in the table by encoder, also EfficientViT-L2 and TinyViT. The paper doesn't name its "
+    "GPU: compare ratios of times."
 )
-DEMO = "The demo model was trained on synthetic scenes alone: on photos, its figures say nothing of the method."
+DEMO_NOTE = "The demo model was trained only on synthetic scenes: on photos, its figures say nothing about the method."
 
 _MARK = "mobilesamv2_reproduction"
 _COLORS = {OBJECT_AWARE: "#ff6d04", "grid_16": "#9db4ff", "grid_32": "#4263eb", "grid_64": "#1b2a80"}
@@ -72,11 +72,11 @@ _COLORS = {OBJECT_AWARE: "#ff6d04", "grid_16": "#9db4ff", "grid_32": "#4263eb", 
 
 @dataclass
 class Reproduction:
-    """The measurements, which print as the paper's tables.
+    """The measurements; they print as the paper's tables.
 
     Attributes:
-        about: what was measured on what, as the JSON file holds it.
-        measurements: by the name of the field that holds the proposals: "object_aware", "grid_16", ...
+        about: the model, its settings and the ground truth, as in the JSON file.
+        measurements: the measurements by the name of the proposals' field: "object_aware", "grid_16", ...
     """
 
     about: dict[str, Any]
@@ -87,7 +87,7 @@ class Reproduction:
         return {name: each.recall for name, each in self.measurements.items() if each.recall is not None}
 
     def cells(self) -> list[dict[str, Any]]:
-        """One for each figure: "table", "row", "column", "ours", "paper"; AR in percent, None where there is none."""
+        """A dictionary for each figure: "table", "row", "column", "ours", "paper"; AR in percent, or None."""
         cells = []
 
         def add(table: str, row: str, column: str, ours: float, paper: float | None) -> None:
@@ -109,18 +109,19 @@ class Reproduction:
                 add("AR@1000 by sampling", name, "all", recall.metrics()["AR@1000"], paper)
         if OBJECT_AWARE in recalls:
             recall = recalls[OBJECT_AWARE]
-            for most in (320, 256):
-                ours = recall.recalls(most).mean()
-                add("AR@1000 by sampling", f"{most} boxes", "all", ours, PAPER_AR_BY_PROMPTS[most])
-            for most, paper in PAPER_AR_BY_PROMPTS.items():
-                add("AR@1000 by the maximum number of prompts", str(most), "all", recall.recalls(most).mean(), paper)
+            for max_prompts in (320, 256):
+                ours = recall.recalls(max_prompts).mean()
+                add("AR@1000 by sampling", f"{max_prompts} boxes", "all", ours, PAPER_AR_BY_PROMPTS[max_prompts])
+            for max_prompts, paper in PAPER_AR_BY_PROMPTS.items():
+                ours = recall.recalls(max_prompts).mean()
+                add("AR@1000 by the maximum number of prompts", str(max_prompts), "all", ours, paper)
             encoder = self.about["encoder"]
             ours = recall.metrics()["AR@1000"]
             add("AR@1000 by encoder", encoder, "all", ours, PAPER_AR_BY_ENCODER.get(encoder))
         return cells
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """By title; each cell is text, "ours (the paper's)"."""
+        """The tables by title; each cell is text, "ours (paper's)"."""
         import pandas as pd
 
         tables: dict[str, pd.DataFrame] = {}
@@ -139,24 +140,24 @@ class Reproduction:
         return tables
 
     def ratio(self, name: str) -> float | None:
-        """Its time without the encoder by that of object-aware prompting; None where that wasn't measured."""
+        """Its time without the encoder, divided by that of object-aware prompting; None if that wasn't measured."""
         reference = self.measurements.get(OBJECT_AWARE)
         return self.measurements[name].ms / reference.ms if reference else None
 
     def notes(self) -> list[str]:
-        """What a reader has to know to judge the figures."""
+        """Notes for interpreting the figures."""
         notes = [COMPARABLE]
-        if self.about["encoder"] == pretrained_model("mobilesamv2-demo-torch").encoder:
-            notes.append(DEMO)
+        if self.about["encoder"] == pretrained_model(DEMO_MODEL).encoder:
+            notes.append(DEMO_NOTE)
         for name, measured in self.measurements.items():
             if name != OBJECT_AWARE and measured.masks < 1 and self.about["pred_iou_thresh"]:
                 notes.append(
-                    f"{name}: SAM's filters leave {measured.masks:.1f} masks an image: this model's predicted IoU or "
-                    "stability seldom reaches them. --no-grid-filters keeps all."
+                    f"{name}: SAM's filters leave {measured.masks:.1f} masks per image, since this model's predicted "
+                    "IoU or stability rarely reaches their thresholds. --no-grid-filters keeps all masks."
                 )
             if failures := measured.failures:
                 notes.append(
-                    f"{name}: {len(failures)} images were not segmented and count as without proposals; the first: "
+                    f"{name}: {len(failures)} images were not segmented and count as having no proposals; the first: "
                     f"{failures[0]}"
                 )
         return notes
@@ -172,7 +173,7 @@ class Reproduction:
         return "\n\n".join([head, *tables, *self.notes()])
 
     def to_dict(self) -> dict[str, Any]:
-        """As the JSON file holds it: "metrics" are shares, as of `evaluate_proposals`; "tables" are in percent."""
+        """The content of the JSON file: "metrics" are in 0..1, as in `evaluate_proposals`; "tables" are in percent."""
         measurements = {
             name: {**measured.to_dict(), "times_object_aware": self.ratio(name)}
             for name, measured in self.measurements.items()
@@ -186,7 +187,7 @@ class Reproduction:
         self._plot(folder / PICTURE_NAME)
 
     def _plot(self, path: Path) -> None:
-        from matplotlib.figure import Figure  # without pyplot, which looks for a screen
+        from matplotlib.figure import Figure  # without pyplot, which looks for a display
 
         figure = Figure(figsize=(16, 5.6), layout="constrained")
         by_k, by_size, by_cost = figure.subplots(1, 3)
@@ -210,9 +211,9 @@ class Reproduction:
             axes.plot(np.arange(1, len(curve) + 1), curve, color=_color(name), label=name)
             paper = {k: values[0] for k, values in PAPER_AR.get(name, {}).items() if k}
             if name == OBJECT_AWARE:
-                paper |= {most: ar for most, ar in PAPER_AR_BY_PROMPTS.items() if most < MAX_PROMPTS}
+                paper |= {count: ar for count, ar in PAPER_AR_BY_PROMPTS.items() if count < MAX_PROMPTS}
             axes.plot(list(paper), list(paper.values()), "o", color=_color(name), markerfacecolor="white")
-        axes.set(xscale="log", title="AR@K, %", xlabel="K: masks of an image that count")
+        axes.set(xscale="log", title="AR@K, %", xlabel="K: masks per image")
 
     def _plot_by_size(self, axes: Axes) -> None:
         recalls = self._recalls
@@ -240,7 +241,7 @@ class Reproduction:
 
 
 def _beside(ours: float | None, paper: float | None) -> str:
-    """Ours, and in brackets the paper's; "-" where there is none."""
+    """Ours, and the paper's in brackets; "-" for a missing figure."""
     our_text, paper_text = ("-" if value is None else f"{value:.1f}" for value in (ours, paper))
     return f"{our_text} ({paper_text})"
 
@@ -262,33 +263,34 @@ def reproduce(
     seed: int = 0,
     batch_size: int = 4,
 ) -> Reproduction:
-    """Imports the ground truth, segments it in every way asked for, measures, and keeps all that for the App.
+    """Imports the ground truth, segments its images with each prompting method, and measures; keeps all results for the
+    App.
 
-    The dataset, "mobilesamv2-reproduce-<annotations>-<model>", is persistent; it has a field of proposals and an
-    evaluation for each way of prompting: "object_aware" and "ar_object_aware", "grid_32" and "ar_grid_32". It replaces
-    that of an earlier reproduction. Results are written to `output` whenever a way of prompting has been measured.
+    The dataset, "mobilesamv2-reproduce-<annotations>-<model>", is persistent. It has a field of proposals and an
+    evaluation for each prompting method: "object_aware" and "ar_object_aware", "grid_32" and "ar_grid_32". It replaces
+    the dataset of an earlier reproduction. Results are written to `output` after each method.
 
-    As in SAM's paper, masks of a grid are ranked by the mean of predicted IoU and stability, 1000 an image;
-    object-aware ones are ranked by the detector's confidence. Objects are small, medium or large by the area that the
-    file gives.
+    As in SAM's paper, masks of a grid are ranked by the mean of predicted IoU and stability, 1000 per image;
+    object-aware ones are ranked by the detector's confidence. Objects are small, medium or large by the area in the
+    file.
 
     Args:
-        annotations: a JSON file in the format of COCO, or LVIS: its categories have a `frequency`.
+        annotations: a JSON file in COCO format, or LVIS format, whose categories have a `frequency`.
         images: the folder of its images.
-        model: the way of prompting, the most prompts and the detector's threshold are set for this run; the grid's
-            thresholds are the model's.
+        model: the model; this run sets its prompting, maximum number of prompts and detector threshold, and uses its
+            grid thresholds.
         output: the folder for `reproduction.json` and `reproduction.png`.
-        object_aware: whether to measure it.
+        object_aware: whether to measure object-aware prompting.
         grids: points per side of each grid to measure.
-        confidence: the detector's minimum score of a box that becomes a prompt.
-        sample: how many images to draw at random, at most.
-        seed: of the draw.
-        batch_size: images that are segmented together.
+        confidence: the minimum detector score of box prompts.
+        sample: maximum number of images to draw at random.
+        seed: seed of the draw.
+        batch_size: number of images to segment together.
 
     Raises:
-        FileNotFoundError: the JSON file, or images that it lists, don't exist.
-        ValueError: the file is in neither format; there is a dataset of that name that is no reproduction's; nothing
-            is to be measured; or no image could be segmented.
+        FileNotFoundError: the JSON file or a listed image doesn't exist.
+        ValueError: the file is in neither format; a dataset of that name exists and is not a reproduction's; there is
+            nothing to measure; or no image could be segmented.
     """
     if not 0 <= confidence <= 1:
         raise ArgumentError(f"confidence must be between 0 and 1, not {confidence}.")
@@ -302,7 +304,7 @@ def reproduce(
     name = dataset_name(annotations, model)
     _check_replaceable(name)
     dataset = _load_ground_truth(annotations, images, sample, seed)
-    # An earlier reproduction's dataset is replaced only after this, when nothing that was typed can be wrong any more.
+    # An earlier reproduction's dataset is replaced only below, when all arguments have proved valid.
     output.mkdir(parents=True, exist_ok=True)
     config = model.config
     about = {
@@ -328,7 +330,7 @@ def reproduce(
             model,
             field_name,
             settings,
-            Truth(GT_FIELD, area_field="area"),
+            Truth(GROUND_TRUTH_FIELD, area_field="area"),
             label_bytes=LABEL_BYTES // (len(fields) + 1),  # and one for the ground truth
             batch_size=batch_size,
         )
@@ -344,7 +346,7 @@ def dataset_name(annotations: Path, model: zoo.MobileSAMv2Model) -> str:
 
 def _check_replaceable(name: str) -> None:
     if fo.dataset_exists(name) and _MARK not in fo.load_dataset(name).info:
-        raise ArgumentError(f"The dataset {name!r} exists and is no reproduction's: rename or delete it.")
+        raise ArgumentError(f"The dataset {name!r} exists and is not a reproduction's: rename or delete it.")
 
 
 def _keep(dataset: fo.Dataset, name: str, about: dict[str, Any]) -> None:
@@ -360,4 +362,4 @@ def _load_ground_truth(annotations: Path, images: Path, sample: int, seed: int) 
     instances = read_instances(annotations)
     is_lvis = any("frequency" in category for category in instances.categories.values())
     drawn = sample if sample < len(instances.images) else None
-    return (load_lvis if is_lvis else load_coco)(images, annotations, drawn, seed, gt_field=GT_FIELD)
+    return (load_lvis if is_lvis else load_coco)(images, annotations, drawn, seed, gt_field=GROUND_TRUTH_FIELD)

@@ -1,4 +1,4 @@
-"""What an evaluation of proposals stores in its dataset: attributes of labels and counts of samples, and where."""
+"""The fields that an evaluation of proposals stores in its dataset: label attributes and sample counts."""
 
 from __future__ import annotations
 
@@ -38,22 +38,24 @@ if TYPE_CHECKING:
 
     from .proposals import ProposalEvaluationConfig
 
-_UPDATES_AT_ONCE = 200
-_LABELS_IN_AN_UPDATE = 100  # MongoDB looks for each of them among all labels of the document
+_MAX_UPDATES = 200
+_LABELS_PER_UPDATE = 100  # MongoDB searches all labels of the document for each of them
 
 
 class RunFields(foud.DetectionEvaluation):
-    """The part of :class:`.proposals.ProposalEvaluation` that stores, renames and deletes what was measured."""
+    """Base of :class:`.proposals.ProposalEvaluation` that stores, renames and deletes its fields."""
 
     config: ProposalEvaluationConfig
     _measured: Measured
 
     def check_names(self, samples: SampleCollection, eval_key: str) -> None:
-        """That nothing of the user's is where the run is going to store, and at last delete, its own."""
+        """Raises ArgumentError if a field that the run would store, and later delete, exists or is read-only."""
         dataset = root_dataset(samples)
         for name in self._label_names(dataset):
             if dataset.get_field(name).read_only:
-                raise ArgumentError(f"'{name}' is read-only: nothing can be noted on its labels. Use eval_key=None.")
+                raise ArgumentError(
+                    f"'{name}' is read-only: no attributes can be stored on its labels. Use eval_key=None."
+                )
         names, attributes = set(self._fields(dataset, eval_key)), set(self._attributes(dataset, eval_key))
         if eval_key in dataset.list_evaluations():
             earlier = dataset.get_evaluation_info(eval_key).config
@@ -61,7 +63,7 @@ class RunFields(foud.DetectionEvaluation):
             attributes &= names
         taken = [name for name in sorted(names) if dataset.has_field(name)]
         if attributes and not taken:
-            # Attributes of labels needn't be declared.
+            # Label attributes may exist without being declared.
             paths = {split_frame_field(dataset, name)[0]: name for name in attributes}
             collection = frame_collection(dataset) if self._is_of_frames(dataset) else sample_collection(dataset)
             if collection is not None and collection.find_one(
@@ -69,16 +71,18 @@ class RunFields(foud.DetectionEvaluation):
             ):
                 taken = [name for path, name in paths.items() if collection.find_one({path: {"$exists": True}})]
         if taken:
-            raise ArgumentError(f"'{taken[0]}' exists, and is no earlier evaluation's. Choose another eval_key.")
+            raise ArgumentError(
+                f"'{taken[0]}' exists and does not belong to an earlier evaluation. Choose another eval_key."
+            )
 
     def write(self, samples: SampleCollection, eval_key: str) -> None:
-        """Notes on objects, on the proposals that find them and on samples what was found.
+        """Stores the results on objects, on the proposals that find them, and on samples.
 
-        The other proposals, most of the labels, stay as they are.
+        The other proposals, which are most labels, are not changed.
         """
         dataset, root = source_dataset(samples), root_dataset(samples)
         if dataset is not root:
-            self._delete_fields(dataset, eval_key)  # an earlier run's that was deleted in the source alone
+            self._delete_fields(dataset, eval_key)  # left by an earlier run that was deleted only in the source
             of_frames = self._is_of_frames(root)
             self._update(
                 root,
@@ -107,18 +111,18 @@ class RunFields(foud.DetectionEvaluation):
         objects_path, proposals_path = (
             self._label_path(dataset, name) for name in (self.config.gt_field, self.config.pred_field)
         )
-        ids: list[ObjectId] = []  # of what is in memory, too, and then reloaded
+        ids: list[ObjectId] = []  # documents to reload if they are in memory
         operations: list[UpdateOne] = []
         for number, image in enumerate(self._measured.images, 1):
             counts = {eval_key + name: value for name, value in self._counts([image]).items()} if has_counts else {}
             operations += _updates(query(image), image, eval_key, objects_path, proposals_path, counts)
-            ids.append(query(image).get("_id", image.id))  # a frame has its id in a view of frames as well
-            if len(operations) >= _UPDATES_AT_ONCE or number == len(self._measured.images):
+            ids.append(query(image).get("_id", image.id))  # a frame has the same id in a frame view
+            if len(operations) >= _MAX_UPDATES or number == len(self._measured.images):
                 bulk_write(dataset, operations, ids=ids, frames=of_frames)
                 ids, operations = [], []
 
     def forget_counts_of_skipped(self, samples: SampleCollection, eval_key: str) -> None:
-        # FiftyOne has stored zeros.
+        # FiftyOne stored zeros for them.
         ends = [f"{eval_key}{end}" for end in ("_tp", "_fp", "_fn")]
         dataset, of_frames = source_dataset(samples), self._is_of_frames(samples)
         nothing = {"$set": dict.fromkeys(ends)}
@@ -131,9 +135,9 @@ class RunFields(foud.DetectionEvaluation):
                 bulk_write(dataset, [UpdateOne({"_id": ObjectId(id)}, nothing) for id in empty])
 
     def _counts(self, images: Sequence[MeasuredImage]) -> dict[str, float | None]:
-        """By the end of the field's name: what `images`, one or those of a video, sum up to."""
-        objects = [found for image in images for found in image.objects]
-        tp = sum(found.rank is not None for found in objects)
+        """The totals of `images`, a single one or those of a video, by the suffix of the field's name."""
+        objects = [measured_object for image in images for measured_object in image.objects]
+        tp = sum(measured_object.rank is not None for measured_object in objects)
         measured = [(image.recalls, len(image.objects)) for image in images if image.recalls is not None]
         weights = [count for _, count in measured]
         recalls = {
@@ -145,7 +149,7 @@ class RunFields(foud.DetectionEvaluation):
         return {"_tp": tp, "_fp": sum(image.fp for image in images), "_fn": len(objects) - tp, **recalls}
 
     def _label_names(self, dataset: fo.Dataset) -> list[str]:
-        """The fields of objects and proposals in `dataset`, which may be a view's source; only those that exist."""
+        """The existing fields of objects and proposals in `dataset`, which may be a view's source."""
         names = [self._label_name(dataset, name) for name in (self.config.gt_field, self.config.pred_field)]
         return [name for name in names if dataset.has_field(name)]
 
@@ -153,7 +157,7 @@ class RunFields(foud.DetectionEvaluation):
         return FRAMES_PREFIX + name if self.config.view == "frames" and not is_frames_view(dataset) else name
 
     def _label_path(self, dataset: fo.Dataset, name: str) -> tuple[str, bool] | None:
-        """Where the labels are in a document of `dataset`, and whether in a list; None where it lacks the field."""
+        """The path of the labels in documents of `dataset`, and whether it is a list; None if it does not exist."""
         name = self._label_name(dataset, name)
         if not dataset.has_field(name):
             return None
@@ -161,17 +165,17 @@ class RunFields(foud.DetectionEvaluation):
         return split_frame_field(dataset, path)[0], is_list
 
     def _is_of_frames(self, samples: SampleCollection) -> bool:
-        """Whether the labels are of videos' frames there."""
+        """Whether the labels are in frame fields there."""
         from_view = self.config.view == "frames" and not is_frames_view(samples)
         return from_view or is_frame_field(samples, self.config.gt_field)
 
     def _fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
-        """Everything that a run stores in `dataset`."""
+        """All fields that a run stores in `dataset`."""
         return self._count_fields(dataset, eval_key) | self._attributes(dataset, eval_key)
 
     def _count_fields(self, dataset: fo.Dataset, eval_key: str) -> dict[str, type[fof.Field]]:
         if self.config.view == "patches" and not is_patches_view(dataset):
-            return {}  # counts of patches say nothing about their samples
+            return {}  # counts of patches are meaningless for their samples
         fields = {f"{eval_key}{end}": fof.IntField for end in ("_tp", "_fp", "_fn")}
         fields |= {f"{eval_key}_recall_at_{k}": fof.FloatField for k in self.config.ks}
         if not self._is_of_frames(dataset):
@@ -237,25 +241,25 @@ def _updates(
     proposals_path: tuple[str, bool] | None,
     values: Document,
 ) -> Iterator[UpdateOne]:
-    """Of one document: sets `values`, and the attributes of the image's objects and of the proposals that find them.
+    """Updates one document: sets `values`, and the attributes of objects and of the proposals that find them.
 
-    Labels are told by id: a view may hide some, and others may have come and gone since they were read.
+    Labels are identified by id: a view may hide some, and labels may have changed since they were read.
 
     Args:
-        objects_path, proposals_path: where the labels are in the document, and whether in a list; None: they aren't
-            there.
+        objects_path, proposals_path: the path of the labels in the document, and whether it is a list; None if the
+            document has no such labels.
     """
-    notes: list[tuple[tuple[str, bool], ObjectId, str, float | None, int | None, ObjectId | None]] = []
-    for found in image.objects:
-        state = "fn" if found.match_id is None else "tp"
+    attributes: list[tuple[tuple[str, bool], ObjectId, str, float | None, int | None, ObjectId | None]] = []
+    for each in image.objects:
+        state = "fn" if each.match_id is None else "tp"
         if objects_path is not None:
-            notes.append((objects_path, found.id, state, found.best_iou, found.rank, found.match_id))
-        if proposals_path is not None and found.match_id is not None:
-            notes.append((proposals_path, found.match_id, state, found.match_iou, found.rank, found.id))
+            attributes.append((objects_path, each.id, state, each.best_iou, each.rank, each.match_id))
+        if proposals_path is not None and each.match_id is not None:
+            attributes.append((proposals_path, each.match_id, state, each.match_iou, each.rank, each.id))
     values = {**values, "last_modified_at": datetime.now(timezone.utc)}
-    for start in range(0, max(len(notes), 1), _LABELS_IN_AN_UPDATE):
+    for start in range(0, max(len(attributes), 1), _LABELS_PER_UPDATE):
         filters: list[Mapping[str, Any]] = []
-        for (path, is_list), label_id, state, iou, rank, other in notes[start : start + _LABELS_IN_AN_UPDATE]:
+        for (path, is_list), label_id, state, iou, rank, other in attributes[start : start + _LABELS_PER_UPDATE]:
             if is_list:
                 path += f".$[l{len(filters)}]"
                 filters.append({f"l{len(filters)}._id": label_id})

@@ -1,4 +1,4 @@
-"""Segmentations -> detections as FiftyOne stores them: the one writer, of `apply_model`, runs, prompts and videos."""
+"""Segmentations -> stored detections: the one writer for `apply_model`, runs, prompts and videos."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from .masks import serialized
 logger = logging.getLogger(__name__)
 
 LABEL = "object"
-_DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # what the database holds of every object
-# MongoDB takes documents of at most 16,793,600 bytes. The labels of a field get 7 MiB, which leaves room for a second
-# field like it and for the attributes that an evaluation adds.
+_DOCUMENT = fol.Detection(label=LABEL).to_mongo().to_dict()  # common to all objects in the database
+# MongoDB limits documents to 16,793,600 bytes. 7 MiB for the labels of one field leave room for a second such field and
+# for the attributes that an evaluation adds.
 LABEL_BYTES_PER_SAMPLE = 7 * 2**20
-DETECTION_BYTES = 600  # of a detection without its mask: names and values of its attributes
+DETECTION_BYTES = 600  # size of a detection without its mask: names and values of its attributes
 
 
-class Found(NamedTuple):
-    """The masks of an image, and the prompt of each, if there were prompts."""
+class ImageMasks(NamedTuple):
+    """The masks of an image and, for prompted masks, the prompt of each."""
 
     masks: Segmentation
     prompts: Sequence[fol.Detection | fol.Keypoint] | None = None
 
 
-def mask_attributes(found: Segmentation, index: int) -> Document:
-    """The attributes that every mask is stored with; the box is relative, [x, y, width, height]."""
-    height, width = found.size
-    x0, y0, x1, y1 = (int(v) for v in found.boxes[index])
-    mask = found.masks[index]
+def mask_attributes(segmentation: Segmentation, index: int) -> Document:
+    """The attributes that are stored with every mask; the box is relative, [x, y, width, height]."""
+    height, width = segmentation.size
+    x0, y0, x1, y1 = (int(v) for v in segmentation.boxes[index])
+    mask = segmentation.masks[index]
     return {
         "bounding_box": [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height],
         "mask": mask,
-        "predicted_iou": float(found.predicted_iou[index]),
-        "stability": float(found.stability[index]),
+        "predicted_iou": float(segmentation.predicted_iou[index]),
+        "stability": float(segmentation.stability[index]),
         "area_px": int(np.count_nonzero(mask)),
     }
 
 
-def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> MaskArray:
-    """bool: what a mask has inside a relative box [x, y, width, height], in pixels of the box.
+def mask_in_box(segmentation: Segmentation, index: int, box: Sequence[float]) -> MaskArray:
+    """The part of a mask inside a relative box [x, y, width, height], as bool pixels of the box.
 
-    Some may be outside the image. A box without an area has one, at its corner.
+    The box may extend beyond the image. A box without an area yields one pixel, at its corner.
     """
-    (height, width), (x, y, w, h) = found.size, box
+    (height, width), (x, y, w, h) = segmentation.size, box
     left, top, right, bottom = round(x * width), round(y * height), round((x + w) * width), round((y + h) * height)
     cut = np.zeros((max(bottom - top, 1), max(right - left, 1)), bool)
-    mask, (x0, y0, x1, y1) = found.masks[index], found.boxes[index]
+    mask, (x0, y0, x1, y1) = segmentation.masks[index], segmentation.boxes[index]
     x0_cut, y0_cut = max(x0, left), max(y0, top)
     x1_cut, y1_cut = min(x1, left + cut.shape[1]), min(y1, top + cut.shape[0])
     if x0_cut < x1_cut and y0_cut < y1_cut:
@@ -66,19 +66,19 @@ def mask_in_box(found: Segmentation, index: int, box: Sequence[float]) -> MaskAr
 
 
 def prompted_detection(
-    prompt: fol.Detection | fol.Keypoint, found: Segmentation, index: int, keep_box: bool = False
+    prompt: fol.Detection | fol.Keypoint, segmentation: Segmentation, index: int, keep_box: bool = False
 ) -> fol.Detection:
-    """The detection that a prompt becomes: its mask, and the prompt's own label, id and attributes.
+    """The detection for a prompt: its mask, with the prompt's label, id and attributes.
 
-    Where the decoder finds nothing, the mask is None and a box stays as it was.
+    If the decoder finds nothing, the mask is None and a box prompt keeps its box.
 
     Args:
-        keep_box: a detection keeps its box, and its mask is cut to that.
+        keep_box: keep a detection's box and crop its mask to it.
     """
-    attributes = mask_attributes(found, index)
+    attributes = mask_attributes(segmentation, index)
     if keep_box:
         box = attributes["bounding_box"] = prompt.bounding_box
-        mask = attributes["mask"] = mask_in_box(found, index, box)
+        mask = attributes["mask"] = mask_in_box(segmentation, index, box)
         attributes["area_px"] = int(np.count_nonzero(mask))
     if isinstance(prompt, fol.Detection):
         detection = prompt.copy()
@@ -87,7 +87,7 @@ def prompted_detection(
         kept |= {name: value for name, value in prompt.iter_attributes() if name != "sam_labels"}
         detection = fol.Detection(bounding_box=[0, 0, 0, 0], **kept)
     detection._id = ObjectId(prompt.id)
-    if not found.masks[index].size:
+    if not segmentation.masks[index].size:
         attributes["bounding_box"] = detection.bounding_box
         attributes["mask"] = None
     for name, value in attributes.items():
@@ -100,31 +100,32 @@ def prompted_detection(
 
 @dataclass
 class DetectionWriter:
-    """Writes what was found in an image as documents of detections, with masks in them or in files.
+    """Converts an image's masks to detections, storing masks in their documents or in files.
 
     Attributes:
-        label_bytes: what the labels of an image may take in the database; masks beyond it go to files. With 0 all do.
-        keep_boxes: whether prompted detections keep their boxes, to which their masks are cut; else tight ones.
+        label_bytes: maximum size of an image's labels in the database; masks beyond it go to files. With 0, all do.
+        keep_boxes: whether prompted detections keep their boxes, to which their masks are cropped; otherwise they get
+            tight ones.
     """
 
     label_bytes: int = LABEL_BYTES_PER_SAMPLE
     keep_boxes: bool = False
 
-    def documents(self, found: Found, files: MaskFiles) -> list[Document]:
-        """The detections as the database holds them.
+    def documents(self, image_masks: ImageMasks, files: MaskFiles) -> list[Document]:
+        """The detections as database documents.
 
-        At 320 masks an image FiftyOne's own objects take ten times as long, all of it inside Python's lock, which the
-        model then waits for.
+        At 320 masks per image, building FiftyOne's objects takes ten times as long and holds the GIL, which blocks the
+        model.
         """
-        documents = self._without_masks(found)
+        documents = self._without_masks(image_masks)
         for document, mask, content in self._stored_masks(documents, files):
             if mask is not None:
                 document["mask"] = content
         return [document for document, _ in documents]
 
-    def detections(self, found: Found, files: MaskFiles) -> fol.Detections:
-        """The same as FiftyOne's objects, for FiftyOne to store; it compresses masks once more, in its own way."""
-        documents = self._without_masks(found)
+    def detections(self, image_masks: ImageMasks, files: MaskFiles) -> fol.Detections:
+        """The same detections as FiftyOne objects, whose masks FiftyOne compresses again in its own way."""
+        documents = self._without_masks(image_masks)
         kept = {id(document): mask for document, mask, _ in self._stored_masks(documents, files)}
         detections = []
         for document, _ in documents:
@@ -133,17 +134,17 @@ class DetectionWriter:
             detections.append(detection)
         return fol.Detections(detections=detections)
 
-    def _without_masks(self, found: Found) -> list[tuple[Document, MaskArray | None]]:
-        """Each detection's document, without its mask, and the mask, bool [h, w]."""
+    def _without_masks(self, image_masks: ImageMasks) -> list[tuple[Document, MaskArray | None]]:
+        """The document of each detection without its mask, and the mask, bool [h, w]."""
         documents = []
-        for i in range(len(found.masks)):
-            if found.prompts is None:
-                attributes = mask_attributes(found.masks, i)
+        for i in range(len(image_masks.masks)):
+            if image_masks.prompts is None:
+                attributes = mask_attributes(image_masks.masks, i)
                 mask = attributes.pop("mask")
-                confidence = float(found.masks.confidence[i])
+                confidence = float(image_masks.masks.confidence[i])
                 documents.append((_DOCUMENT | {"_id": ObjectId(), "confidence": confidence} | attributes, mask))
             else:
-                detection = prompted_detection(found.prompts[i], found.masks, i, self.keep_boxes)
+                detection = prompted_detection(image_masks.prompts[i], image_masks.masks, i, self.keep_boxes)
                 mask, detection.mask = detection.mask, None
                 documents.append((detection.to_mongo().to_dict(), mask))
         return documents
@@ -151,10 +152,10 @@ class DetectionWriter:
     def _stored_masks(
         self, documents: Sequence[tuple[Document, MaskArray | None]], files: MaskFiles
     ) -> list[tuple[Document, MaskArray | None, bytes]]:
-        """Writes masks to files, from the largest, until the rest fits; these documents get their paths.
+        """Writes masks to files, largest first, until the rest fits, and sets the paths in their documents.
 
         Returns:
-            (document, mask, its bytes in the database) of each with a mask; the mask is None where it is in a file.
+            (document, mask, serialized mask) of each detection with a mask; the mask is None if it is in a file.
         """
         with_masks = [(document, mask) for document, mask in documents if mask is not None]
         contents = [serialized(mask) if self.label_bytes else b"" for _, mask in with_masks]
@@ -176,7 +177,7 @@ class DetectionWriter:
         return stored
 
     def _beyond_budget(self, mask_bytes: Sequence[int], num_detections: int) -> set[int]:
-        """Which masks go to files."""
+        """The indices of the masks that go to files."""
         total = DETECTION_BYTES * num_detections + sum(mask_bytes)
         beyond: set[int] = set()
         for i in sorted(range(len(mask_bytes)), key=mask_bytes.__getitem__, reverse=True):

@@ -1,4 +1,4 @@
-"""Samples and labels as the database holds them, read without making FiftyOne's objects of them."""
+"""Reads samples and labels as database documents, without building FiftyOne objects."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
-# What FiftyOne takes for one: whether there is a bar (None: as its settings say), or what is called with the bar.
+# As in FiftyOne: whether to show a progress bar (None: FiftyOne's setting), or a function that is called with the bar.
 Progress = bool | Callable[[fou.ProgressBar], object] | None
 
 
 class Skipped(TypedDict):
-    """An image that could not be used."""
+    """An image that was skipped because it could not be used."""
 
     id: str
     filepath: str
@@ -33,13 +33,13 @@ class Skipped(TypedDict):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A sample, or a frame of a video, with its labels as they are stored.
+    """A sample or video frame with its labels as stored in the database.
 
     Attributes:
-        document: what the database holds of it: the fields that were asked for.
-        sample_id: of the dataset's sample that it is, or belongs to.
-        name: what messages call it.
-        size: (height, width) in pixels; None where its metadata is missing.
+        document: its database document, with the requested fields.
+        sample_id: id of the dataset's sample that it is or belongs to.
+        name: its name in messages.
+        size: (height, width) in pixels; None if its metadata is missing.
     """
 
     document: Document
@@ -49,31 +49,31 @@ class StoredImage:
 
     @property
     def known_size(self) -> tuple[int, int]:
-        """`size`. Raises LabelError where it isn't known."""
+        """`size`. Raises LabelError if it isn't known."""
         if self.size is None:
             raise LabelError("it has no metadata, and its size can't be read from its file")
         return self.size
 
     def labels(self, field_name: str) -> list[Document]:
-        """The single labels of a field that was asked for. Raises LabelError where one has no id."""
-        found = labels_in(self.document, field_name)
-        if not all("_id" in label for label in found):
+        """The individual labels of a requested field. Raises LabelError if one has no id."""
+        labels = labels_in(self.document, field_name)
+        if not all("_id" in label for label in labels):
             raise LabelError(f"a label in '{field_name}' has no id: it was not stored by FiftyOne")
-        return found
+        return labels
 
     def has(self, field_name: str) -> bool:
-        """Whether that field has a value. One in which nothing was found has: an empty list."""
+        """Whether the field has a value; an empty list of labels counts as one."""
         return value_in(self.document, field_name) is not None
 
 
 def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iterator[StoredImage]:
-    """The images of a collection with these fields of theirs; the frames of its videos if the fields are of frames."""
+    """Yields the images of a collection with these fields; for frame fields, the frames of its videos."""
     names = [split_frame_field(samples, name)[0] for name in field_names]
     keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
     if not any(is_frame_field(samples, name) for name in field_names):
         for document in aggregate(samples, pipeline=[{"$project": keep}]):
             metadata = document.get("metadata") or {}
-            # Of the source, if it is a patch or a frame.
+            # For a patch or frame, the id of its source.
             sample_id = document["_sample_id"] if "_sample_id" in document else document["_id"]
             size = _size(metadata.get("height"), metadata.get("width"))
             yield StoredImage(document, sample_id, document["filepath"], size)
@@ -90,16 +90,16 @@ def _size(height: int | None, width: int | None) -> tuple[int, int] | None:
 
 
 def labels_in(document: Document, field_name: str) -> list[Document]:
-    """The single labels of a field of a document of a sample or frame."""
+    """The individual labels of a field in a sample or frame document."""
     labels = value_in(document, field_name)
     for name in ("detections", "polylines", "keypoints"):
         if labels and name in labels:
-            return labels[name] or []  # None where a view hides all
+            return labels[name] or []  # None if a view hides all of them
     return [labels] if labels else []
 
 
 def value_in(document: Document, field_name: str) -> Document | None:
-    """Of a field of a document of a sample or frame: its labels, as they are stored."""
+    """The stored labels of a field in a sample or frame document."""
     value: Document | None = document
     for part in field_name.removeprefix("frames.").split("."):
         value = (value or {}).get(part)
@@ -109,38 +109,38 @@ def value_in(document: Document, field_name: str) -> Document | None:
 def visit_images(
     samples: SampleCollection,
     field_names: Sequence[str],
-    look: Callable[[StoredImage], None],
+    visit: Callable[[StoredImage], None],
     progress: Progress = None,
 ) -> list[Skipped]:
-    """Calls `look` with each image and these fields of it; stores nothing but missing metadata.
+    """Calls `visit` with each image and these fields; stores nothing except missing metadata.
 
     Returns:
-        of each image that `look` can't use a label of, its id, filepath and cause. They are logged, too.
+        The skipped images, those for which `visit` raised LabelError. They are also logged.
 
     Raises:
-        ValueError: labels lack what their whole field is expected to have, or no image could be used.
+        ValueError: labels lack something that their whole field is expected to have, or no image could be used.
     """
-    skipped, total = visit_shard(samples, field_names, look, progress)
+    skipped, total = visit_shard(samples, field_names, visit, progress)
     log_skipped(skipped, total)
     return skipped
 
 
 def log_skipped(skipped: Sequence[Skipped], total: int) -> None:
-    """Logs which images could not be used. Raises ValueError where these are all."""
+    """Logs the skipped images. Raises ValueError if all images were skipped."""
     if skipped:
-        told = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
+        text = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
         if len(skipped) == total:
-            raise ArgumentError(f"No image could be used; {told}.")
-        logger.warning("%s. All are in `skipped` of the result.", told)
+            raise ArgumentError(f"No image could be used; {text}.")
+        logger.warning("%s. All are in `skipped` of the result.", text)
 
 
 def visit_shard(
     samples: SampleCollection,
     field_names: Sequence[str],
-    look: Callable[[StoredImage], None],
+    visit: Callable[[StoredImage], None],
     progress: Progress,
 ) -> tuple[list[Skipped], int]:
-    """:func:`visit_images` of a part, of which perhaps no image can be used. Also returns how many images it has."""
+    """Like :func:`visit_images`, but all images may be skipped; also returns the number of images."""
     ensure_metadata(samples, progress)
     of_frames = any(is_frame_field(samples, name) for name in field_names)
     total = samples.count("frames") if of_frames else len(samples)
@@ -148,7 +148,7 @@ def visit_shard(
     with fou.ProgressBar(total=total, progress=progress) as bar:
         for stored in bar(stored_images(samples, field_names)):
             try:
-                look(stored)
+                visit(stored)
             except MissingError as error:
                 raise ArgumentError(f"{stored.name}: {error}.") from error
             except LabelError as error:
@@ -157,7 +157,7 @@ def visit_shard(
 
 
 def ensure_metadata(samples: SampleCollection, progress: Progress = None) -> None:
-    """Computes and stores the sizes of the images that have none."""
+    """Computes and stores the missing metadata of images."""
     sides = ("metadata.height", "metadata.width")
     if samples.media_type == "video":
         sides = ("metadata.frame_height", "metadata.frame_width")
@@ -167,10 +167,11 @@ def ensure_metadata(samples: SampleCollection, progress: Progress = None) -> Non
 
 
 def number_of(label: Document, names: Iterable[str]) -> float:
-    """The mean of these attributes.
+    """The mean of these attributes of a label.
 
     Raises:
-        MissingError: the label lacks one. LabelError: one is no number.
+        MissingError: the label lacks one of them.
+        LabelError: one of them is not a number.
     """
     values: list[float] = []
     for name in names:
@@ -184,13 +185,13 @@ def number_of(label: Document, names: Iterable[str]) -> float:
 
 
 def is_crowd(label: Document) -> bool:
-    """COCO's `iscrowd`: a region of several objects. Raises LabelError where it is neither 0 nor 1."""
+    """COCO's `iscrowd`: whether the label covers a group of objects. Raises LabelError if it is neither 0 nor 1."""
     value = label.get("iscrowd")
-    if value not in (None, 0, 1):  # False and True are equal to these
+    if value not in (None, 0, 1):  # False and True equal 0 and 1
         raise LabelError(f"{name_of(label)} has iscrowd={value!r}: true or false, or 0 or 1, was expected")
     return bool(value)
 
 
 def name_of(label: Document) -> str:
-    """How messages call a label."""
+    """The name of a label in messages."""
     return f"{label.get('_cls', 'label')} {label.get('_id')}"

@@ -1,4 +1,4 @@
-"""Which fields there are, whether they can take masks or give prompts, and declaring new ones."""
+"""Label fields: listing them, checking that they can store masks or provide prompts, and declaring new ones."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
+GROUND_TRUTH_FIELD = "ground_truth"  # FiftyOne's usual name
 SHAPE_TYPES = (fol.Detections, fol.Polylines, fol.Detection, fol.Polyline)
 
 
 def label_fields(samples: SampleCollection, kinds: tuple[type, ...]) -> list[str]:
-    """The fields of samples, and of videos' frames, that hold labels of these kinds."""
-    found = list(samples.get_field_schema(flat=True, embedded_doc_type=kinds))
+    """The sample and frame fields that contain labels of these types."""
+    names = list(samples.get_field_schema(flat=True, embedded_doc_type=kinds))
     if contains_videos(samples):
-        frames = samples.get_frame_field_schema(flat=True, embedded_doc_type=kinds)
-        found += [FRAMES_PREFIX + name for name in frames]
-    return found
+        frame_names = samples.get_frame_field_schema(flat=True, embedded_doc_type=kinds)
+        names += [FRAMES_PREFIX + name for name in frame_names]
+    return names
 
 
 def have_masks(samples: SampleCollection, field_name: str) -> bool:
-    """Whether labels of the field have masks, or are polygons, judged by the first one."""
-    samples = source_dataset(samples)  # what a view selects is not worth waiting for
+    """Whether the first label of the field has a mask or is a polygon; True if there are none."""
+    samples = source_dataset(samples)  # evaluating a view would take too long
     path, of_frames = split_frame_field(samples, label_path(samples, field_name))
     first = [{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}]
     select = {"frames_only": True, "post_pipeline": first} if of_frames else {"pipeline": first}
@@ -51,29 +52,29 @@ def have_masks(samples: SampleCollection, field_name: str) -> bool:
 
 
 def check_shapes_field(samples: SampleCollection, name: str, role: str) -> None:
-    """Raises ValueError unless `name` is a field of detections or polylines; `role` is what the message calls them."""
-    found = samples.get_field(name)
-    if found is None:
-        labels = samples.get_field_schema(flat=True, embedded_doc_type=SHAPE_TYPES)
+    """Raises ValueError unless `name` is a field of detections or polylines; `role` describes them in the message."""
+    field = samples.get_field(name)
+    if field is None:
+        candidates = samples.get_field_schema(flat=True, embedded_doc_type=SHAPE_TYPES)
         raise ArgumentError(
-            f"{root_dataset(samples).name} has no field '{name}' for the {role}. Fields that could be meant: "
-            f"{', '.join(sorted(labels)) or 'none'}."
+            f"{root_dataset(samples).name} has no field '{name}' for the {role}. Possible fields: "
+            f"{', '.join(sorted(candidates)) or 'none'}."
         )
-    if not (isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, SHAPE_TYPES)):
-        kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else found
-        raise ArgumentError(f"Field '{name}' holds {kind}; detections or polylines were expected as {role}.")
+    if not _contains(field, SHAPE_TYPES):
+        kind = field.document_type.__name__ if isinstance(field, fof.EmbeddedDocumentField) else field
+        raise ArgumentError(f"Field '{name}' contains {kind}; detections or polylines were expected as {role}.")
 
 
 def check_field_name(name: str) -> None:
-    """Raises ValueError unless a new field can be called so."""
+    """Raises ValueError unless `name` is valid for a new field."""
     if not name.isidentifier() or name.startswith("_"):
         raise ArgumentError(
-            f"'{name}' can't be the name of a field: a letter was expected, then letters, digits and _."
+            f"'{name}' is not a valid field name: a letter followed by letters, digits and _ was expected."
         )
 
 
 PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
-_TRIES = 5
+_MAX_ATTEMPTS = 5
 
 
 def _check_is_text(name: str, value: object) -> None:
@@ -82,64 +83,66 @@ def _check_is_text(name: str, value: object) -> None:
 
 
 def check_label_field(samples: SampleCollection, label_field: str) -> None:
-    """Raises ValueError where masks can't be stored in this field of these samples."""
+    """Raises ValueError if masks can't be stored in this field of these samples."""
     _check_is_text("label_field", label_field)
     fov.validate_non_grouped_collection(samples)
     if is_generated(samples):
         raise ArgumentError(
-            "Patches, clips and views of frames can't be segmented: go back to the samples they are of."
+            "Patches, clips and frame views can't be segmented: segment the samples that they come from."
         )
     is_video = samples.media_type == "video"
     if is_video != label_field.startswith(FRAMES_PREFIX):
-        wanted = f"{FRAMES_PREFIX}{label_field}" if is_video else label_field.removeprefix("frames.")
-        raise ArgumentError(f"Masks of {samples.media_type}s go into a field such as '{wanted}', not '{label_field}'.")
+        valid = f"{FRAMES_PREFIX}{label_field}" if is_video else label_field.removeprefix("frames.")
+        raise ArgumentError(f"Masks of {samples.media_type}s need a field such as '{valid}', not '{label_field}'.")
     name = label_field.removeprefix(FRAMES_PREFIX)
-    found = root_dataset(samples).get_field(label_field)
-    if found is None:
+    field = root_dataset(samples).get_field(label_field)
+    if field is None:
         check_field_name(name)
         return
     if "." in name:
-        raise ArgumentError(f"'{label_field}' is inside another field: choose a field of its own for the masks.")
-    if not _holds(found, (fol.Detections,)):
-        kind = found.document_type.__name__ if isinstance(found, fof.EmbeddedDocumentField) else type(found).__name__
-        raise ArgumentError(f"'{label_field}' holds {kind}, not Detections: choose another field for the masks.")
-    if found.read_only:
+        raise ArgumentError(f"'{label_field}' is inside another field: choose a top-level field for the masks.")
+    if not _contains(field, (fol.Detections,)):
+        kind = field.document_type.__name__ if isinstance(field, fof.EmbeddedDocumentField) else type(field).__name__
+        raise ArgumentError(f"'{label_field}' contains {kind}, not Detections: choose another field for the masks.")
+    if field.read_only:
         raise ArgumentError(f"'{label_field}' is read-only: choose another field for the masks.")
 
 
 def check_prompt_field(samples: SampleCollection, prompt_field: str, in_place: bool) -> None:
-    """Raises ValueError where this field can't prompt or, `in_place`, can't take the masks itself."""
+    """Raises ValueError if this field can't provide prompts or, with `in_place`, can't store the masks itself."""
     _check_is_text("prompt_field", prompt_field)
     fov.validate_non_grouped_collection(samples)
     if samples.media_type == "video" or is_generated(samples):
         raise ArgumentError(
-            "Prompts have to be on a dataset's own images. Go back from patches to their samples; of videos, make a "
-            "dataset of frames: dataset.to_frames(sample_frames=True).clone()."
+            "Prompts must be on a dataset's own images. For patches, use the samples that they come from; for videos, "
+            "create a dataset of frames: dataset.to_frames(sample_frames=True).clone()."
         )
-    found = samples.get_field(prompt_field)
-    if found is None:
-        raise ArgumentError(f"There is no field '{prompt_field}' to take prompts from, or the view hides it.")
-    if not _holds(found, PROMPT_TYPES):
-        raise ArgumentError(f"'{prompt_field}' holds neither detections nor keypoints, so it can't prompt.")
+    field = samples.get_field(prompt_field)
+    if field is None:
+        raise ArgumentError(f"The prompt field '{prompt_field}' does not exist, or the view hides it.")
+    if not _contains(field, PROMPT_TYPES):
+        raise ArgumentError(f"'{prompt_field}' contains neither detections nor keypoints, so it has no prompts.")
     if not in_place:
         return
-    if not _holds(found, (fol.Detections, fol.Detection)):
-        raise ArgumentError(f"'{prompt_field}' holds keypoints, which can't carry masks: name a field for the masks.")
-    if found.read_only:
+    if not _contains(field, (fol.Detections, fol.Detection)):
+        raise ArgumentError(
+            f"'{prompt_field}' contains keypoints, which can't store masks: name a field for the masks."
+        )
+    if field.read_only:
         raise ArgumentError(f"'{prompt_field}' is read-only: name a field for the masks.")
 
 
-def _holds(found: fof.Field, kinds: tuple[type, ...]) -> bool:
-    return isinstance(found, fof.EmbeddedDocumentField) and issubclass(found.document_type, kinds)
+def _contains(field: fof.Field, kinds: tuple[type, ...]) -> bool:
+    return isinstance(field, fof.EmbeddedDocumentField) and issubclass(field.document_type, kinds)
 
 
 def declare_label_field(dataset: fo.Dataset, label_field: str) -> None:
     """Adds the field unless it exists.
 
-    FiftyOne shares one object for a dataset among the threads of the App, each of which reloads it: a field that one
-    adds just then is lost.
+    Retries, because the App's threads share one dataset object and reload it: a field that is added during a reload is
+    lost.
     """
-    for _ in range(_TRIES):
+    for _ in range(_MAX_ATTEMPTS):
         if dataset.has_field(label_field):
             return
         name, of_frames = split_frame_field(dataset, label_field)

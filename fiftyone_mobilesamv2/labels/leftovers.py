@@ -1,4 +1,4 @@
-"""What killed processes have left of masks in files: found by their notes, and deleted."""
+"""Settles the mask files that killed processes left behind: finds them by their marker files and deletes them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .mask_files import GONE, NOTE, UNCONFIRMED, masks_folder, remove
 def settle(
     folder: str, is_mine: Callable[[str, str], bool], is_stored: Callable[[str, str], bool], min_age: float = 0
 ) -> int:
-    """Deletes what runs that were killed have left: masks that the database doesn't know of.
+    """Deletes the masks that killed runs left behind and that the database does not refer to.
 
     Args:
-        folder: of the dataset.
-        is_mine: (id of the sample, field): whether no other run may be writing these just now.
-        is_stored: (id of the sample, name of a folder): whether any labels refer to files in such a folder.
-        min_age: seconds that masks must have been there.
+        folder: the dataset's mask folder.
+        is_mine: (sample id, field) -> whether no other run can be writing these masks at the moment.
+        is_stored: (sample id, folder name) -> whether any labels refer to files in such a folder.
+        min_age: minimum age of the masks in seconds.
 
     Returns:
-        of how many images.
+        The number of images whose masks were deleted.
     """
     notes = Path(folder) / UNCONFIRMED
     deleted = 0
@@ -39,7 +39,7 @@ def settle(
             if min_age and time.time() - note.stat().st_mtime < min_age:
                 continue
             if not note.name.endswith(GONE):
-                # First this: a process that only slept must not store them any more.
+                # Renamed first, so that a process that was only suspended does not store them after all.
                 note = note.rename(note.with_name(note.name + GONE))
             if is_stored(match[2], match[1]):
                 note.unlink()
@@ -50,20 +50,21 @@ def settle(
 
 
 def is_referred_to(sample_id: str, folder: str, if_unknown: bool = False) -> bool:
-    """Whether this sample or frame, of any dataset, has anything about a folder of this name.
+    """Whether the document of this sample or frame, in any dataset, mentions a folder of this name.
 
-    Any dataset: a clone has the same samples. Anything: labels may have gone to another field.
+    All datasets are searched, because clones have the same samples, and whole documents, because labels may have moved
+    to another field.
 
     Args:
-        if_unknown: the answer for a sample that no dataset has: it may have been one of a view that is gone.
+        if_unknown: the result for a sample that no dataset has; it may have belonged to a deleted view.
     """
     datasets = foo.get_db_conn().datasets
     database = foo.get_db_conn().with_options(codec_options=CodecOptions(document_class=RawBSONDocument))
     is_known = False
     for kind in ("sample_collection_name", "frame_collection_name"):
         for collection in filter(None, datasets.distinct(kind)):
-            found = database[collection].find_one({"_id": ObjectId(sample_id)})
-            if found is not None and folder.encode() in found.raw:
+            document = database[collection].find_one({"_id": ObjectId(sample_id)})
+            if document is not None and folder.encode() in document.raw:
                 return True
-            is_known = is_known or found is not None
+            is_known = is_known or document is not None
     return if_unknown and not is_known

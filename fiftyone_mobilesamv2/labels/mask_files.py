@@ -1,10 +1,10 @@
-"""Masks in files: written before the database hears of them, and none left behind that it never heard of.
+"""Masks in files: written before the database refers to them; files that it never refers to are cleaned up.
 
     <folder>/<two digits>/<attempt>/<number>.png            the masks of an image
-    <folder>/unconfirmed/<attempt>-<sample>-<field>         a note, until the database has them
+    <folder>/unconfirmed/<attempt>-<sample>-<field>         a marker file, until the database refers to the masks
 
-A run that is killed leaves such notes; the next one into the same field settles them. Files that the database once knew
-are not deleted here: copies of their labels may refer to them.
+A killed run leaves such marker files; the next run into the same field settles them: it deletes masks that no label
+refers to. Files that the database ever referred to are not deleted here, since copied labels may still refer to them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class MaskFiles:
     """The masks of one image.
 
     Args:
-        folder: of its dataset.
-        sample_id: of the image.
-        label_field: where its labels go.
+        folder: the mask folder of its dataset.
+        sample_id: the id of its sample.
+        label_field: the field for its labels.
     """
 
     def __init__(self, folder: str, sample_id: str, label_field: str) -> None:
@@ -45,7 +45,7 @@ class MaskFiles:
         self._count = 0
 
     def add(self, mask: MaskArray) -> str:
-        """Writes a mask, bool [h, w], as FiftyOne does: 0 and 1. Returns its path."""
+        """Writes a mask, bool [h, w], with FiftyOne's values 0 and 1. Returns its path."""
         if not self._count:
             make_folder(self._note.parent)
             _write(self._note, b"")
@@ -59,30 +59,30 @@ class MaskFiles:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no mask was written."""
+        """Whether no masks were written."""
         return not self._count
 
-    def are_there(self) -> bool:
-        """Whether they are safely on the disk. A run that was taken for dead, but only slept, has lost them."""
+    def are_on_disk(self) -> bool:
+        """Flushes the masks to disk. Returns False if another run deleted them because it considered this run dead."""
         if not self._count:
             return True
         with suppress(FileNotFoundError):
             _sync(self._masks)
-            _sync(self._masks.parents[1])  # which another run may have made just now
+            _sync(self._masks.parents[1])  # another run may have created it just now
             return self._note.exists()
         return False
 
     def confirm(self) -> None:
-        """The database has them."""
+        """Removes the marker file: the database now refers to the masks."""
         self._note.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """The database will never have them."""
+        """Deletes the masks and the marker file: the database will not refer to them."""
         remove(self._masks, self._note)
 
 
 def make_folder(path: Path) -> None:
-    """With those that it is in, where they are missing. On the disk, else a power failure would take them back."""
+    """Creates a folder and its missing parents, and flushes them to disk so that they survive a power failure."""
     if not path.is_dir():
         if path.parent != path:
             make_folder(path.parent)
@@ -91,22 +91,22 @@ def make_folder(path: Path) -> None:
 
 
 def masks_folder(folder: Path, attempt: str) -> Path:
-    return folder / attempt[-2:] / attempt  # ids end in a counter: 256 folders that fill evenly
+    return folder / attempt[-2:] / attempt  # ids end in a counter, so 256 folders fill evenly
 
 
 def remove(masks: Path, note: Path) -> None:
     with suppress(FileNotFoundError):
         shutil.rmtree(masks)
-    note.unlink(missing_ok=True)  # last: without it nobody would look for the masks again
+    note.unlink(missing_ok=True)  # last: without the marker, no run would look for the masks again
 
 
 def _sync(folder: Path) -> None:
-    """Puts the names of the files in a folder on the disk, where the file system has that."""
-    if os.name == "nt":  # which does so by itself, and doesn't open folders
+    """Flushes a folder's entries to disk, if the file system supports it."""
+    if os.name == "nt":  # Windows flushes by itself and can't open folders
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # one may write to it, and not read it
+    except PermissionError:  # the folder may be writable but not readable
         return
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
 """Stored labels -> their masks and boxes.
 
-FiftyOne's own loading alone takes longer than everything here (benchmarks/evaluation.py)."""
+FiftyOne's own loading takes longer than everything in this module (benchmarks/evaluation.py).
+"""
 
 from __future__ import annotations
 
@@ -28,17 +29,18 @@ _NO_MASK = np.zeros((0, 0), bool), np.zeros(4, np.int64)
 def masks_of(
     labels: Sequence[Document], size: tuple[int, int], wanted: Sequence[bool] | MaskArray | None = None
 ) -> list[RLE]:
-    """COCO RLE of each label of an image.
+    """The mask of each label of an image, as COCO RLE.
 
-    A mask of another resolution than its box in pixels is stretched to it, as the App draws it.
+    A mask whose resolution differs from its box in pixels is resized to the box, as in the App.
 
     Args:
-        labels: documents of `fo.Detection`, with their mask in `mask` or a file, or of `fo.Polyline`.
+        labels: documents of `fo.Detection`, with the mask in `mask` or in a file, or of `fo.Polyline`.
         size: (height, width) of the image in pixels.
-        wanted: of each label; the others get an empty mask, for decoding masks is what takes the time. Default: all.
+        wanted: whether to decode each label's mask; the others are empty, since decoding takes most of the time.
+            Default: all.
 
     Raises:
-        MissingError: a detection has no mask, wanted or not.
+        MissingError: a detection, wanted or not, has no mask.
         LabelError: a label can't be used; the message names it and says why.
     """
     for label in labels:
@@ -50,24 +52,24 @@ def masks_of(
 
 
 def cropped_masks(labels: Sequence[Document], size: tuple[int, int]) -> list[tuple[MaskArray, IntArray]]:
-    """The mask of each label of `fo.Detection`, bool [h, w], and its box, xyxy in pixels of the image of that size.
+    """The mask of each `fo.Detection`, bool [h, w], and its box, xyxy in pixels of an image of `size` (height, width).
 
-    Raises as :func:`masks_of` does.
+    Raises the same errors as :func:`masks_of`.
     """
     return [_cropped_mask(label, size) for label in labels]
 
 
 def boxes_of(labels: Sequence[Document], size: tuple[int, int]) -> FloatArray:
-    """float64 [N, 4]: x, y, width and height of each label, in pixels. Raises as :func:`masks_of` does."""
+    """float64 [N, 4]: x, y, width and height of each label, in pixels. Raises the same errors as :func:`masks_of`."""
     scale = np.array([size[1], size[0]] * 2, float)
     boxes: FloatArray = np.array([_relative_box(label) for label in labels], float).reshape(-1, 4) * scale
     return boxes
 
 
 def boxes_may_overlap(boxes: FloatArray, others: FloatArray) -> MaskArray:
-    """bool [boxes, others], for x, y, width, height in pixels: whether labels of these boxes could overlap.
+    """bool [boxes, others]: whether labels with these boxes (x, y, width, height in pixels) could overlap.
 
-    They may be a pixel or two apart: masks begin at whole pixels, boxes need not.
+    Boxes may be a pixel or two apart: masks start at whole pixels, boxes need not.
     """
     starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
     ends = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
@@ -87,8 +89,8 @@ def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, In
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         raise LabelError(f"{name_of(label)} has a mask, but its bounding_box lies outside the image")
     rows, columns = mask.shape
-    if abs(rows - h) > 1 or abs(columns - w) > 1:  # else the box's ends were rounded to pixels, this way or that
-        # A coarser mask's pixels are squares in the image, again but for rounding at the ends.
+    if abs(rows - h) > 1 or abs(columns - w) > 1:  # otherwise, rounding to pixels explains the difference
+        # The pixels of a coarser mask are squares in the image, again up to rounding at the ends.
         scale = max(h / rows, w / columns)
         if mask.shape == size or abs(rows * scale - h) > 1 + scale or abs(columns * scale - w) > 1 + scale:
             raise LabelError(
@@ -126,7 +128,7 @@ def _relative_box(label: Document) -> FloatArray:
         box = label.get("bounding_box") or []
     if len(box) != 4 or not all(isinstance(v, (int, float)) and abs(v) <= 2 for v in box) or min(box[2:]) <= 0:
         raise LabelError(
-            f"{name_of(label)} has bounding_box={box}: [x, y, width, height] was expected, relative to the image"
+            f"{name_of(label)} has bounding_box={box}: [x, y, width, height], relative to the image, was expected"
         )
     return np.array(box, float)
 
@@ -148,7 +150,7 @@ def _stored_mask(label: Document) -> MaskArray:
         except OSError as error:
             raise LabelError(f"{name_of(label)} has a mask_path that can't be read: {error}") from error
         if mask is None:
-            raise LabelError(f"{name_of(label)} has a mask_path that is no image: {path}")
+            raise LabelError(f"{name_of(label)} has a mask_path that is not an image: {path}")
     if mask.ndim == 3:
         mask = _single_channel(label, mask)
     if mask.ndim != 2:
@@ -164,7 +166,7 @@ def _single_channel(label: Document, mask: AnyArray) -> AnyArray:
     colors, alpha = mask[..., :3], mask[..., 3:]
     if (colors != colors[..., :1]).any() or (alpha != alpha.max(initial=0)).any():
         raise LabelError(
-            f"{name_of(label)} has a mask in colours or with transparency: grey was expected, 0 is outside"
+            f"{name_of(label)} has a mask with colours or transparency: a greyscale mask, 0 outside, was expected"
         )
     return mask[..., 0]
 
@@ -172,16 +174,16 @@ def _single_channel(label: Document, mask: AnyArray) -> AnyArray:
 def _check_has_mask(label: Document) -> None:
     if label.get("mask") is None and not label.get("mask_path") and "points" not in label:
         raise MissingError(
-            f"{name_of(label)} has no mask. Make masks from boxes by `apply_model(model, ..., prompt_field=...)`, or "
-            f"measure boxes by `use_masks=False`"
+            f"{name_of(label)} has no mask. Create masks from boxes with `apply_model(model, ..., prompt_field=...)`, "
+            f"or evaluate boxes with `use_masks=False`"
         )
 
 
 def serialized(mask: MaskArray) -> bytes:
-    """What `fiftyone.core.utils.serialize_numpy_array` gives, compressed by run lengths.
+    """Like `fiftyone.core.utils.serialize_numpy_array`, but with zlib's run-length strategy.
 
-    zlib then takes a quarter to a sixth of the time that it takes to look for whatever repeats. Masks of 100x100 pixels
-    become an eighth larger, those of 300x300 a quarter smaller.
+    It takes a quarter to a sixth of the time of the default strategy. Masks of 100x100 pixels become an eighth larger,
+    those of 300x300 a quarter smaller.
     """
     content = io.BytesIO()
     np.save(content, mask, allow_pickle=False)
@@ -190,10 +192,10 @@ def serialized(mask: MaskArray) -> bytes:
 
 
 def _deserialized(stored: bytes) -> AnyArray:
-    """What `fiftyone.core.utils.deserialize_numpy_array` gives, but for the 60 µs of parsing the header each time."""
+    """Like `fiftyone.core.utils.deserialize_numpy_array`, but saves the 60 µs of parsing each header."""
     data = zlib.decompress(stored)
-    if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which numpy writes for headers of up to 64 KB
-        raise ArgumentError("it is no array in numpy's format")
+    if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which NumPy writes for headers of up to 64 KB
+        raise ArgumentError("it is not an array in NumPy's format")
     start = 10 + int.from_bytes(data[8:10], "little")
     shape, fortran_order, dtype = _array_header(data[8:start])
     array = np.frombuffer(data, dtype, math.prod(shape), start)
@@ -204,5 +206,5 @@ def _deserialized(stored: bytes) -> AnyArray:
 def _array_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
     if dtype.hasobject:
-        raise ArgumentError("it holds Python objects")
+        raise ArgumentError("it contains Python objects")
     return shape, fortran_order, dtype

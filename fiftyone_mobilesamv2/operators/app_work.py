@@ -17,7 +17,7 @@ from fiftyone.operators import types
 from pymongo.errors import OperationFailure, PyMongoError
 from tqdm import tqdm
 
-from ..errors import Cancelled, MobileSAMv2Error, cause_of
+from ..errors import Cancelled, MobileSAMv2Error, message_of
 from ..registration import PLUGIN
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _explains_itself(error: BaseException) -> bool:
 def _told(error: BaseException) -> str:
     if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
         return f"This database user has read-only access: {str(error).split('{')[0].strip()}. Ask its administrator."
-    return (str(error) if isinstance(error, PyMongoError) else cause_of(error))[:_MAX_MESSAGE]
+    return message_of(error)[:_MAX_MESSAGE]
 
 
 def _panel_id(space: fo.Space | None, name: str) -> str | None:

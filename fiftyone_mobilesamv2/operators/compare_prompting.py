@@ -56,7 +56,7 @@ class ComparePrompting(Operator):
     def _keep(self, form: Form, names: Sequence[str]) -> None:
         from ..evaluation.comparison import draw
         from ..labels.fields import check_label_field
-        from ..runs.plan import labels_there
+        from ..runs.plan import count_labels
 
         keep = form.switch("keep", False, "Keep the masks", f"In {' and '.join(names)}, with their evaluations")
         if not keep or form.problems:
@@ -65,7 +65,7 @@ class ComparePrompting(Operator):
         for name in names:
             with form.checks():
                 check_label_field(form.samples, name)
-                if labels := labels_there(drawn, name)[1]:
+                if labels := count_labels(drawn, name)[1]:
                     form.warn(f"{count(labels, 'label')} of these images in '{name}' will be replaced.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:

@@ -109,10 +109,10 @@ class SegmentAnything(Operator):
             form.note(f"{bare:,} of {total:,} labels have no mask yet.")
 
     def _count_masks(self, form: Form, label_field: str, replace: bool) -> None:
-        from ..runs.plan import labels_there
+        from ..runs.plan import count_labels
 
         if label_field in detections_fields(form.samples) and not replace:
-            there = cached(labels_there, form.samples, label_field)[1]
+            there = cached(count_labels, form.samples, label_field)[1]
             form.note(f"'{label_field}' has {count(there, 'label')} here. Prompts with a mask there are done.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:

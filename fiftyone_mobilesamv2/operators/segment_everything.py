@@ -98,7 +98,7 @@ class SegmentEverything(Operator):
 
     def _label_field(self, form: Form) -> None:
         from ..labels.fields import check_label_field
-        from ..runs.plan import labels_there
+        from ..runs.plan import count_labels
         from ..runs.record import failed_samples
 
         samples = form.samples
@@ -112,7 +112,7 @@ class SegmentEverything(Operator):
             known,
         )
         check_label_field(samples, name)
-        done, objects = cached(labels_there, samples, name)
+        done, objects = cached(count_labels, samples, name)
         if failed := failed_samples(samples, name).values("id"):
             form.note(
                 f"The last run into '{name}' failed at {count(len(failed), 'sample')}. To try these alone, show them "

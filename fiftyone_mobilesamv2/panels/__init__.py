@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 
 def register(plugin: PluginContext) -> None:
-    """Registers them; FiftyOne takes those that fiftyone.yml lists."""
+    """Registers the panels; FiftyOne only uses those listed in fiftyone.yml."""
     plugin.register(SegEvery)

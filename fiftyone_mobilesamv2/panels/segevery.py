@@ -1,4 +1,4 @@
-"""The SegEvery panel: what segmenting found, how much of the ground truth that is, and how long it took."""
+"""The SegEvery panel: the objects that segmentation found, their share of the ground truth, and the time it took."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
-from ..errors import cause_of
+from ..errors import message_of
 from ..evaluation import figures
 from ..fiftyone_internals import is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELP = (
-    "How many objects of the ground truth the masks find (AR@K), how many masks the images have, and how long it took "
-    "to make them. Click a point or a bar to see what is behind it."
+    "How many ground truth objects the masks find (AR@K), how many masks the images have, and how long segmentation "
+    "took. Click a point or a bar to see the objects or images behind it."
 )
 OPERATORS = {
     "segment_everything": "Segment everything",
@@ -45,7 +45,7 @@ OPERATORS = {
     "compare_prompting": "Compare prompting",
     "promote_to_labels": "Promote to labels",
 }
-# Events that change what the App shows beside the panel, but nothing in it.
+# Events that change what the App shows outside the panel, but nothing in it.
 _ELSEWHERE = {
     "show_missed_by_k",
     "show_missed_by_iou",
@@ -54,19 +54,18 @@ _ELSEWHERE = {
     "show_everything",
     "open_form",
 }
-_CONFIG = {"displayModeBar": False, "scrollZoom": False}  # else the wheel zooms where one means to scroll the panel
-# How wide each item of a row that wraps is: what it needs, or as much as is left; without 0, no less than its contents.
+_CONFIG = {"displayModeBar": False, "scrollZoom": False}  # otherwise scrolling the panel would zoom the plot
+# Widths of the items of a wrapping row: as needed, or all available space; minWidth=0 lets an item shrink.
 _NARROW = {"item": {"sx": {"width": "auto"}}}
 _PLOT = {"item": {"sx": {"width": "auto", "minWidth": 0, "flex": "1 1 24rem"}}}
 _SHRINKS = {"item": {"sx": {"minWidth": 0}}}
 
-
-# The App may send two events at a time, and FiftyOne reads a run's results from one open file for all threads.
-_one_load = threading.Lock()
+# The App may send two events at the same time, but FiftyOne's threads share one open file for a run's results.
+_load_lock = threading.Lock()
 
 
 class SegEvery(foo.Panel):
-    """Plots of the dataset's evaluations of proposals or, while there are none, of its segmented fields."""
+    """Plots of the dataset's evaluations of proposals or, if there are none, of its segmented fields."""
 
     @property
     def config(self) -> foo.PanelConfig:
@@ -75,7 +74,7 @@ class SegEvery(foo.Panel):
             label="SegEvery",
             help_markdown=HELP,
             category=Categories.ANALYZE,
-            icon="show_chart",  # the App shows files as icons for its own panels alone
+            icon="show_chart",  # the App only supports icon files for its own panels
         )
 
     def execute(self, ctx: ExecutionContext) -> object:
@@ -84,9 +83,9 @@ class SegEvery(foo.Panel):
             if name in _ELSEWHERE:
                 return getattr(self, name)(ctx)
             return super().execute(ctx)
-        except Exception as error:  # an event that fails would cost the user the whole panel
+        except Exception as error:  # a failing event would make the whole panel unusable
             logger.error("%s of SegEvery failed", name, exc_info=error)
-            ctx.ops.notify(cause_of(error), variant="error")
+            ctx.ops.notify(message_of(error), variant="error")
             ctx.ops.show_panel_output(self.render(ctx))
             return None
 
@@ -102,7 +101,7 @@ class SegEvery(foo.Panel):
         ctx.panel.state.runs = ctx.params["value"] or []
 
     def refresh(self, ctx: ExecutionContext) -> None:
-        """Draws everything anew: evaluations may have come, or gone, by other ways than this panel."""
+        """Redraws the panel: evaluations may have been added or deleted elsewhere."""
 
     def open_form(self, ctx: ExecutionContext) -> None:
         ctx.prompt(f"{PLUGIN}/{ctx.params['operator']}", params={}, on_success=self.on_load)
@@ -124,8 +123,8 @@ class SegEvery(foo.Panel):
 
     def show_images(self, ctx: ExecutionContext) -> None:
         samples, name = _sources(ctx)[ctx.params["trace"]]
-        least, most = map(int, ctx.params["id"].split("-"))
-        _show(ctx, with_objects(samples, name, least, most))
+        min_objects, max_objects = map(int, ctx.params["id"].split("-"))
+        _show(ctx, with_objects(samples, name, min_objects, max_objects))
 
     # Contents -------------------------------------------------------------------------------------------------------
 
@@ -137,10 +136,11 @@ class SegEvery(foo.Panel):
             for name in ("head", "recall", "objects", "time"):
                 try:
                     getattr(self, f"_add_{name}")(panel, ctx)
-                except Exception as error:  # the rest is worth showing
+                except Exception as error:  # still show the rest of the panel
                     logger.error("'%s' of SegEvery failed", name, exc_info=error)
                     panel.view(
-                        f"{name}_error", types.Error(label="Something can't be shown", description=cause_of(error))
+                        f"{name}_error",
+                        types.Error(label="Part of the panel can't be shown", description=message_of(error)),
                     )
         return types.Property(panel, view=types.GridView(orientation="2d", gap=2, pad=1))
 
@@ -156,12 +156,12 @@ class SegEvery(foo.Panel):
             text, best = _next_step(ctx.dataset)
             panel.md(text, name="text")
         buttons = panel.grid("buttons", orientation="2d", gap=1)
-        look = {"variant": "outlined", "componentsProps": _NARROW}
+        style = {"variant": "outlined", "componentsProps": _NARROW}
         for name, label in OPERATORS.items():
             emphasis = {"variant": "contained"} if name == best else {}
-            buttons.btn(name, label, on_click=self.open_form, params={"operator": name}, **look | emphasis)
-        buttons.btn("everything", "Show everything", on_click=self.show_everything, **look)
-        buttons.btn("refresh", "Refresh", on_click=self.refresh, **look)
+            buttons.btn(name, label, on_click=self.open_form, params={"operator": name}, **style | emphasis)
+        buttons.btn("everything", "Show everything", on_click=self.show_everything, **style)
+        buttons.btn("refresh", "Refresh", on_click=self.refresh, **style)
 
     def _add_recall(self, panel: types.Object, ctx: ExecutionContext) -> None:
         results = {key: _results(ctx.dataset, key) for key in _chosen(ctx)}
@@ -174,7 +174,7 @@ class SegEvery(foo.Panel):
             panel,
             "by_k",
             "AR by number of masks K",
-            "Click a point: the objects that the K best masks of their image miss, at IoU 0.5",
+            "Click a point to see the objects that the K best masks of their image miss at IoU 0.5",
             figures.recall_by_k(lines),
             self.show_missed_by_k,
         )
@@ -182,7 +182,7 @@ class SegEvery(foo.Panel):
             panel,
             "by_iou",
             "Recall by IoU",
-            "Click a point: the objects that no mask finds at that IoU",
+            "Click a point to see the objects that no mask finds at that IoU",
             figures.recall_by_iou(lines),
             self.show_missed_by_iou,
         )
@@ -190,7 +190,7 @@ class SegEvery(foo.Panel):
             panel,
             "by_group",
             "AR by size and frequency" if any("rare" in each.totals for each in runs.values()) else "AR by size",
-            "Click a bar: the objects of that group that no mask finds, at IoU 0.5",
+            "Click a bar to see the objects of that group that no mask finds at IoU 0.5",
             figures.recall_by_group(runs),
             self.show_missed_by_group,
         )
@@ -201,8 +201,8 @@ class SegEvery(foo.Panel):
             _add_plot(
                 panel,
                 "counts",
-                "Masks in an image",
-                "Click a bar: these images",
+                "Masks per image",
+                "Click a bar to see these images",
                 figures.objects_per_image(counts),
                 self.show_images,
             )
@@ -219,10 +219,10 @@ class SegEvery(foo.Panel):
                 unknown.append(f"`{name}`")
         if runs:
             figure = figures.time_per_stage(runs)
-            _add_plot(panel, "stages", "Time of the last run, by stage", "Milliseconds an image", figure, None)
+            _add_plot(panel, "stages", "Time of the last run, by stage", "Milliseconds per image", figure, None)
         if unknown:
             names = ", ".join(dict.fromkeys(unknown))
-            panel.md(f"How long {names} took isn't known: Segment everything keeps a record of it.", name="unknown")
+            panel.md(f"The time for {names} is unknown: only Segment everything records it.", name="unknown")
 
 
 def _add_plot(
@@ -260,21 +260,24 @@ def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> N
 
 
 def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
-    """What to do while nothing is measured: in words, and the name of the operator."""
+    """The next step if there are no evaluations: a text, and the name of the operator."""
     from ..labels.fields import SHAPE_TYPES
     from ..runs.record import segmented_fields
 
     segmented = segmented_fields(dataset)
     others = [name for name in label_fields(dataset, SHAPE_TYPES) if name not in segmented]
     if not segmented:
-        return "Nothing is segmented yet: give every object of every image a mask.", "segment_everything"
+        return (
+            "No field has been segmented yet. Start by creating a mask for every object in every image.",
+            "segment_everything",
+        )
     names = ", ".join(f"`{name}`" for name in segmented)
     if others:
-        return f"{names} can be measured: how many labeled objects do the masks find?", "evaluate_proposals"
-    return f"What {names} finds can't be measured: that needs labels to compare with, and this dataset has none.", ""
+        return f"Evaluate {names} to see how many labeled objects the masks find.", "evaluate_proposals"
+    return f"{names} can't be evaluated: this dataset has no labels to compare the masks with.", ""
 
 
-# What is in the dataset ---------------------------------------------------------------------------------------------
+# The dataset's content ----------------------------------------------------------------------------------------------
 
 
 def evaluations(dataset: fo.Dataset) -> list[str]:
@@ -284,7 +287,7 @@ def evaluations(dataset: fo.Dataset) -> list[str]:
 
 
 def _chosen(ctx: ExecutionContext) -> list[str]:
-    """The keys of the evaluations to show, without those that are gone since."""
+    """The keys of the selected evaluations that still exist, or of the latest one."""
     keys = evaluations(ctx.dataset)
     return [key for key in ctx.panel.state.runs or [] if key in keys] or keys[:1]
 
@@ -295,14 +298,14 @@ def _results(dataset: fo.Dataset, key: str) -> ProposalResults:
 
 @lru_cache(maxsize=8)
 def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults:
-    """For figures alone, as its samples are as they were at that time. The App has another dataset for each event."""
-    with _one_load:
+    """Results for plots only, since their samples may be outdated. The App uses a new dataset object for each event."""
+    with _load_lock:
         results: ProposalResults = fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
     return results
 
 
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
-    """The samples and the field of masks of each evaluation that is shown; without any, of each segmented field."""
+    """The samples and mask field of each displayed evaluation or, if there are none, of each segmented field."""
     from ..runs.record import segmented_fields
 
     dataset = ctx.dataset
@@ -313,7 +316,7 @@ def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
 
 
 def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
-    """The number of labels of each image, or frame, that has any or was found to have none."""
+    """The number of labels of each image or frame that has a value in the field."""
     has_labels, number = _labels(samples, field_name)
     if not is_frame_field(samples, field_name):
         numbers: list[int] = samples.match(has_labels).values(number)
@@ -321,15 +324,15 @@ def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
     return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
 
 
-def with_objects(samples: SampleCollection, field_name: str, least: int, most: int) -> fo.DatasetView:
-    """The images, or frames, with at least and at most so many labels."""
+def with_objects(samples: SampleCollection, field_name: str, min_objects: int, max_objects: int) -> fo.DatasetView:
+    """The images or frames with `min_objects` to `max_objects` labels."""
     has_labels, number = _labels(samples, field_name)
     match = samples.match_frames if is_frame_field(samples, field_name) else samples.match
-    return match(has_labels & (number >= least) & (number <= most))
+    return match(has_labels & (number >= min_objects) & (number <= max_objects))
 
 
 def _labels(samples: SampleCollection, field_name: str) -> tuple[ViewExpression, ViewExpression]:
-    """Of an image's or frame's document: whether the field has a value, and how many labels it holds."""
+    """Expressions for whether an image or frame has a value in the field, and for its number of labels."""
     root, is_list = label_root(samples, field_name)
     name, root = (split_frame_field(samples, each)[0] for each in (field_name, root))
     has_labels = F(name) != None  # noqa: E711
@@ -337,7 +340,7 @@ def _labels(samples: SampleCollection, field_name: str) -> tuple[ViewExpression,
 
 
 def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
-    """The objects of a group of AverageRecall's that no proposal finds at IoU 0.5."""
+    """The objects of a group of AverageRecall that no proposal finds at IoU 0.5."""
     from ..errors import LabelError
     from ..evaluation.average_recall import AREA_RANGES, FREQUENCIES
     from ..labels.documents import stored_images
@@ -347,21 +350,21 @@ def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
         return missed
     if group in FREQUENCIES:
         return missed.filter_labels(config.gt_field, F("frequency") == FREQUENCIES[group])
-    least, most = AREA_RANGES[group]
+    min_area, max_area = AREA_RANGES[group]
     ids = []
     for image in stored_images(missed, [config.gt_field]):
         labels = image.labels(config.gt_field)
         try:
             areas = _areas(labels, image, config)
         except LabelError as error:
-            logger.warning("%s is left out: %s", image.name, error)
+            logger.warning("%s is skipped: %s", image.name, error)
         else:
-            ids += [label["_id"] for label, area in zip(labels, areas) if least <= area <= most]
+            ids += [label["_id"] for label, area in zip(labels, areas) if min_area <= area <= max_area]
     return missed.filter_labels(config.gt_field, F("_id").is_in(ids))
 
 
 def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMethodConfig) -> list[float]:
-    """In pixels, as the evaluation took them."""
+    """The areas in pixels that the evaluation used."""
     from pycocotools import mask as mask_utils
 
     from ..labels.masks import boxes_of, masks_of
@@ -377,14 +380,14 @@ def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMeth
 
 
 def _clicked(ctx: ExecutionContext) -> ProposalResults:
-    """The evaluation that the clicked point is of."""
-    with _one_load:
+    """The evaluation of the clicked point."""
+    with _load_lock:
         results: ProposalResults = ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
     return results
 
 
 def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:
-    """The objects of a view as patches, where FiftyOne can make some of them."""
+    """Shows the objects of a view, as patches if FiftyOne supports that."""
     field_name = results.config.gt_field
     if len(view) and not is_generated(view) and not is_frame_field(view, field_name):
         view = view.to_patches(field_name)
@@ -395,4 +398,4 @@ def _show(ctx: ExecutionContext, view: fo.DatasetView) -> None:
     if len(view):
         ctx.ops.set_view(view)
     else:
-        ctx.ops.notify("There are none.")
+        ctx.ops.notify("There are none to show.")

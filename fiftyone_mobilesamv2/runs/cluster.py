@@ -1,4 +1,4 @@
-"""Work on a dataset spread over a Ray cluster: workers, each with a model of its own, pull parts as they get free."""
+"""Distributes work on a dataset over a Ray cluster: idle workers, each with its own model, take the next shard."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOCAL = "local"
-SHARDS_PER_WORKER = 8  # so that none waits long for the last one
-_TRIES = 3
-_START = 300  # seconds that workers may take
-_VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # what workers take over where it is set
-# A function of a part's samples, and of the part, that a worker makes once.
+SHARDS_PER_WORKER = 8  # keeps the wait for the last shard short
+_MAX_ATTEMPTS = 3
+_MAX_START_TIME = 300  # seconds for a worker to start
+_VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # copied to workers if set
+# Function of a shard's samples and the shard; each worker builds it once.
 T = TypeVar("T")
 Work = Callable[["SampleCollection", Shard], T]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster, and how many of its workers are asked for.
+    """A Ray cluster and the number of workers to use.
 
     Attributes:
-        address: "auto" for the one that this machine belongs to, its address, or "local" for one that is started here
-            and ends with the work.
-        workers: how many; None: one for each GPU of the cluster, or, without any, for each machine.
+        address: "auto" for the cluster of this machine, an address, or "local" for a cluster that is started on this
+            machine and stopped after the work.
+        workers: number of workers; None: one per GPU of the cluster or, without GPUs, one per machine.
     """
 
     address: str
@@ -48,14 +48,14 @@ class Cluster:
 
     @classmethod
     def of(cls, cluster: str | None, workers: int | None) -> Cluster | None:
-        """What a caller asks for; None without a cluster. Raises ArgumentError for one that can't be."""
+        """The cluster that a caller requests; None without one. Raises ArgumentError if the request is invalid."""
         if not (cluster is None or (isinstance(cluster, str) and cluster)):
             raise ArgumentError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
         if workers is not None:
             if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
                 raise ArgumentError(f"workers must be a whole number of at least 1, not {workers!r}.")
             if cluster is None:
-                raise ArgumentError("workers are those of a cluster: say which one, such as cluster='local'.")
+                raise ArgumentError("workers requires a cluster, such as cluster='local'.")
         return None if cluster is None else cls(cluster, workers)
 
 
@@ -66,21 +66,21 @@ def on_cluster(
     cluster: Cluster,
     *,
     group: str,
-    died: Callable[[Shard], None] = lambda shard: None,
-    waiting: Callable[[], None] = lambda: None,
+    on_worker_death: Callable[[Shard], None] = lambda shard: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Generator[T, None, None]:
-    """What `make_work(*arguments)(part of the samples, the part)` returns on workers, part by part in any order.
+    """Yields the results of `make_work(*arguments)(samples of the shard, shard)` for all shards, in any order.
 
-    A part whose worker dies is given to another one, twice at most.
+    If a worker dies, its shard is given to another worker, at most twice.
 
     Args:
-        group: of the parts.
-        died: told of a part before it is given to another worker.
-        waiting: called about once a second.
+        group: the group of the shards.
+        on_worker_death: called with a dead worker's shard before another worker gets it.
+        on_wait: called about once per second.
 
     Raises:
-        ClusterError: Ray isn't installed, or can't be reached; workers can't reach the database; or they keep dying.
-        whatever the work raises: the others are stopped then.
+        ClusterError: Ray isn't installed or can't be reached; workers can't reach the database, or keep dying.
+        Whatever the work raises: the other workers are then stopped.
     """
     ray = _ray()
     starts_here = not ray.is_initialized()
@@ -93,59 +93,61 @@ def on_cluster(
     try:
         count, resources = _workers(ray, cluster.workers)
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
-        num_parts = count * SHARDS_PER_WORKER
-        pending = deque((Shard(index, num_parts, group), 1) for index in range(num_parts))
+        num_shards = count * SHARDS_PER_WORKER
+        pending = deque((Shard(index, num_shards, group), 1) for index in range(num_shards))
         collection = _Collection(samples)
-        running: dict[Any, tuple[Any, Shard, int]] = {}  # what it will return -> actor, part, tries
+        running: dict[Any, tuple[Any, Shard, int]] = {}  # reference to the result -> actor, shard, attempts
         failed_starts = 0
-        starting: dict[Any, Any] = {}  # what it returns once it is there -> actor
+        starting: dict[Any, Any] = {}  # reference that resolves after the start -> actor
         idle: list[Any] = []
 
         def start() -> None:
             actors.append(create())
-            starting[actors[-1].is_there.remote()] = actors[-1]
+            starting[actors[-1].is_ready.remote()] = actors[-1]
 
         for _ in range(count):
             start()
         since = time.monotonic()
         while pending or running:
             while pending and idle:
-                actor, (following, tries) = idle.pop(), pending.popleft()
-                running[actor.run.remote(collection, following)] = actor, following, tries
+                actor, (next_shard, attempts) = idle.pop(), pending.popleft()
+                running[actor.run.remote(collection, next_shard)] = actor, next_shard, attempts
             if running:
                 since = time.monotonic()
-            elif time.monotonic() - since > _START:
+            elif time.monotonic() - since > _MAX_START_TIME:
                 raise ClusterError(
-                    f"No worker could be started within {_START} s: each needs {resources} of the cluster, which has "
-                    f"{ray.available_resources()} left. Ask for fewer, or stop other work."
+                    f"No worker could be started within {_MAX_START_TIME} s: each needs {resources} of the cluster, "
+                    f"which has {ray.available_resources()} left. Request fewer workers, or stop other work."
                 )
-            part: Shard | None
+            shard: Shard | None
             for ref in ray.wait([*running, *starting], timeout=1)[0]:
                 if ref in starting:
-                    actor, part, tries = starting.pop(ref), None, 1
+                    actor, shard, attempts = starting.pop(ref), None, 1
                 else:
-                    actor, part, tries = running.pop(ref)
+                    actor, shard, attempts = running.pop(ref)
                 try:
-                    found = ray.get(ref)
+                    result = ray.get(ref)
                 except ray.exceptions.RayTaskError as error:
                     raise error.as_instanceof_cause() from None
-                except ray.exceptions.RayError as error:  # the worker, or what it has returned, is lost
-                    ray.kill(actor)  # it may only be out of reach
+                except ray.exceptions.RayError as error:  # the worker, or its result, is lost
+                    ray.kill(actor)  # it may just be unreachable
                     actors.remove(actor)
-                    failed_starts += part is None
-                    if _TRIES in (tries, failed_starts):
-                        where = "at their start" if part is None else f"at {part}"
-                        raise ClusterError(f"Workers died {_TRIES} times {where}, the last one so: {error}") from error
-                    if part is not None:
-                        logger.warning("A worker died at %s, which another one takes over: %s", part, error)
-                        died(part)
-                        pending.appendleft((part, tries + 1))
+                    failed_starts += shard is None
+                    if _MAX_ATTEMPTS in (attempts, failed_starts):
+                        when = "at startup" if shard is None else f"while processing {shard}"
+                        raise ClusterError(
+                            f"Workers died {_MAX_ATTEMPTS} times {when}; the last error: {error}"
+                        ) from error
+                    if shard is not None:
+                        logger.warning("A worker died while processing %s; another one takes it over: %s", shard, error)
+                        on_worker_death(shard)
+                        pending.appendleft((shard, attempts + 1))
                     start()
                 else:
                     idle.append(actor)
-                    if part is not None:
-                        yield found
-            waiting()
+                    if shard is not None:
+                        yield result
+            on_wait()
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -162,7 +164,7 @@ def _ray() -> ModuleType:
 
 
 def _workers(ray: ModuleType, workers: int | None) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each takes of the cluster."""
+    """The number of workers, and the resources of each."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     count = workers or gpus or len(nodes)
@@ -173,23 +175,23 @@ def _workers(ray: ModuleType, workers: int | None) -> tuple[int, dict[str, float
 
 
 def _environment(samples: SampleCollection, ray: ModuleType) -> dict[str, str]:
-    """Variables of the workers, the address of the database among them."""
+    """The workers' environment variables, including the address of the database."""
     import fiftyone as fo
     import fiftyone.core.odm as foo
     from pymongo.uri_parser import parse_uri
 
     uri = fo.config.database_uri
-    if uri is None:  # FiftyOne has started one, for this machine alone
+    if uri is None:  # FiftyOne has started a database for this machine only
         host, port = foo.get_db_conn().client.address
         uri = f"mongodb://{host}:{port}/"
     hosts = [host for host, _ in parse_uri(uri, warn=False)["nodelist"]] if "://" in uri else []
     if any(host == "localhost" or host.startswith("127.") for host in hosts):
         if len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) > 1:
             raise ClusterError(
-                "The database is on this machine alone, and the cluster has others. Set FIFTYONE_DATABASE_URI to one "
-                "that all of them reach."
+                "The database is only reachable from this machine, but the cluster has several. Set "
+                "FIFTYONE_DATABASE_URI to a database that all of them can reach."
             )
-    found = {
+    environment = {
         "FIFTYONE_DATABASE_URI": uri,
         "FIFTYONE_DATABASE_NAME": fo.config.database_name,
         "FIFTYONE_DATABASE_VALIDATION": str(fo.config.database_validation),
@@ -197,7 +199,7 @@ def _environment(samples: SampleCollection, ray: ModuleType) -> dict[str, str]:
         "FIFTYONE_DEFAULT_DATASET_DIR": fo.config.default_dataset_dir,
         "FIFTYONE_DO_NOT_TRACK": str(fo.config.do_not_track),
     }
-    return found | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return environment | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def _actor_class(
@@ -207,14 +209,14 @@ def _actor_class(
     make_work: Callable[..., Work[Any]],
     arguments: tuple[object, ...],
 ) -> Callable[[], Any]:
-    # As bytes: a worker has to know the database before it imports FiftyOne, which these need.
+    # As bytes, because unpickling imports FiftyOne, which must happen after the worker has set the database's address.
     work = ray.cloudpickle.dumps((make_work, arguments))
     actor = ray.remote(**resources)(_Worker)
     return lambda: actor.remote(environment, work, int(resources["num_cpus"]))
 
 
 class _Worker:
-    """A process of the cluster."""
+    """A worker process of the cluster."""
 
     def __init__(self, environment: dict[str, str], work: bytes, threads: int) -> None:
         os.environ.update(environment)
@@ -224,20 +226,20 @@ class _Worker:
         self._to_load = work
         self._work: Work[object] | None = None
 
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool:
         return True
 
-    def run(self, collection: _Collection, part: Shard) -> object:
-        if self._work is None:  # not before: an error would be told as the death of this process
+    def run(self, collection: _Collection, shard: Shard) -> object:
+        if self._work is None:  # not in __init__, where an error would be reported as the death of this process
             import ray
 
             make, arguments = ray.cloudpickle.loads(self._to_load)
             self._work = make(*arguments)
-        return self._work(collection.load(), part)
+        return self._work(collection.load(), shard)
 
 
 class _Collection:
-    """A dataset or view, to be loaded in another process."""
+    """A dataset or view that can be loaded in another process."""
 
     def __init__(self, samples: SampleCollection) -> None:
         self._dataset = root_dataset(samples).name

@@ -1,4 +1,4 @@
-"""Reading images, segmenting them and storing their masks, all at the same time."""
+"""Reads images, segments them and stores their masks, all concurrently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pymongo.errors import CursorNotFound, PyMongoError, WriteError
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import Document, dataset_id, label_root, reload_samples, root_dataset, sample_collection
-from ..labels.detections import Found
+from ..labels.detections import ImageMasks
 from ..labels.documents import Progress, StoredImage, stored_images
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles, make_folder
@@ -32,7 +32,7 @@ from ..zoo.model import MobileSAMv2Model
 from ..zoo.reading import ImageItem
 from . import retry as database
 from .record import SegmentationRun, mask_dirs
-from .retry import AWAY, first_line, retry_while_unavailable, with_journaled_writes
+from .retry import UNAVAILABLE, first_line, retry_while_unavailable, with_journaled_writes
 from .updates import Update
 
 if TYPE_CHECKING:
@@ -53,21 +53,21 @@ def segment_and_store(
     batch_size: int,
     progress: Progress,
 ) -> None:
-    """Segments images in batches. While the model is at one, the next is read, and the one before stored.
+    """Segments images in batches. While the model processes one batch, the next is read and the previous one stored.
 
-    There is one thread that reads and one that stores: images are stored in their order, and no more than three batches
-    are in memory. Decoding and compressing take each a few percent of the model's time, and don't hold Python's lock:
-    more threads would only take cores from the model. A worker process would be a fork of this one, which may be the
-    App's server.
+    One thread reads and one stores, so images are stored in order and at most three batches are in memory. Decoding and
+    compressing each take a few percent of the model's time and release the GIL: more threads would only take cores from
+    the model. A worker process would be a fork of this process, which may be the App's server.
 
-    Whatever ends this, the batches that are through the model are stored first.
+    However this ends, segmented batches are stored first.
 
     Args:
-        field_names: what `read` looks at of a stored image. `read` returns None where there is nothing to do.
-        run: of which images, objects, failures and seconds are noted.
+        field_names: the fields of a stored image that `read` needs.
+        read: loads an image; returns None if there is nothing to do.
+        run: updated with images, objects, failures and seconds.
     """
     given_up = threading.Event()
-    images = each_once(samples, field_names, given_up)
+    images = unique_images(samples, field_names, given_up)
     store = partial(_store, root_dataset(samples), model, update, run, given_up)
 
     def read_batch() -> list[ImageItem | None]:
@@ -87,24 +87,24 @@ def segment_and_store(
             while batch := ahead.result():
                 ahead = reader.submit(read_batch)
                 items = [item for item in batch if item is not None]
-                found = model.segment_all(items)
-                before, behind = behind, writer.submit(store, items, found)
+                segmented = model.segment_all(items)
+                before, behind = behind, writer.submit(store, items, segmented)
                 before.result()
-                _note(run, model)
+                _update_counts(run, model)
                 bar.update(len(batch))
         except BaseException:
             given_up.set()
             raise
         finally:
             if error := behind.exception():
-                logger.error("The last images that were segmented could not be stored: %s", error)
+                logger.error("The last segmented images could not be stored: %s", error)
         behind.result()
 
 
-def each_once(
+def unique_images(
     samples: SampleCollection, field_names: Sequence[str], given_up: threading.Event
 ) -> Iterator[StoredImage]:
-    seen = set()  # a view that is sorted by what is written may come across a sample twice
+    seen = set()  # a view sorted by a field that is written may yield a sample twice
     failed_at, since = -1, 0.0
     while True:
         try:
@@ -113,13 +113,13 @@ def each_once(
                     seen.add(image.sample_id)
                     yield image
             return
-        except CursorNotFound:  # MongoDB forgets those that nobody asks for ten minutes, and all when it restarts
+        except CursorNotFound:  # MongoDB drops cursors that are idle for ten minutes, and all on a restart
             pass
-        except AWAY as error:
+        except UNAVAILABLE as error:
             if failed_at != len(seen):
                 logger.warning("Reading samples was interrupted: %s", first_line(error))
                 failed_at, since = len(seen), time.monotonic()
-            elif given_up.is_set() or time.monotonic() - since > database.PATIENCE:
+            elif given_up.is_set() or time.monotonic() - since > database.MAX_WAIT:
                 raise
             given_up.wait(0.5)
 
@@ -131,15 +131,17 @@ def _store(
     run: SegmentationRun,
     given_up: threading.Event,
     items: Sequence[ImageItem],
-    found: Sequence[Found | None],
+    segmented: Sequence[ImageMasks | None],
 ) -> None:
-    """Stores what was found in images: each wholly or not at all, and none fails for another.
+    """Stores the masks of images. Each image is stored completely or not at all, independently of the others.
 
     Raises:
-        PyMongoError: the database can't be written to. OSError: the disk is full. ValueError: the field is gone.
+        PyMongoError: the database can't be written to.
+        OSError: the disk is full.
+        ValueError: the field was deleted.
     """
     stored = []
-    for item, masks in zip(items, found):
+    for item, masks in zip(items, segmented):
         if masks is None:
             continue
         sample_id = str(item.sample_id)
@@ -148,23 +150,23 @@ def _store(
         is_stored = False
         try:
             documents = model.writer.documents(masks, files)
-            if not files.are_there():
-                raise ArgumentError("another run has taken this one for dead, and has deleted them")
+            if not files.are_on_disk():
+                raise ArgumentError("another run considered this one dead and deleted them")
             condition, values = update(documents)
             values["last_modified_at"] = datetime.now(timezone.utc)
             change = {"_id": ObjectId(sample_id)} | condition, [{"$set": values}]
-            # One by one and not in bulk, which neither tells which of them were there nor takes 48 MB at once.
+            # One by one: a bulk write does not report which samples matched, and is limited to 48 MB.
             result = retry_while_unavailable(
                 partial(with_journaled_writes(sample_collection(dataset)).update_one, *change), given_up
             )
-            # A first try whose answer got lost leaves nothing to do for the second.
+            # If the response to the first attempt got lost, the second finds nothing to update.
             is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, sample_id, documents)
         except Exception as error:
             if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
-                raise  # perhaps they are stored: the next run will know what to do with the files
-            if isinstance(error, OSError):  # the next ones would fare the same
+                raise  # the labels may be stored: the next run settles the files
+            if isinstance(error, OSError):  # the following images would fail, too
                 _discard(files)
-                raise _no_room(model.config, error) from error
+                raise _storage_error(model.config, error) from error
             cause = (error.details or {}).get("errmsg") if isinstance(error, WriteError) else None
             cause = str(cause or error)
             model.fail(item, f"its masks can't be stored: {cause[:200]}")
@@ -174,21 +176,21 @@ def _store(
             run.objects += len(documents)
         else:
             _discard(files)
-    # First this: samples with values in no field can't be reloaded.
-    retry_while_unavailable(lambda: _check_is_there(dataset, run.label_field.split(".")[0]), given_up)
+    # Checked first: samples with values in an undeclared field can't be reloaded.
+    retry_while_unavailable(lambda: _check_field_exists(dataset, run.label_field.split(".")[0]), given_up)
     retry_while_unavailable(lambda: reload_samples(dataset, stored), given_up)
 
 
-def _check_is_there(dataset: fo.Dataset, label_field: str) -> None:
-    """Raises ValueError where someone has deleted the field. Samples with values in none can't be loaded any more."""
-    there = {"_id": dataset_id(dataset), "sample_fields.name": label_field}
-    if foo.get_db_conn().datasets.find_one(there, {"_id": True}) is None:
+def _check_field_exists(dataset: fo.Dataset, label_field: str) -> None:
+    """Raises ValueError if the field was deleted, and removes its values, which would make samples unloadable."""
+    query = {"_id": dataset_id(dataset), "sample_fields.name": label_field}
+    if foo.get_db_conn().datasets.find_one(query, {"_id": True}) is None:
         sample_collection(dataset).update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
         raise ArgumentError(DELETED.format(label_field))
 
 
 def _discard(files: MaskFiles) -> None:
-    with suppress(OSError):  # what is left is settled by the next run
+    with suppress(OSError):  # the next run settles remaining files
         files.discard()
 
 
@@ -202,14 +204,14 @@ def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents
 
 @contextmanager
 def counted(run: SegmentationRun, model: MobileSAMv2Model) -> Iterator[None]:
-    """Notes what the model has done, at the end, too."""
+    """Updates the run's counts at the end, even after an error."""
     try:
         yield
     finally:
-        _note(run, model)
+        _update_counts(run, model)
 
 
-def _note(run: SegmentationRun, model: MobileSAMv2Model) -> None:
+def _update_counts(run: SegmentationRun, model: MobileSAMv2Model) -> None:
     run.images = model.num_images
     run.failures = list(model.failures)
     run.num_failures = len(run.failures)
@@ -218,18 +220,18 @@ def _note(run: SegmentationRun, model: MobileSAMv2Model) -> None:
 
 # Masks on disk ------------------------------------------------------------------------------------------------------
 def check_mask_folder(config: MobileSAMv2ModelConfig) -> None:
-    """Raises OSError where masks are to go to disk and can't: at once, and not after a night."""
+    """Raises OSError if masks can't be written to disk, so that a run fails at its start and not after hours."""
     if config.masks_on_disk:
         try:
             make_folder(Path(mask_folder(config)))
             with tempfile.TemporaryFile(dir=mask_folder(config)):
                 pass
         except OSError as error:
-            raise _no_room(config, error) from error
+            raise _storage_error(config, error) from error
 
 
 def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
-    """Deletes the masks on disk that runs which were killed have left, and that the database doesn't know of."""
+    """Deletes masks on disk that killed runs left behind and that the database does not refer to."""
 
     def is_mine(sample_id: str, label_field: str) -> bool:
         return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
@@ -237,11 +239,11 @@ def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
     for folder in mask_dirs(dataset, run.label_field):
         try:
             images = settle(_dataset_mask_folder(dataset, folder), is_mine, _is_referred_to)
-        except OSError as error:  # of an earlier run, perhaps of another user on another machine
-            logger.warning("What killed runs may have left in %s could not be deleted: %s", folder, error)
+        except OSError as error:  # an earlier run may have belonged to another user or machine
+            logger.warning("Could not delete masks that killed runs may have left in %s: %s", folder, error)
             continue
         if images:
-            logger.info("Deleted the masks of %d images that a run which was killed had not stored yet", images)
+            logger.info("Deleted the masks of %d images that a killed run had not stored in the database", images)
 
 
 def _is_referred_to(sample_id: str, folder: str) -> bool:
@@ -252,9 +254,9 @@ def _dataset_mask_folder(dataset: fo.Dataset, mask_dir: str) -> str:
     return os.path.join(mask_dir, str(dataset_id(dataset)))
 
 
-def _no_room(config: MobileSAMv2ModelConfig, error: OSError) -> OSError:
+def _storage_error(config: MobileSAMv2ModelConfig, error: OSError) -> OSError:
     return OSError(
         error.errno,
         f"{error.strerror or error}: masks can't be stored in {mask_folder(config)}. Make room there, or choose "
-        f"another folder by `mask_dir`; then run the same again, and it goes on",
+        f"another folder with `mask_dir`; then repeat the same call to continue",
     )

@@ -1,4 +1,4 @@
-"""What is left for a run to do, and whether it may go on with what is there."""
+"""Which samples are left for a run, and whether it can continue with the existing masks."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a de
 def samples_left(
     samples: SampleCollection, label_field: str, parameters: dict[str, Any], replace: bool, shard: Shard | None
 ) -> SampleCollection:
-    """The samples of a run, or of a part of it, with all that they have: those that it has not done yet."""
+    """The unfiltered samples that a run, or one of its shards, has not processed yet."""
     if shard is not None:
         samples = shard.of(samples)
     if view_stages(samples.view())[shard is not None :]:
-        samples = unfiltered(samples)  # of a dataset all is seen, and nobody lists the ids of millions
+        samples = unfiltered(samples)  # a dataset hides nothing, so its millions of ids need not be listed
     if not replace:
         return _without_labels(samples, label_field)
     since = _replacing_since(samples, label_field, parameters)
     if since is None or samples.media_type == "video":
         return samples
-    # Labels that an earlier attempt has put there are younger than it is.
+    # Labels that an earlier attempt stored are newer than its start.
     older = {"$lt": ObjectId.from_datetime(since)}
     left = [{label_field: None}, {f"{label_field}.detections": []}, {f"{label_field}.detections.0._id": older}]
     return samples.match({"$or": left})
 
 
 def _replacing_since(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> datetime | None:
-    """When the run began that replaced labels with these parameters and was stopped; None if the last one wasn't."""
+    """The start of the interrupted run that replaced labels with these parameters; None if the last run was not one."""
     since = None
     for run in reversed(recorded_runs(samples, label_field)):
         if not (run.replace and run.cancelled and not _changed(run.parameters, parameters)):
@@ -56,10 +56,9 @@ def _replacing_since(samples: SampleCollection, label_field: str, parameters: di
 
 
 def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2ModelConfig, replace: bool) -> None:
-    """Makes the field ready for a run of :func:`segment_everything`.
+    """Prepares the field for a run of :func:`segment_everything`.
 
-    FiftyOne loses fields that several processes add at once: before parts of one run are given to workers, this is to
-    be called.
+    FiftyOne loses fields that several processes add at the same time, so call this before workers start on shards.
     """
     check_label_field(samples, label_field)
     if not replace:
@@ -70,7 +69,7 @@ def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2Mode
 
 
 def unfiltered(samples: SampleCollection) -> SampleCollection:
-    """The same samples with all that they have: what a view hides is not to be taken for absent."""
+    """The same samples without filters: labels that a view hides must not be treated as missing."""
     dataset = root_dataset(samples)
     if samples is dataset or not view_stages(samples):
         return dataset
@@ -79,14 +78,14 @@ def unfiltered(samples: SampleCollection) -> SampleCollection:
     ids = samples.values("id")
     if len(ids) > database.MAX_IDS:
         raise ArgumentError(
-            f"The view has {len(ids):,} samples, and FiftyOne can select at most {database.MAX_IDS:,}. Take all of "
-            f"the dataset, or one part of the view after the other, such as view[:{database.MAX_IDS}]."
+            f"The view has {len(ids):,} samples, but FiftyOne can select at most {database.MAX_IDS:,}. Use the whole "
+            f"dataset, or process the view in slices such as view[:{database.MAX_IDS}]."
         )
     return dataset.select(ids)
 
 
 def unsegmented(samples: SampleCollection, label_field: str) -> SampleCollection:
-    """The samples without labels in this field. An image in which nothing was found has labels: none."""
+    """The samples without a value in this field. An empty list of labels, for an image without objects, is a value."""
     return _without_labels(unfiltered(samples), label_field)
 
 
@@ -99,8 +98,8 @@ def _without_labels(samples: SampleCollection, label_field: str) -> SampleCollec
     return samples.match(F(name) == None)  # noqa: E711
 
 
-def labels_there(samples: SampleCollection, label_field: str) -> tuple[int, int]:
-    """How many samples have labels in this field, and how many labels; also what a view hides."""
+def count_labels(samples: SampleCollection, label_field: str) -> tuple[int, int]:
+    """The number of samples with labels in this field, and the number of labels, including those that a view hides."""
     samples = unfiltered(samples)
     if not samples.has_field(label_field):
         return 0, 0
@@ -108,14 +107,14 @@ def labels_there(samples: SampleCollection, label_field: str) -> tuple[int, int]
 
 
 def count_labels_with_masks(samples: SampleCollection, field_name: str) -> tuple[int, int]:
-    """How many detections of a field, of those that the view shows, have masks, and how many there are."""
+    """The number of detections with masks in a field, and of all its detections, among those that the view shows."""
     root, _ = label_root(samples, field_name)
     return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
 
 
 # Prompts of the dataset ---------------------------------------------------------------------------------------------
 def ids_of_labels_with_masks(samples: SampleCollection, label_field: str) -> dict[str, list[str]]:
-    """By the id of each sample, the ids of its labels that have masks, also of those that the view hides."""
+    """Sample id -> the ids of its labels that have masks, including labels that the view hides."""
     labels = unfiltered(samples).filter_labels(label_field, HAS_MASK)
     return dict(zip(*labels.values(["id", f"{label_field}.detections.id"])))
 
@@ -123,7 +122,7 @@ def ids_of_labels_with_masks(samples: SampleCollection, label_field: str) -> dic
 def prompts_left(
     prompts: Sequence[fol.Detection | fol.Keypoint], in_place: bool, replace: bool, answered: Sequence[str]
 ) -> fol.Label | None:
-    """The prompts of a sample that have no mask yet, or None if none are left."""
+    """The prompts of a sample that have no mask yet, or None if all have one."""
     left = [p for p in prompts if replace or (not _has_mask(p) if in_place else p.id not in answered)]
     if not left:
         return None
@@ -134,18 +133,18 @@ def _has_mask(detection: fol.Detection) -> bool:
     return detection.mask is not None or detection.mask_path is not None
 
 
-# What is noted ----------------------------------------------------------------------------------------------------
+# Parameters -------------------------------------------------------------------------------------------------------
 def parameters_of(config: MobileSAMv2ModelConfig) -> dict[str, Any]:
-    """What of a model's configuration decides what it finds."""
-    found = {name: getattr(config, name) for name, parameter in PARAMETERS.items() if parameter.changes_results}
-    found["weights"] = weights_sha256(config.name, config.files)  # wherever the files are
+    """The part of a model's configuration that affects its results."""
+    parameters = {name: getattr(config, name) for name, parameter in PARAMETERS.items() if parameter.changes_results}
+    parameters["weights"] = weights_sha256(config.name, config.files)  # independent of the files' paths
     if config.confidence_thresh is None and config.prompting == "object_aware":
-        found["confidence_thresh"] = CONFIDENCE
-    return found
+        parameters["confidence_thresh"] = CONFIDENCE
+    return parameters
 
 
 def check_same_parameters(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> None:
-    """Raises ValueError where a run with these parameters would go on with masks that were made with others."""
+    """Raises ValueError if a run with these parameters would continue with masks made with different parameters."""
     dataset = root_dataset(samples)
     runs = recorded_runs(dataset, label_field)
     if not runs:
@@ -158,13 +157,13 @@ def check_same_parameters(samples: SampleCollection, label_field: str, parameter
     if not changed or len(unsegmented(dataset, label_field)) == len(dataset):
         return
     raise ArgumentError(
-        f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). To go on with it take "
-        f"the same ones; else replace what is there, or choose another field."
+        f"'{label_field}' has masks that were made with other parameters ({'; '.join(changed)}). Use the same "
+        f"parameters to continue, replace the masks, or choose another field."
     )
 
 
 def _changed(earlier: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
-    """What of the parameters is another than that of an earlier run, in words."""
+    """Describes the parameters that differ from those of an earlier run."""
     return [
         f"{name} {earlier.get(name)} then, {value} now"
         for name, value in parameters.items()
@@ -173,6 +172,6 @@ def _changed(earlier: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
 
 
 def _are_same(then: object, now: object) -> bool:
-    if isinstance(then, dict) and isinstance(now, dict):  # files that aren't here have not been read
+    if isinstance(then, dict) and isinstance(now, dict):  # missing files have no hash
         return all(then[name] == now[name] for name in then.keys() & now.keys())
     return then == now

@@ -1,4 +1,4 @@
-"""The record that a dataset keeps of the runs which store masks in its fields, from their start. Needs no torch."""
+"""Records, from their start, the runs that store masks in a dataset's fields. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pymongo import ReturnDocument
 
 from ..errors import Cancelled, Failure, FieldBusyError
 from ..fiftyone_internals import Document, dataset_id, reload_list_of_runs, root_dataset
-from .retry import PATIENCE, retry_while_unavailable
+from .retry import MAX_WAIT, retry_while_unavailable
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -35,35 +35,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _METHOD = "mobilesamv2"
-_MAX_FAILURES = 1000  # of a run: more tell nothing new
-# In the database beside FiftyOne's own: all runs, on any machine. What FiftyOne is given is a copy, for users and for
-# clones of the dataset: it can't take records from several processes at once, and while it saves one it has none.
+_MAX_FAILURES = 1000  # recorded per run
+# A collection in the database, beside FiftyOne's own, with all runs on any machine. FiftyOne gets a copy, for users and
+# clones of the dataset: it does not support concurrent updates by several processes, and has no record while it saves
+# one.
 _COLLECTION = "mobilesamv2.runs"
-_BEAT = 5  # seconds after which a run gives the next sign of life
-# After which one of another machine is taken for dead: longer than it would wait for the database.
-_SILENCE = timedelta(seconds=PATIENCE + 60)
-_CLOCK = 2  # seconds that the start of a process may seem to change by when the clock is set
+_HEARTBEAT = 5  # seconds between the heartbeats of a run
+# A run on another machine is considered dead after this time without a heartbeat: longer than it waits for the
+# database.
+_MAX_SILENCE = timedelta(seconds=MAX_WAIT + 60)
+_MAX_CLOCK_CHANGE = 2  # seconds by which a process's start time may appear to change when the clock is set
 
 
 @dataclass
 class SegmentationRun:
-    """What a run did.
+    """The record of a run.
 
     Attributes:
-        label_field: where the masks are.
-        parameters: the model's, by name. "prompting" names the field where prompts were the user's; "weights" has the
-            sha256 of every file.
-        started: when, UTC.
-        images: how many images, or frames of videos, it went through; those that failed are among them.
-        objects: how many masks it stored.
-        seconds: wall time by stage ("encode", "discover", "decode", "crop"), and of everything as "total". Of the parts
-            of one run the stages add up, and "total" is the time from the first start to the last end.
-        failures: the images that could not be segmented, the first thousand; their labels are as they were.
-        num_failures: how many there were.
-        cancelled: whether it was stopped before its end, or is still going on. What it has stored stays.
-        shard: the part of the dataset that it is about; None: all of it.
-        replace: whether it replaced labels that were there.
-        mask_dir: where masks on disk went, if there were any.
+        label_field: the field of the masks.
+        parameters: the model's parameters by name. "prompting" is the prompt field if the user provided prompts;
+            "weights" has the sha256 of every file.
+        started: start time, UTC.
+        images: number of images or video frames processed, including failed ones.
+        objects: number of masks stored.
+        seconds: wall time by stage ("encode", "discover", "decode", "crop"), and "total". For the shards of one run,
+            the stages are summed, and "total" is the time from the first start to the last end.
+        failures: the first thousand images that could not be segmented; their labels are unchanged.
+        num_failures: number of images that could not be segmented.
+        cancelled: whether it was stopped before its end, or is still running. Masks stored so far are kept.
+        shard: the shard of the dataset that it processed; None: the whole dataset.
+        replace: whether it replaced existing labels.
+        mask_dir: the folder of masks on disk, if any.
     """
 
     label_field: str
@@ -82,14 +84,14 @@ class SegmentationRun:
 
     @property
     def images_per_second(self) -> float:
-        """Of the whole run, with reading and storing."""
+        """Throughput of the whole run, including reading and storing."""
         return self.images / self.seconds["total"] if self.seconds.get("total") else 0.0
 
 
 def recorded_runs(samples: SampleCollection, label_field: str) -> list[SegmentationRun]:
-    """The runs that stored masks in this field, oldest first, those that go on among them; none, where it is gone.
+    """The runs that stored masks in this field, including active ones, oldest first; empty if the field does not exist.
 
-    The parts of one run are told as one run.
+    The shards of one run are merged into one run.
     """
     dataset = root_dataset(samples)
     if not dataset.has_field(label_field):
@@ -99,18 +101,18 @@ def recorded_runs(samples: SampleCollection, label_field: str) -> list[Segmentat
     groups: dict[str, list[SegmentationRun]] = {}
     for run in sorted(runs, key=lambda run: run.started):
         groups.setdefault(run.run_id if run.shard is None else run.shard.group, []).append(run)
-    return [_merged(parts) for parts in groups.values()]
+    return [_merged(runs) for runs in groups.values()]
 
 
 def mask_dirs(samples: SampleCollection, label_field: str) -> list[str]:
-    """Where runs into this field, and each part of them, may have put masks on disk."""
+    """The folders in which runs into this field, and their shards, may have stored masks on disk."""
     query = _of_field(root_dataset(samples), label_field)
-    found = retry_while_unavailable(lambda: _collection().distinct("run.mask_dir", query))
-    return [folder for folder in found if folder is not None]
+    folders = retry_while_unavailable(lambda: _collection().distinct("run.mask_dir", query))
+    return [folder for folder in folders if folder is not None]
 
 
 def segmented_fields(samples: SampleCollection) -> list[str]:
-    """The fields that masks were made for: not those whose own labels were given masks."""
+    """The fields that runs created masks in; not fields whose own labels only received masks."""
     dataset = root_dataset(samples)
     fields = [dataset.get_run_info(key).config.label_field for key in dataset.list_runs(method=_METHOD)]
     fields += _collection().distinct("label_field", {"dataset_id": dataset_id(dataset)})
@@ -119,7 +121,7 @@ def segmented_fields(samples: SampleCollection) -> list[str]:
 
 
 def failed_samples(samples: SampleCollection, label_field: str) -> fo.DatasetView:
-    """The samples that the last run into this field could not segment: to look at, and to try again alone."""
+    """The samples that the last run into this field could not segment, to inspect or to process again."""
     runs = recorded_runs(samples, label_field)
     ids = [failure.sample_id for failure in (runs[-1].failures if runs else ()) if failure.sample_id]
     return root_dataset(samples).select(dict.fromkeys(ids))
@@ -127,37 +129,39 @@ def failed_samples(samples: SampleCollection, label_field: str) -> fo.DatasetVie
 
 @contextmanager
 def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]:
-    """Keeps the run on record while it goes on and after, whatever ends it, and other runs out of its field.
+    """Records the run while it is active and after it ends, for whatever reason, and keeps other runs out of its field.
 
-    Takes `Cancelled` for an end.
+    Treats `Cancelled` as a normal end.
 
     Raises:
-        FieldBusyError: another one is at the same samples.
+        FieldBusyError: another run is processing the same samples.
     """
     dataset = root_dataset(samples)
-    collection, here = _collection(), _of_field(dataset, run.label_field)
-    if collection.find_one(here) is None:  # the dataset is a clone: what its original's record has stays
+    collection, query = _collection(), _of_field(dataset, run.label_field)
+    if collection.find_one(query) is None:  # the dataset is a clone: keep the record copied from its original
         for earlier in _copied(dataset, run.label_field):
             retry_while_unavailable(partial(_write, dataset, earlier, {"ended": True}))
     start, ended = time.perf_counter(), threading.Event()
-    signs = threading.Thread(target=_heartbeat, args=(dataset, run, ended), name=f"record-{run.run_id}", daemon=True)
-    _going_on.add(run.run_id)
+    heartbeat = threading.Thread(
+        target=_heartbeat, args=(dataset, run, ended), name=f"record-{run.run_id}", daemon=True
+    )
+    _active.add(run.run_id)
     try:
         _claim(dataset, run)
-        signs.start()
+        heartbeat.start()
         yield
         run.cancelled = False
     except Cancelled:
         pass
     finally:
-        _going_on.discard(run.run_id)  # first: whatever interrupts the rest, the field is free again
+        _active.discard(run.run_id)  # first, so that the field is free again even if the rest is interrupted
         ended.set()
-        if signs.ident is not None:  # it was started, be it alive or not: told of the end, it may be faster than this
-            signs.join()
+        if heartbeat.ident is not None:  # it was started, and may have ended already
+            heartbeat.join()
             run.seconds["total"] = time.perf_counter() - start
             if run.images or run.shard is not None:
                 retry_while_unavailable(lambda: _write(dataset, run, {"ended": True}))
-            else:  # a run without images is not recorded; but a shard may be empty
+            else:  # a run without images is not recorded, except for a shard
                 retry_while_unavailable(lambda: collection.delete_one(_id(dataset, run)))
             _copy(dataset, run.label_field)
 
@@ -170,57 +174,55 @@ def mark_abandoned(group: str, index: int | None = None) -> None:
     retry_while_unavailable(lambda: _collection().update_many(query, {"$set": {"ended": True}}))
 
 
-# Runs that go on --------------------------------------------------------------------------------------------------
-_going_on: set[str] = set()  # in this process
+# Active runs --------------------------------------------------------------------------------------------------------
+_active: set[str] = set()  # ids of this process's runs
 
 
 def _claim(dataset: fo.Dataset, run: SegmentationRun) -> None:
-    """Announces the run. Of two that do so at the same time, the later one makes way, by the server's clock."""
+    """Claims the field for the run. Of two concurrent claims, the later one by the server's clock fails."""
     collection, mine = _collection(), _id(dataset, run)
-    here = _of_field(dataset, run.label_field)
-    fields = {**here, "run": _document(run), "owner": _this_process(), "ended": False}
+    query = _of_field(dataset, run.label_field)
+    fields = {**query, "run": _document(run), "owner": _this_process(), "ended": False}
     now = {"$currentDate": {"claimed": True, "seen": True}}
     change = partial(collection.find_one_and_update, mine, {"$set": fields, **now}, upsert=True)
     own = retry_while_unavailable(partial(change, return_document=ReturnDocument.AFTER))
-    for other in collection.find({**here, "ended": False, "_id": {"$ne": own["_id"]}}):
+    for other in collection.find({**query, "ended": False, "_id": {"$ne": own["_id"]}}):
         is_earlier = (other["claimed"], other["_id"]) < (own["claimed"], own["_id"])
         if is_earlier and _is_alive(other, own["seen"]) and not _are_shards_of_one_run(_run(other), run):
             collection.delete_one(mine)
             owner = other["owner"]
             raise FieldBusyError(
                 f"Another run is storing masks in '{run.label_field}', since {other['run']['started']}, by process "
-                f"{owner['pid']} on {owner['host']}. Wait for its end, or stop it. If that machine is gone, its run is "
-                f"taken for dead {_SILENCE.seconds} seconds after its last sign of life."
+                f"{owner['pid']} on {owner['host']}. Wait until it ends, or stop it. If that machine is down, its run "
+                f"is considered dead {_MAX_SILENCE.seconds} seconds after its last heartbeat."
             )
 
 
 def _heartbeat(dataset: fo.Dataset, run: SegmentationRun, ended: threading.Event) -> None:
-    while not ended.wait(_BEAT):
+    while not ended.wait(_HEARTBEAT):
         try:
-            sign = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
-            _collection().update_one(_id(dataset, run), sign)
-        except (
-            Exception
-        ) as error:  # the next one may get through, and the thread that stores masks reports what is wrong
-            logger.debug("No sign of life: %s", error)
+            update = {"$set": {"run": _document(run)}, "$currentDate": {"seen": True}}
+            _collection().update_one(_id(dataset, run), update)
+        except Exception as error:  # the next one may succeed, and the thread that stores masks reports the problem
+            logger.debug("The heartbeat failed: %s", error)
 
 
 def _is_alive(document: Document, now: datetime) -> bool:
     if document["ended"]:
         return False
-    owner, here = document["owner"], _this_process()
-    if owner["machine"] != here["machine"]:
-        return bool(now - document["seen"] <= _SILENCE)
-    if owner["pid"] == here["pid"]:
-        return document["run"]["run_id"] in _going_on
-    try:  # it may be silent for long: waiting for the database, or stopped, or on a laptop that sleeps
-        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _CLOCK)
+    owner, this = document["owner"], _this_process()
+    if owner["machine"] != this["machine"]:
+        return bool(now - document["seen"] <= _MAX_SILENCE)
+    if owner["pid"] == this["pid"]:
+        return document["run"]["run_id"] in _active
+    try:  # no heartbeat check: it may be waiting for the database, stopped, or on a suspended laptop
+        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["process_started"]) <= _MAX_CLOCK_CHANGE)
     except psutil.NoSuchProcess:
         return False
 
 
 def _are_shards_of_one_run(run: SegmentationRun, other: SegmentationRun) -> bool:
-    """Whether they are different parts of the same work."""
+    """Whether they are different shards of the same run."""
     return bool(
         run.shard and other.shard and run.shard.group == other.shard.group and run.shard.index != other.shard.index
     )
@@ -239,20 +241,20 @@ def _this_process() -> Document:
 def _read(path: str) -> str:
     try:
         return Path(path).read_text().strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return ""
 
 
 def _namespace() -> str:
-    try:  # containers of one machine may have one name, and numbers of processes of their own
+    try:  # containers on one machine may share a host name but have separate process ids
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
 
-# Runs that have ended ---------------------------------------------------------------------------------------------
+# Ended runs ---------------------------------------------------------------------------------------------------------
 def _copy(dataset: fo.Dataset, label_field: str) -> None:
-    """Gives FiftyOne a copy of the records, once no run into the field goes on. Failing ends no run: it has ended."""
+    """Copies the records to FiftyOne once no run into the field is active. Logs errors, since the run has ended."""
     collection, key = _collection(), _key(label_field)
     try:
         documents = list(collection.find(_of_field(dataset, label_field)))
@@ -260,54 +262,54 @@ def _copy(dataset: fo.Dataset, label_field: str) -> None:
         if not documents or any(_is_alive(document, now) for document in documents) or dataset.deleted:
             return
         runs = sorted(map(_run, documents), key=lambda run: run.started)
-        reload_list_of_runs(dataset)  # others may have added some
+        reload_list_of_runs(dataset)  # other processes may have added runs
         if key not in dataset.list_runs():
             dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
         results = dataset.init_run_results(key, runs=[_document(run) for run in runs])
         dataset.save_run_results(key, results, cache=False)
-        known = collection.distinct("dataset_id")
-        gone = set(known) - set(foo.get_db_conn().datasets.distinct("_id"))
-        collection.delete_many({"dataset_id": {"$in": list(gone)}})
+        recorded = collection.distinct("dataset_id")
+        deleted = set(recorded) - set(foo.get_db_conn().datasets.distinct("_id"))
+        collection.delete_many({"dataset_id": {"$in": list(deleted)}})
     except Exception as error:
-        logger.warning("FiftyOne has no copy of the record of runs into '%s': %s", label_field, error)
+        logger.warning("The record of runs into '%s' could not be copied to FiftyOne: %s", label_field, error)
 
 
 def _copied(dataset: fo.Dataset, label_field: str) -> list[SegmentationRun]:
-    """What FiftyOne has."""
+    """The runs in FiftyOne's copy of the record."""
     key = _key(label_field)
     if key not in dataset.list_runs():
         return []
     try:
         results = dataset.load_run_results(key, cache=False)
-    except (NoFile, AttributeError):  # FiftyOne's answer where a process was killed while it saved them
+    except (NoFile, AttributeError):  # raised by FiftyOne if a process was killed while saving them
         return []
     return [] if results is None else [_from_dict(run) for run in results.runs]
 
 
-def _merged(parts: Sequence[SegmentationRun]) -> SegmentationRun:
-    """The runs of the parts of a dataset, as one run."""
-    first, shard = parts[0], parts[0].shard
+def _merged(runs: Sequence[SegmentationRun]) -> SegmentationRun:
+    """Merges the runs of a dataset's shards into one run."""
+    first, shard = runs[0], runs[0].shard
     if shard is None:
         return first
     seconds: dict[str, float] = {}
-    for part in parts:
-        for stage, value in part.seconds.items():
+    for run in runs:
+        for stage, value in run.seconds.items():
             seconds[stage] = seconds.get(stage, 0) + value
-    starts = [datetime.fromisoformat(part.started) for part in parts]
-    ends = [start + timedelta(seconds=part.seconds.get("total", 0)) for start, part in zip(starts, parts)]
+    starts = [datetime.fromisoformat(run.started) for run in runs]
+    ends = [start + timedelta(seconds=run.seconds.get("total", 0)) for start, run in zip(starts, runs)]
     seconds["total"] = (max(ends) - min(starts)).total_seconds()
-    # A part that was tried again: what failed the first time was, too.
-    by_shard = [(part.shard.index, part) for part in parts if part.shard is not None]
+    # A retried shard also retried the images that failed in its earlier attempts.
+    by_shard = [(run.shard.index, run) for run in runs if run.shard is not None]
     last = dict(by_shard)
-    retried = [part for index, part in by_shard if part is not last[index]]
+    retried = [run for index, run in by_shard if run is not last[index]]
     return replace(
         first,
-        images=sum(part.images for part in parts) - sum(part.num_failures for part in retried),
-        objects=sum(part.objects for part in parts),
+        images=sum(run.images for run in runs) - sum(run.num_failures for run in retried),
+        objects=sum(run.objects for run in runs),
         seconds=seconds,
-        failures=[failure for part in last.values() for failure in part.failures],
-        num_failures=sum(part.num_failures for part in last.values()),
-        cancelled=len({index for index, part in by_shard if not part.cancelled}) < shard.count,
+        failures=[failure for run in last.values() for failure in run.failures],
+        num_failures=sum(run.num_failures for run in last.values()),
+        cancelled=len({index for index, run in by_shard if not run.cancelled}) < shard.count,
         shard=None,
         run_id=shard.group,
     )
@@ -339,7 +341,7 @@ def _write(dataset: fo.Dataset, run: SegmentationRun, values: Document) -> None:
 
 
 def _id(dataset: fo.Dataset, run: SegmentationRun) -> Document:
-    return {"_id": f"{dataset_id(dataset)}/{run.run_id}"}  # a clone has the same runs
+    return {"_id": f"{dataset_id(dataset)}/{run.run_id}"}  # clones have the same runs
 
 
 def _of_field(dataset: fo.Dataset, label_field: str) -> Document:
@@ -351,7 +353,7 @@ def _now() -> datetime:
 
 
 def _key(label_field: str) -> str:
-    # A key is a Python name; fields may be called "my masks", and "my_masks" be another one.
+    # A key must be a Python identifier, but "my masks" and "my_masks" can be two different fields.
     name = re.sub(r"\W", "_", label_field)
     if name != label_field.replace("frames.", "frames_", 1):
         name += f"_{zlib.crc32(label_field.encode()):08x}"

@@ -1,4 +1,4 @@
-"""The database, where it isn't always there: restarted, out of reach, or too slow to answer."""
+"""Retries database operations while the database is unavailable: restarting, unreachable or too slow."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# What passes by itself: no server; one that restarts or steps down; one that ran out of the time it was given, or that
-# has carried a write out but not as safely as was asked for.
-AWAY = (ConnectionFailure, ExecutionTimeout, WriteConcernError)
-PATIENCE = 300  # seconds
+# Transient errors: no server; a server that restarts or steps down; an operation that exceeded its time limit, or a
+# write that was carried out without the requested write concern.
+UNAVAILABLE = (ConnectionFailure, ExecutionTimeout, WriteConcernError)
+MAX_WAIT = 300  # seconds
+MAX_IDS = 800_000  # per query: at 20 bytes each they fill MongoDB's limit of 16 MB
 _ATTEMPTS_UNTIL_LOGGED = 4  # about a second
-MAX_IDS = 800_000  # in a query: 16 MB, MongoDB's limit, at 20 bytes each
 
 
 def retry_while_unavailable(call: Callable[[], T], given_up: threading.Event | None = None) -> T:
-    """`call()`, again and again for five minutes while the database is away.
+    """Returns `call()`, retrying for up to five minutes while the database is unavailable.
 
     Args:
-        call: may be carried out twice, for where the answer got lost nobody knows whether it was.
-        given_up: set from outside, ends the waiting.
+        call: may be executed twice, because a lost response does not tell whether it was executed.
+        given_up: an event that, once set by another thread, ends the retries.
 
     Raises:
-        what `call` raises, at once if that does not pass by itself.
+        Whatever `call` raises: immediately if the error is not transient.
     """
     given_up = given_up or threading.Event()
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(AWAY),
-        stop=tenacity.stop_after_delay(PATIENCE) | tenacity.stop_when_event_set(given_up),
+        retry=tenacity.retry_if_exception_type(UNAVAILABLE),
+        stop=tenacity.stop_after_delay(MAX_WAIT) | tenacity.stop_when_event_set(given_up),
         wait=tenacity.wait_exponential(0.1, max=10),  # seconds: 0.1, 0.2, 0.4, ...
         sleep=tenacity.sleep_using_event(given_up),
         before_sleep=_log_once,
@@ -54,17 +54,18 @@ def retry_while_unavailable(call: Callable[[], T], given_up: threading.Event | N
 def _log_once(state: tenacity.RetryCallState) -> None:
     if state.attempt_number == _ATTEMPTS_UNTIL_LOGGED and state.outcome is not None:
         error = state.outcome.exception()
-        logger.warning("The database doesn't answer; waiting up to %d s for it: %s", PATIENCE, first_line(error))
+        logger.warning("The database doesn't answer; waiting up to %d s for it: %s", MAX_WAIT, first_line(error))
 
 
 def with_journaled_writes(collection: Collection[Document]) -> Collection[Document]:
-    """The collection, with writes that are acknowledged only when they are in the journal: MongoDB forgets what was
-    written in the last tenth of a second before it is killed.
+    """The collection, with writes that are acknowledged only once they are in the journal.
+
+    Without this, MongoDB loses the writes of the last tenth of a second if it is killed.
     """
     concern = collection.write_concern.document | {"j": True}
     return collection.with_options(write_concern=WriteConcern(**concern))
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an error says, without the state of every server, which pymongo adds."""
+    """An error's message, without the state of every server, which PyMongo appends."""
     return str(error).split(", Timeout:")[0].split("\n")[0][:300]

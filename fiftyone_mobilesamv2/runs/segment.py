@@ -1,4 +1,4 @@
-"""Running a model over a dataset: what is left to do, and which fields masks go to."""
+"""Entry points that run a model over a dataset and store its masks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .cluster import Cluster, on_cluster
 from .pipeline import DELETED, check_mask_folder, counted, segment_and_store, settle_leftovers
 from .plan import ids_of_labels_with_masks, parameters_of, prepare, prompts_left, samples_left
 from .record import SegmentationRun, mark_abandoned, on_record, recorded_runs
-from .retry import AWAY, retry_while_unavailable
+from .retry import UNAVAILABLE, retry_while_unavailable
 from .shards import Shard
 from .updates import masks_in_place, merged_labels, new_labels
 
@@ -50,41 +50,42 @@ def segment_everything(
     cluster: str | None = None,
     workers: int | None = None,
 ) -> SegmentationRun:
-    """Stores the masks of all objects of every image, as `apply_model` does, and keeps a record of it in the dataset.
+    """Stores the masks of all objects in every image, like `apply_model`, and records the run in the dataset.
 
-    Whatever ends it (an error, a kill, a full disk), called again with the same arguments it does what is missing.
-    While the database is away it waits for it, up to five minutes.
+    After an interruption (an error, a kill, a full disk), repeating the call with the same arguments processes the
+    remaining images. If the database is unavailable, waits for it for up to five minutes.
 
     Args:
-        samples: a dataset or view of images, or of videos: then `label_field` is one of frames, as "frames.x".
-        model: a model, or its configuration, for it to be loaded here or on each worker.
-        label_field: a new field, or one of detections.
-        replace: replaces the labels of samples that have some. Else these are left as they are, so that a run that was
-            stopped goes on; with it, it starts anew.
-        progress: as everywhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.progress.Cancelled`.
-        shard: only this part of the samples: other processes do the others.
-        cluster: spreads the work over a Ray cluster: "auto" for the one that this machine belongs to, its address, or
-            "local" for processes on this machine; where Ray runs in this process already, any of them is that. Workers
-            read the images by the same paths, and masks on disk go to the same folder, so both have to be where all
-            machines reach them, and so has the database.
-        workers: how many of the cluster; None: one for each GPU, or, without any, for each machine.
+        samples: a dataset or view of images, or of videos; for videos, `label_field` is a frame field ("frames.x").
+        model: a model, or its configuration, which is then loaded here or on each worker.
+        label_field: a new field, or an existing field of detections.
+        replace: whether to replace existing labels. By default, samples with labels are skipped, so that an interrupted
+            run continues. With it, a run starts over, or continues an interrupted one with the same parameters that
+            also replaced labels.
+        progress: as elsewhere in FiftyOne. A callback may raise :class:`~fiftyone_mobilesamv2.errors.Cancelled`.
+        shard: process only this shard of the samples; other processes handle the others.
+        cluster: distributes the work over a Ray cluster: "auto" for the cluster of this machine, an address, or "local"
+            for processes on this machine; if Ray is already initialized in this process, that cluster is used. Workers
+            read images from the same paths and write masks on disk to the same folder, so all machines must be able to
+            reach both, and the database.
+        workers: number of workers of the cluster; None: one per GPU or, without GPUs, one per machine.
 
     Returns:
-        the run, which `segmentation_runs.recorded_runs` lists from then on, whether it came to its end or not.
+        The run, whether it completed or was cancelled; :func:`.record.recorded_runs` lists it, too.
 
     Raises:
-        ValueError: the field can't take masks; or it would go on with masks that were made with other parameters.
+        ValueError: the field can't store masks; or the run would continue with masks made with other parameters.
         FieldBusyError: another run is storing masks in the field.
-        OSError: masks go to a disk, and that is full.
-        ClusterError: the cluster can't do it.
+        OSError: masks are written to disk, and the disk is full.
+        ClusterError: the cluster can't do the work.
     """
     config = model if isinstance(model, MobileSAMv2ModelConfig) else _config(model)
     if not (shard is None or isinstance(shard, Shard)):
         raise ArgumentError(f"shard must be a Shard, not {shard!r}.")
     if shard is not None and cluster is not None:
-        raise ArgumentError("A part can't be spread over a cluster: give either shard or cluster.")
+        raise ArgumentError("A shard can't be distributed over a cluster: pass either shard or cluster.")
     spread = Cluster.of(cluster, workers)
-    _check_how(replace, batch_size)
+    _check_options(replace, batch_size)
     prepare(samples, label_field, config, replace)
     if spread is not None:
         return _segment_on_cluster(
@@ -131,43 +132,43 @@ def _segment_on_cluster(
         with on_record(samples, run):
             settle_leftovers(dataset, run)
         return run
-    parameters = {**vars(config), "mask_dir": run.mask_dir}  # as it is here, not in each worker's home
+    parameters = {**vars(config), "mask_dir": run.mask_dir}  # resolved here, not in each worker's home folder
     with fou.ProgressBar(total=total, progress=progress) as bar:
 
-        def so_far() -> SegmentationRun:
-            return next((found for found in recorded_runs(samples, label_field) if found.run_id == group), run)
+        def current() -> SegmentationRun:
+            return next((recorded for recorded in recorded_runs(samples, label_field) if recorded.run_id == group), run)
 
-        def show() -> None:
-            with suppress(*AWAY):  # workers wait for the database; so does this
-                bar.update(max(0, min(so_far().images, total) - bar.iteration))
+        def update_bar() -> None:
+            with suppress(*UNAVAILABLE):  # the workers wait for the database, too
+                bar.update(max(0, min(current().images, total) - bar.iteration))
 
-        parts = on_cluster(
+        results = on_cluster(
             samples,
             _segmenter,
             (parameters, label_field, replace, batch_size),
             cluster,
             group=group,
-            died=lambda part: mark_abandoned(group, part.index),
-            waiting=show,
+            on_worker_death=lambda shard: mark_abandoned(group, shard.index),
+            on_wait=update_bar,
         )
         try:
-            with suppress(Cancelled), closing(parts):
-                for _ in parts:
+            with suppress(Cancelled), closing(results):
+                for _ in results:
                     pass
-                bar.update(total - bar.iteration)  # of a worker that died the last images are not on record
+                bar.update(total - bar.iteration)  # the record lacks the last images of workers that died
         finally:
             mark_abandoned(group)
-            # Once more, for nothing: it settles what killed workers have left, and gives FiftyOne the record.
+            # An empty run settles the files that killed workers left behind and copies the record to FiftyOne.
             with on_record(samples, dataclasses.replace(run, run_id=uuid.uuid4().hex)):
                 settle_leftovers(dataset, run)
             dataset.reload()
-    return retry_while_unavailable(so_far)
+    return retry_while_unavailable(current)
 
 
 def _segmenter(
     parameters: dict[str, Any], label_field: str, replace: bool, batch_size: int
 ) -> Callable[[SampleCollection, Shard], None]:
-    """What a worker of a cluster does with each part."""
+    """Returns the function with which a cluster's worker processes each shard."""
     model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
 
     def segment(samples: SampleCollection, shard: Shard) -> None:
@@ -191,17 +192,17 @@ def segment_anything(
     """Turns boxes or keypoints into masks.
 
     Args:
-        samples: a dataset or view of images; what a view filters out is no prompt.
-        prompt_field: detections or keypoints.
-        label_field: the field for the masks, which have their prompts' labels, ids and attributes. What is there of
-            other prompts stays. None writes masks into the detections of `prompt_field` themselves, which keep their
-            boxes: what lies outside is cut off.
-        replace: also masks that are there already.
+        samples: a dataset or view of images; labels that a view filters out are not used as prompts.
+        prompt_field: a field of detections or keypoints.
+        label_field: the field for the masks, which keep their prompts' labels, ids and attributes. Existing labels of
+            other prompts are kept. None stores the masks in the detections of `prompt_field`, which keep their boxes:
+            masks are cropped to them.
+        replace: whether to replace existing masks.
 
-    The rest is as with :func:`segment_everything`.
+    Everything else is as for :func:`segment_everything`.
     """
     _config(model)
-    _check_how(replace, batch_size)
+    _check_options(replace, batch_size)
     check_prompt_field(samples, prompt_field, in_place=label_field is None)
     dataset = root_dataset(samples)
     if label_field is not None:
@@ -225,10 +226,10 @@ def segment_anything(
                 prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
             except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
                 return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
-            left = prompts_left(prompts, label_field is None, replace, answered.get(sample_id) or ())
-            if left is None:
+            remaining = prompts_left(prompts, label_field is None, replace, answered.get(sample_id) or ())
+            if remaining is None:
                 return None
-            return read_prompted({"id": sample_id, "filepath": item.filepath, "prompt_field": left})
+            return read_prompted({"id": sample_id, "filepath": item.filepath, "prompt_field": remaining})
 
         with fou.SetAttributes(model.writer, keep_boxes=label_field is None):
             segment_and_store(samples, model, [prompt_field], read, update, run, batch_size, progress)
@@ -236,14 +237,16 @@ def segment_anything(
 
 
 def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:
-    # By what it can do: a model of the zoo may be of another copy of this package.
+    # Duck typing: a zoo model may come from another copy of this package.
     if not hasattr(model, "segment_all"):
-        raise ArgumentError(f"model must be one that `load_zoo_model` gives for a name of this package, not {model!r}.")
+        raise ArgumentError(
+            f"model must be loaded with `load_zoo_model` by one of this package's names, not {model!r}."
+        )
     return model.config
 
 
-def _check_how(replace: bool, batch_size: int) -> None:
-    if not isinstance(replace, bool):  # "no" would replace, too
+def _check_options(replace: bool, batch_size: int) -> None:
+    if not isinstance(replace, bool):  # a string such as "no" would be true
         raise ArgumentError(f"replace must be True or False, not {replace!r}.")
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ArgumentError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
@@ -258,7 +261,7 @@ def _recorded(
     shard: Shard | None = None,
     replace: bool = False,
 ) -> Iterator[SegmentationRun]:
-    """A run that the dataset knows of from now on, whatever ends it. Takes `Cancelled` for an end."""
+    """A run that is recorded in the dataset however it ends. Treats `Cancelled` as a normal end."""
     run = SegmentationRun(label_field, parameters, shard=shard, replace=replace, mask_dir=mask_folder(model.config))
     dataset = root_dataset(samples)
     with on_record(samples, run):

@@ -1,4 +1,4 @@
-"""Disjoint parts of a collection, for several processes to work on."""
+"""Disjoint shards of a collection, so that several processes can work on it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
-# Knuth's multiplicative hashing (The Art of Computer Programming, 6.4): 2^32 over the golden ratio. Ids end in a
-# counter of 24 bits, of which labels take numbers, too: samples with three labels each are four apart.
+# Knuth's multiplicative hashing (The Art of Computer Programming, 6.4): 2^32 divided by the golden ratio. Ids end in a
+# 24-bit counter that labels increment, too: the ids of samples with three labels each are four apart.
 _FACTOR, _RANGE = 2654435761, 2**32
-_DIGITS = 6  # of an id, hexadecimal: its counter
+_DIGITS = 6  # hexadecimal digits of an id's counter
 MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of the parts.
+    """One shard of a collection.
 
-    To which one a sample belongs is decided by its id: nothing has to be listed, and samples that come and go change
-    nothing for the others.
+    A sample's id determines its shard: no list of samples is needed, and adding or deleting samples does not move
+    others to another shard.
 
     Attributes:
         index: from 0 to `count` - 1.
-        count: how many parts there are.
-        group: the same for all parts of one piece of work.
+        count: the number of shards.
+        group: an identifier that all shards of one run share.
     """
 
     index: int
@@ -41,29 +41,29 @@ class Shard:
     group: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group, str):  # it becomes part of queries
-            raise ArgumentError(f"The group of a part is a text, not {self.group!r}.")
+        if not isinstance(self.group, str):  # it is used in queries
+            raise ArgumentError(f"The group of a shard must be a string, not {self.group!r}.")
         if not (1 <= self.count <= MAX_SHARDS and 0 <= self.index < self.count):
             raise ArgumentError(
-                f"Part {self.index} of {self.count}: at most {MAX_SHARDS:,} parts, counted from 0, were expected."
+                f"Shard {self.index} of {self.count} is invalid: at most {MAX_SHARDS:,} shards are allowed, from 0."
             )
 
     def __str__(self) -> str:
-        return f"part {self.index + 1} of {self.count}"
+        return f"shard {self.index + 1} of {self.count}"
 
     def of(self, samples: SampleCollection) -> fo.DatasetView:
-        """The samples of this part."""
+        """The samples of this shard."""
         collection = root_dataset(samples)._sample_collection
 
-        def mine() -> list[ObjectId]:
-            # Of the index: faster than if the database read every sample and did the same sum.
+        def ids_in_shard() -> list[ObjectId]:
+            # Read from the index, which is faster than computing the hash of every sample in the database.
             ids = (document["_id"] for document in collection.find({}, {"_id": True}).hint("_id_"))
             return [id for id in ids if self.has(str(id))]
 
-        ids = retry_while_unavailable(mine)
+        ids = retry_while_unavailable(ids_in_shard)
         if len(ids) <= database.MAX_IDS:
             return samples.match({"_id": {"$in": ids}})
-        # What `has` does, in the database.
+        # The same computation as in `has`, in the database.
         digits = {"$substrBytes": [{"$toString": "$_id"}, 24 - _DIGITS, _DIGITS]}
         number = {
             "$sum": [
@@ -81,6 +81,6 @@ class Shard:
         return samples.match({"$expr": {"$eq": [index, self.index]}})
 
     def has(self, sample_id: str) -> bool:
-        """Whether a sample, there or deleted since, belongs to this part."""
+        """Whether a sample, which may have been deleted, belongs to this shard."""
         hashed = int(sample_id[-_DIGITS:], 16) * _FACTOR % _RANGE
         return hashed * self.count // _RANGE == self.index

@@ -1,4 +1,4 @@
-"""The documents of an image's masks -> what its sample gets."""
+"""The documents of an image's masks -> the update of its sample."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 from ..fiftyone_internals import Document
 from ..labels.fields import MASK_ATTRIBUTES
 
-# The documents of an image's masks -> what else must hold of its sample, and the values, as expressions, that it gets.
+# The documents of an image's masks -> a further condition on its sample, and the values to set, as expressions.
 Update = Callable[[list[Document]], tuple[Document, Document]]
 
 
 # Values of samples --------------------------------------------------------------------------------------------------
 def new_labels(documents: list[Document], label_field: str, replace: bool) -> tuple[Document, Document]:
-    """Where labels are not to be replaced, what someone else has put there meanwhile stays."""
+    """Sets the labels. Unless `replace`, labels that were stored there in the meantime are kept."""
     labels = {"_cls": "Detections", "detections": documents}
     return {} if replace else {label_field: None}, {label_field: {"$literal": labels}}
 
 
 def merged_labels(documents: list[Document], label_field: str) -> tuple[Document, Document]:
-    """Adds labels to a field, in place of those with the same ids. In one step, so that nobody's are lost."""
+    """Adds labels to a field, replacing those with the same ids, in one update that loses no concurrent changes."""
     others = {
         "$filter": {
             "input": {"$ifNull": [f"${label_field}.detections", []]},
@@ -31,7 +31,7 @@ def merged_labels(documents: list[Document], label_field: str) -> tuple[Document
 
 
 def masks_in_place(documents: list[Document], root: str, is_list: bool) -> tuple[Document, Document]:
-    """Labels are told by id: others may have come and gone since they were read."""
+    """Adds masks to existing labels, found by their ids, since labels may have changed since they were read."""
     ids, masks = [], []
     for document in documents:
         if "mask" in document or "mask_path" in document:
@@ -40,7 +40,7 @@ def masks_in_place(documents: list[Document], root: str, is_list: bool) -> tuple
     label = "$$this" if is_list else f"${root}"
     index = {"$indexOfArray": [ids, f"{label}._id"]}
     mask = {"$arrayElemAt": [{"$literal": masks}, index]}
-    given = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
-    # Else a label that has become None meanwhile, or a single one that is another now, would be written to.
-    there = {f"{root}._id": {"$in": ids}}
-    return there, {root: {"$map": {"input": f"${root}", "in": given}} if is_list else given}
+    updated = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
+    # Otherwise this would write to a label that has since become None, or a single label that has since been replaced.
+    condition = {f"{root}._id": {"$in": ids}}
+    return condition, {root: {"$map": {"input": f"${root}", "in": updated}} if is_list else updated}

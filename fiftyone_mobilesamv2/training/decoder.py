@@ -2,7 +2,7 @@
 
     python -m fiftyone_mobilesamv2.training.decoder --output runs/demo/decoder
 
-Run again after an interruption, it goes on from the last saved step.
+Run again after an interruption, training continues from the last saved step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAVE_EVERY = 100
 
 
 class PromptedScenes(Dataset[tuple[Tensor, ...]]):
-    """Scenes with prompts drawn for them; item i is always the same.
+    """Scenes with random prompts; item i is always the same.
 
     Each item: network input [3, S, S]; target masks [P, L, L] in 0..1 at the resolution of the low-res logits; outlines
     of all objects [L, L]; boxes [P / 2, 4] for the first half of the masks and points [P / 2, 1, 2] for the second, in
@@ -57,7 +57,7 @@ class PromptedScenes(Dataset[tuple[Tensor, ...]]):
         half = PROMPTS_PER_IMAGE // 2
         boxes = scene.boxes()[chosen[:half]]
         sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-        # Boxes of a detector are a little off; SAM jitters by a tenth of the side, at most 20 px (section A).
+        # A detector's boxes are slightly off; SAM adds noise of a tenth of the side, at most 20 px (section A).
         jitter = np.clip(rng.normal(0, 0.05, boxes.shape) * sides, -20, 20)
         points = np.stack([self._point_inside(rng, mask) for mask in masks[half:]])
 
@@ -73,7 +73,7 @@ class PromptedScenes(Dataset[tuple[Tensor, ...]]):
         )
 
     def _outlines(self, labels: ImageArray, size: tuple[int, int]) -> Tensor:
-        """[L, L], 1 where the outline of any object of the scene passes."""
+        """[L, L], 1 on the outline of any of the scene's objects."""
         outline = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
         resized = F.interpolate(torch.from_numpy(outline)[None, None].float(), size=size, mode="area")[0]
         padded = F.pad(resized, (0, self.image_size - size[1], 0, self.image_size - size[0]))
@@ -90,7 +90,9 @@ def mask_losses(logits: Tensor, iou: Tensor, targets: Tensor) -> Tensor:
     """SAM's losses, 20 * focal + dice + the squared error of the predicted IoU (section 3 of the paper).
 
     Args:
-        logits: [N, M, L, L]. iou: [N, M]. targets: [N, L, L] in 0..1.
+        logits: [N, M, L, L].
+        iou: [N, M].
+        targets: [N, L, L] in 0..1.
 
     Returns:
         [N, M]
@@ -99,17 +101,17 @@ def mask_losses(logits: Tensor, iou: Tensor, targets: Tensor) -> Tensor:
     p = torch.sigmoid(logits)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     wrong = (p - targets).abs()
-    # RetinaNet's alpha of 0.25 favours the background; objects are small here, so they get the larger weight.
+    # RetinaNet's alpha of 0.25 favours the background; these objects are small, so they get the larger weight.
     alpha = 0.75 * targets + 0.25 * (1 - targets)
     focal = (alpha * wrong**2 * cross_entropy).mean((2, 3))
     dice = 1 - (2 * (p * targets).sum((2, 3)) + 1) / (p.sum((2, 3)) + targets.sum((2, 3)) + 1)
-    found, true = logits.detach() > 0, targets > 0.5
-    actual = (found & true).sum((2, 3)) / (found | true).sum((2, 3)).clamp(min=1)
+    predicted, true = logits.detach() > 0, targets > 0.5
+    actual = (predicted & true).sum((2, 3)) / (predicted | true).sum((2, 3)).clamp(min=1)
     return 20 * focal + dice + (iou - actual) ** 2
 
 
 class DemoTrainer:
-    """Model, averaged model, optimizer and step; saved and restored as one."""
+    """The model, averaged model, optimizer and step, which are saved and restored together."""
 
     def __init__(self, output: Path, steps: int, batch_size: int, learning_rate: float, device: str) -> None:
         torch.manual_seed(0)
@@ -120,8 +122,8 @@ class DemoTrainer:
         self.model = nn.ModuleDict({"image_encoder": self.config.build(), "decoder": self.decoder})
         self.model.to(device).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        # Outlines of all objects, read off the embedding: a dense signal that teaches the encoder faster than
-        # prompts alone. Used in training only.
+        # Predicts the outlines of all objects from the embedding: a dense signal that trains the encoder faster than
+        # prompts alone. Only used in training.
         self.outline_head = nn.Conv2d(self.config.embed_dim, 16, 1).to(device)
         parameters = [*self.model.parameters(), *self.outline_head.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02)
@@ -139,7 +141,7 @@ class DemoTrainer:
         self.output.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(self.state(), partial)
-        partial.replace(self.checkpoint)  # atomic: a kill leaves the old one or the new one
+        partial.replace(self.checkpoint)  # atomic: a kill leaves the old or the new checkpoint
 
     def restore(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
@@ -164,10 +166,12 @@ class DemoTrainer:
             )
             logits, iou = decoder(decoder.image_side(features[i], positions), prompts, slice(None))
             losses = mask_losses(logits.float(), iou.float(), targets[i])
-            # A box is unambiguous: the single-mask token answers it. A lone point takes the best of three masks;
-            # a small share of their mean keeps the two others learning.
-            of_points = losses[half:, 1:]
-            total = total + losses[:half, 0].mean() + 0.9 * of_points.min(1).values.mean() + 0.1 * of_points.mean()
+            # A box is unambiguous and uses the single-mask token. A single point uses the best of three masks;
+            # a small share of their mean keeps training the other two.
+            point_losses = losses[half:, 1:]
+            total = (
+                total + losses[:half, 0].mean() + 0.9 * point_losses.min(1).values.mean() + 0.1 * point_losses.mean()
+            )
         outline_logits = F.pixel_shuffle(self.outline_head(features).float(), 4)[:, 0]
         return total / len(pixels) + F.binary_cross_entropy_with_logits(outline_logits, outlines)
 
@@ -200,15 +204,15 @@ class DemoTrainer:
     @torch.no_grad()
     def _average_weights(self) -> None:
         decay = min(EMA_DECAY, self.step / (self.step + 10))
-        for mine, theirs in zip(self.ema.state_dict().values(), self.model.state_dict().values()):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, 1 - decay)
+        for averaged, current in zip(self.ema.state_dict().values(), self.model.state_dict().values()):
+            if averaged.is_floating_point():
+                averaged.lerp_(current, 1 - decay)
             else:
-                mine.copy_(theirs)
+                averaged.copy_(current)
 
 
 def schedule(step: int, steps: int, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to 2 %."""
+    """Learning rate factor: linear warm-up, then cosine decay to 2 %."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

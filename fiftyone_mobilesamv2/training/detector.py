@@ -1,8 +1,8 @@
-"""Trains the demo model's class-agnostic detector: YOLOv8n with one class, by ultralytics' own trainer.
+"""Trains the demo model's class-agnostic detector: YOLOv8n with one class, using ultralytics' own trainer.
 
     python -m fiftyone_mobilesamv2.training.detector --output runs/demo/detector
 
-Run again after an interruption, it goes on from the last finished epoch.
+Run again after an interruption, training continues from the last finished epoch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ultralytics import YOLO
 from .scenes import TRAIN_SEED, VALIDATION_SEED, make_scene
 
 ARCHITECTURE = "yolov8n.yaml"
-INPUT_SIZE = 320  # scenes are 256 to 512 px; the demo model discovers objects at this size too
+INPUT_SIZE = 320  # scenes are 256 to 512 px; the demo model also discovers objects at this size
 
 
 def write_yolo_dataset(folder: Path, train: int, validation: int) -> Path:
-    """Writes scenes in YOLO's layout and returns the path of its `data.yaml`. What is there already is kept."""
+    """Writes scenes in YOLO's layout and returns the path of its `data.yaml`. Existing files are kept."""
     for split, seed, count in (("train", TRAIN_SEED, train), ("val", VALIDATION_SEED, validation)):
         images, labels = folder / "images" / split, folder / "labels" / split
         images.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_yolo_dataset(folder: Path, train: int, validation: int) -> Path:
 
 
 def train_detector(output: Path, train: int, validation: int, epochs: int, device: str) -> Path:
-    """Trains, or resumes, the detector. Returns the checkpoint of the last epoch (its averaged weights)."""
+    """Trains the detector, or resumes training. Returns the checkpoint of the last epoch (its averaged weights)."""
     data = write_yolo_dataset(output / "scenes", train, validation)
     last = output / "train" / "weights" / "last.pt"
     finished = output / "finished"

@@ -1,4 +1,4 @@
-"""Writes the trained demo model as the package ships it: half precision, safetensors, nothing but tensors.
+"""Writes the trained demo model as it is packaged: half precision, safetensors, only tensors.
 
 python -m fiftyone_mobilesamv2.training.export --runs runs/demo
 """
@@ -18,7 +18,7 @@ from .decoder import ENCODER
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point tensors in half precision, each with storage of its own."""
+    """Converts floating-point tensors to half precision, each with its own storage."""
     return {
         key: (tensor.half() if tensor.is_floating_point() else tensor).clone().contiguous()
         for key, tensor in tensors.items()
@@ -26,11 +26,11 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(runs: Path, output: Path) -> list[Path]:
-    """Exports the averaged weights of both trainings and checks that they load.
+    """Exports the averaged weights of both training runs and checks that they load.
 
     Args:
-        runs: the folder that holds `decoder/` and `detector/`.
-        output: where the files go.
+        runs: the folder that contains `decoder/` and `detector/`.
+        output: the folder for the files.
     """
     trained = torch.load(runs / "decoder" / "last.pt", map_location="cpu", weights_only=True)["ema"]
     # The layout of a whole SAM: image_encoder.*, prompt_encoder.*, mask_decoder.*
@@ -42,7 +42,7 @@ def export(runs: Path, output: Path) -> list[Path]:
     save_file(half(sam), files[0])
     save_file(half(detector), files[1])
     for file in files:
-        file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by others
+        file.chmod(0o644)  # safetensors makes files readable only by their owner; others read an installed package
     load_encoder(files[0], ENCODER)
     load_decoder(files[0], ENCODER)
     load_detector(files[1])

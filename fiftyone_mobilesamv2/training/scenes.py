@@ -1,11 +1,11 @@
-"""Procedural scenes with exact instance masks: what the demo weights are trained and measured on.
+"""Procedural scenes with exact instance masks, on which the demo weights are trained and evaluated.
 
-A scene is a textured background with overlapping textured shapes. Everything follows from ``(seed, index)``, so a
-training set is a range of numbers and an unseen set is another.
+A scene is a textured background with overlapping textured shapes. ``(seed, index)`` determines everything, so a
+training set is a range of numbers, and an unseen set is another.
 
     python -m fiftyone_mobilesamv2.training.scenes --output scenes --count 30
 
-writes unseen ones as a data set in COCO's format.
+writes unseen scenes as a dataset in COCO format.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from ..modeling.arrays import AnyArray, FloatArray, ImageArray, MaskArray
 
-# Seeds of the sets that this project uses. Measured figures refer to TEST_SEED.
+# Seeds of this project's sets. Published figures refer to TEST_SEED.
 TRAIN_SEED = 1
 VALIDATION_SEED = 2
 TEST_SEED = 3
 
-MIN_OBJECT_AREA = 80  # visible pixels; less is hard to tell from texture
-MIN_VISIBLE_SHARE = 0.35  # of an object's own area that later objects leave uncovered
+MIN_OBJECT_AREA = 80  # visible pixels; smaller objects are hard to distinguish from texture
+MIN_VISIBLE_SHARE = 0.35  # minimum share of an object's area that later objects leave visible
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Scene:
         return int(self.labels.max())
 
     def masks(self) -> MaskArray:
-        """bool [N, H, W], the visible part of each object."""
+        """The visible part of each object, bool [N, H, W]."""
         masks: MaskArray = self.labels[None] == np.arange(1, self.num_objects + 1, dtype=np.uint8)[:, None, None]
         return masks
 
     def boxes(self) -> FloatArray:
-        """float32 [N, 4], xyxy: the tight box of each visible part, ends exclusive."""
+        """The tight box of each visible part, float32 [N, 4], xyxy, ends exclusive."""
         boxes = np.zeros((self.num_objects, 4), np.float32)
         for i in range(self.num_objects):
             x, y, w, h = cv2.boundingRect((self.labels == i + 1).astype(np.uint8))
@@ -63,7 +63,7 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """The scene number `index` of the set `seed`: sides of 256 to 512 px, 3 to 20 objects."""
+    """Scene number `index` of the set `seed`: sides of 256 to 512 px, 3 to 20 objects."""
     rng = np.random.default_rng((seed, index))
     height, width = (int(v) for v in rng.integers(256, 513, 2))
     image: AnyArray = _texture(rng, height, width, _color(rng), contrast=0.7)
@@ -85,7 +85,7 @@ def make_scene(seed: int, index: int) -> Scene:
 
 
 def _leaves_all_visible(labels: ImageArray, areas: list[int], shape: ImageArray) -> bool:
-    """Whether `shape` is large enough and hides no earlier object too far."""
+    """Whether `shape` is large enough and leaves enough of every earlier object visible."""
     if int(np.count_nonzero(shape)) < MIN_OBJECT_AREA:
         return False
     left = np.bincount(labels[shape == 0], minlength=len(areas) + 1)[1:]
@@ -99,7 +99,7 @@ def _color(rng: np.random.Generator) -> FloatArray:
 
 
 def _shape(rng: np.random.Generator, height: int, width: int) -> ImageArray:
-    """uint8 [H, W], 1 inside: a closed outline in polar form around a random centre."""
+    """A random shape, uint8 [H, W], 1 inside: a closed outline in polar form around a random centre."""
     # Log-uniform sizes, so that small objects are as common as large ones.
     radius = 0.5 * min(height, width) * float(np.exp(rng.uniform(np.log(0.05), np.log(0.55))))
     angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
@@ -129,7 +129,7 @@ def _shape(rng: np.random.Generator, height: int, width: int) -> ImageArray:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, color: FloatArray, contrast: float) -> FloatArray:
-    """float32 [H, W, 3] around `color`: plain, gradient, stripes, checks, or cloudy noise."""
+    """A texture around `color`, float32 [H, W, 3]: plain, gradient, stripes, checks, or cloudy noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     turn = rng.uniform(0, np.pi)
     along = x * np.float32(np.cos(turn)) + y * np.float32(np.sin(turn))
@@ -155,7 +155,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, color: FloatArra
 
 
 def _shaded(rng: np.random.Generator, texture: FloatArray, shape: ImageArray) -> FloatArray:
-    """Light that falls off towards the outline on some objects, as on a curved surface."""
+    """Darkens some objects towards their outline, like a curved surface."""
     if rng.random() < 0.5:
         return texture
     depth = cv2.distanceTransform(np.pad(shape, 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
@@ -165,12 +165,12 @@ def _shaded(rng: np.random.Generator, texture: FloatArray, shape: ImageArray) ->
 
 
 def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
-    """Writes the first `count` scenes of the test set, and their objects' masks as RLE, in COCO's format.
+    """Writes the first `count` scenes of the test set in COCO format, with their objects' masks as RLE.
 
-    Images that are there already are kept: they are the same.
+    Existing images are kept, since they are the same.
 
     Returns:
-        the folder of the images and the JSON file.
+        The folder of the images, and the JSON file.
     """
     images_folder, file = folder / "images", folder / "scenes.json"
     images_folder.mkdir(parents=True, exist_ok=True)

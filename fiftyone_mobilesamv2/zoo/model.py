@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from bson import ObjectId
 
-from ..errors import Failure, cause_of
-from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, Found
+from ..errors import Failure, message_of
+from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, ImageMasks
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
 from ..labels.prompts import keypoint_prompt, labels_of
@@ -146,7 +146,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         found = self.segment_all(items)
         return [each and self._attempt(item, self._to_detections, item, each) for item, each in zip(items, found)]
 
-    def segment_all(self, items: Sequence[ImageItem]) -> list[Found | None]:
+    def segment_all(self, items: Sequence[ImageItem]) -> list[ImageMasks | None]:
         """The part of :meth:`predict_all` that takes a model: what is found, before it becomes labels."""
         good = [item for item in items if item.error is None]
         for item in items:
@@ -159,7 +159,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
                 raise
             # One image may have failed the others, or they need too much memory together: each gets a try of its own.
             if len(good) > 1:
-                told = cause_of(error)
+                told = message_of(error)
                 logger.warning("%d images failed as a batch, so each is segmented by itself: %s", len(good), told)
             found = [self._attempt(item, lambda item: self._segment([item])[0], item) for item in good]
         self.num_images += len(items)
@@ -167,7 +167,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         of_good = iter(found)
         return [next(of_good) if item.error is None else None for item in items]
 
-    def _to_detections(self, item: ImageItem, found: Found) -> fol.Detections:
+    def _to_detections(self, item: ImageItem, found: ImageMasks) -> fol.Detections:
         files = MaskFiles(apply_model_folder(self.config), item.sample_id or str(ObjectId()), APPLIED)
         try:
             detections = self.writer.detections(found, files)
@@ -189,7 +189,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         except Exception as error:
             if not item.skip_failures:
                 raise
-            self.fail(item, cause_of(error))
+            self.fail(item, message_of(error))
             return None
 
     def fail(self, item: ImageItem, error: str) -> None:
@@ -198,7 +198,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.failures.append(failure)
         logger.warning("Sample %s was not segmented: %s", item.sample_id, failure)
 
-    def _segment(self, items: Sequence[ImageItem]) -> list[Found | None]:
+    def _segment(self, items: Sequence[ImageItem]) -> list[ImageMasks | None]:
         if items and items[0].prompted:
             return [self._segment_anything(item) for item in items]
         config = self.config
@@ -211,7 +211,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             points_per_side=config.points_per_side,
             grid_filter=GridFilter(config.pred_iou_thresh, config.stability_score_thresh),
         )
-        return [Found(self._wanted(masks)) for masks in found]
+        return [ImageMasks(self._wanted(masks)) for masks in found]
 
     def _wanted(self, found: Segmentation) -> Segmentation:
         if self.config.confidence_thresh is not None:
@@ -222,7 +222,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             found = found.select(np.argsort(-found.confidence, kind="stable")[: self.config.max_masks])
         return found
 
-    def _segment_anything(self, item: ImageItem) -> Found | None:
+    def _segment_anything(self, item: ImageItem) -> ImageMasks | None:
         prompts = labels_of(item.prompts)
         if not prompts:
             return None
@@ -239,7 +239,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         if self.config.confidence_thresh is not None:
             kept = np.flatnonzero(found.predicted_iou >= self.config.confidence_thresh)
             found, prompts = found.select(kept), [prompts[i] for i in kept]
-        return Found(found, prompts)
+        return ImageMasks(found, prompts)
 
 
 # FiftyOne's interface to a source of zoo models ---------------------------------------------------------------------

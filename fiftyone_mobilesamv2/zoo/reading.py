@@ -8,7 +8,7 @@ from typing import Any
 import fiftyone.core.labels as fol
 import fiftyone.utils.torch as fout
 
-from ..errors import ArgumentError, cause_of
+from ..errors import ArgumentError, message_of
 from ..images import read_image
 from ..labels.prompts import check_prompts
 from ..modeling.arrays import ImageArray
@@ -65,4 +65,4 @@ class ImageGetItem(fout.GetItem):
         except (OSError, TypeError, ValueError, MemoryError) as error:
             if not self.skip_failures:
                 raise
-            return replace(item, error=cause_of(error))
+            return replace(item, error=message_of(error))

@@ -25,7 +25,7 @@ def test_clicks_change_the_view(app, scenes):
     panel = open_panel(app)
     app.screenshot("segevery-dark")
 
-    bars = plot(panel, "Masks in an image").locator(".bars .point")
+    bars = plot(panel, "Masks per image").locator(".bars .point")
     width = max(counts) // bars.count() + 1  # of a bar, in masks
     fullest = counts.index(max(counts))
     bars.nth(counts[fullest] // width).click(force=True)
@@ -80,7 +80,7 @@ def test_what_to_do_first(app, scenes):
     scenes.delete_sample_field("proposals")
     app.open(scenes.name)
     panel = app.open_panel("segevery")
-    panel.get_by_text("Nothing is segmented yet").wait_for(timeout=FIRST_PLOT)
+    panel.get_by_text("No field has been segmented yet").wait_for(timeout=FIRST_PLOT)
     app.screenshot("segevery-nothing-yet")
     panel.get_by_role("button", name="Segment everything").click()
     app.form.get_by_text("Label field").wait_for()

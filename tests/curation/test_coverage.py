@@ -113,7 +113,7 @@ def test_samples_in_memory_follow(labelled):
 def test_a_users_field_is_left_alone(labelled):
     labelled.add_sample_field("objects_small", fo.StringField)
     labelled.set_values("objects_small", list("abcd"))
-    with pytest.raises(ValueError, match="'objects_small' exists, and isn't from an earlier measurement"):
+    with pytest.raises(ValueError, match="'objects_small' exists and is not from an earlier measurement"):
         image_coverage(labelled, "objects", progress=False)
     assert labelled.values("objects_small") == list("abcd")
     assert not labelled.has_field("objects_coverage")
@@ -137,7 +137,7 @@ def test_empty_view(labelled):
 def test_refuses(labelled):
     with pytest.raises(ValueError, match=r"has no field 'nothing' for the objects.*objects"):
         image_coverage(labelled, "nothing", progress=False)
-    with pytest.raises(ValueError, match="'filepath' holds"):
+    with pytest.raises(ValueError, match="'filepath' contains"):
         image_coverage(labelled, "filepath", progress=False)
     with pytest.raises(ValueError, match="patches or frames"):
         image_coverage(labelled.to_patches("objects"), "objects", progress=False)

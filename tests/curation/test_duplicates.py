@@ -229,7 +229,7 @@ def test_a_bad_label_costs_its_own_image(by_hand, add_image, detection, rectangl
 def test_what_can_not_be_done(by_hand, stored):
     by_hand.add_sample_field("single", fo.EmbeddedDocumentField, embedded_doc_type=fo.Polyline)
     for options, message in [
-        ({"field": "gone"}, "no field 'gone' for the labels to compare. Fields that could be meant: proposals"),
+        ({"field": "gone"}, "no field 'gone' for the labels to compare. Possible fields: proposals"),
         ({"field": "single"}, "single labels"),
         ({"rank_by": "area"}, "rank_by='area'"),
         ({"iou": 0}, "iou=0"),

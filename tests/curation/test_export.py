@@ -186,14 +186,23 @@ def change_mask(content):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (change_mask, r"annotation 1, of /images/a/one\.png.*segmentation, area of the mask"),
-        (lambda content: content["annotations"][1].update(category_id=1), r"annotation 2, .*differs in category"),
-        (lambda content: content["annotations"][0].update(score=0.5), r"annotation 1, .*differs in score"),
+        (change_mask, r"annotation 1 of /images/a/one\.png.*segmentation, area of the mask"),
+        (
+            lambda content: content["annotations"][1].update(category_id=1),
+            r"annotation 2 .*differs from the stored label in category",
+        ),
+        (
+            lambda content: content["annotations"][0].update(score=0.5),
+            r"annotation 1 .*differs from the stored label in score",
+        ),
         (lambda content: content["annotations"].pop(), r"1 annotations of /images/c/two\.png; 2 were expected"),
-        (lambda content: content["images"][2].update(file_name="c/three.png"), r"three.*where /images/c/two\.png"),
-        (lambda content: content["images"][1].update(height=61), r"61.*of /images/a/b/none\.png are \(60, 80\)"),
-        (lambda content: content["images"].pop(), r"None where /images/c/never\.png was expected"),
-        (lambda content: content["images"].append({**content["images"][0], "id": 9}), r"isn't among the samples"),
+        (
+            lambda content: content["images"][2].update(file_name="c/three.png"),
+            r"three.*/images/c/two\.png was expected",
+        ),
+        (lambda content: content["images"][1].update(height=61), r"61.*of /images/a/b/none\.png is \(60, 80\)"),
+        (lambda content: content["images"].pop(), r"None; /images/c/never\.png was expected"),
+        (lambda content: content["images"].append({**content["images"][0], "id": 9}), r"is not among the samples"),
     ],
 )
 def test_the_check_finds_any_difference(labelled, tmp_path, damage, told):
@@ -215,7 +224,7 @@ def test_refuses(labelled, tmp_path):
 
     refused(labelled, "masks", "masks.txt", "must end with .json")
     refused(labelled, "nothing", "x.json", r"has no field 'nothing' for the masks.*masks")
-    refused(labelled, "filepath", "x.json", "'filepath' holds")
+    refused(labelled, "filepath", "x.json", "'filepath' contains")
     refused(labelled.limit(0), "masks", "new/x.json", "no samples")
     refused(labelled.to_patches("masks"), "masks", "x.json", "patches or frames")
     labelled._sample_collection.update_many({}, {"$set": {"masks.detections.0.mask": zlib.compress(b"no array")}})

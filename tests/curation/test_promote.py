@@ -191,7 +191,7 @@ def test_missing_ids(labelled):
     ("changes", "cause"),
     [
         ({"bounding_box": [0.1, 0.1, -1, 0.1]}, "bounding_box"),
-        ({"mask": np.zeros((40, 30), bool)}, "without any pixel"),
+        ({"mask": np.zeros((40, 30), bool)}, "has an empty mask"),
         ({"mask": None, "mask_path": "/nowhere/mask.png"}, "can't be read"),
     ],
 )
@@ -278,7 +278,7 @@ def test_sample_that_is_deleted_meanwhile(labelled, monkeypatch):
 
     monkeypatch.setattr(promote, "_promote", after_deletion)
     result = promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
-    skipped = {"id": gone.id, "filepath": gone.filepath, "cause": "it was deleted meanwhile"}
+    skipped = {"id": gone.id, "filepath": gone.filepath, "cause": "it has been deleted"}
     assert counts(result) == (3, 0, 1, [], [skipped])
     assert len(labelled[kept.id].ground_truth.detections) == 4
 
@@ -298,10 +298,10 @@ def test_refuses(labelled, stored):
         assert stored() == before
 
     refused("has no field 'nothing' for the proposals", pred_field="nothing")
-    refused("'outlines' holds Polylines; Detections were expected as proposals", pred_field="outlines")
-    refused("'class' holds Classification", gt_field="class")
+    refused("'outlines' contains Polylines; Detections were expected as proposals", pred_field="outlines")
+    refused("'class' contains Classification", gt_field="class")
     refused("same field, 'proposals'", gt_field="proposals")
     refused("read-only", gt_field="locked")
     refused("read-only", pred_field="locked")
-    refused("the name of a class was expected", label=" ")
+    refused("must be the name of a class", label=" ")
     refused("has no field 'proposals' for the proposals", samples=labelled.to_patches("ground_truth"))

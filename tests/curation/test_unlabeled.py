@@ -326,9 +326,9 @@ def test_wrong_fields_and_options(by_hand, find):
     for changed, message in [
         ({"pred": "gone"}, "no field 'gone' for the proposals.*proposals"),
         ({"gt": "gone"}, "no field 'gone' for the ground truth"),
-        ({"pred": "score"}, "'score' holds.*Float"),
+        ({"pred": "score"}, "'score' contains.*Float"),
         ({"gt": "proposals"}, "the same field, 'proposals'"),
-        ({searched: "single"}, "'single' holds single labels"),
+        ({searched: "single"}, "'single' contains single labels"),
     ]:
         names = fields | changed
         with pytest.raises(ValueError, match=message):

@@ -41,7 +41,7 @@ def test_everything_is_missing(mongod, monkeypatch):
 def test_server_that_ends_at_once(mongod, monkeypatch):
     monkeypatch.setattr(machine.sys, "executable", "/bin/false")
     (failed,) = [check.text for check in machine_checks("cpu") if check.passed is False]
-    assert failed == "The App's server doesn't start: it ended with exit status 1"
+    assert failed == "The App's server doesn't start: it exited with status 1"
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_images_reach_the_encoder_in_another_form(model, images, healthy, how, m
 
     monkeypatch.setattr(mobilesamv2, "preprocess", wrong)
     sentence = found(measure(model, images), healthy)
-    assert sentence.startswith("Images reach the encoder in another form")
+    assert sentence.startswith("The encoder receives images in another format")
 
 
 @pytest.mark.parametrize("form", [lambda x: x.flip(1), lambda x: (x * STD + MEAN) / 255], ids=["BGR", "0..1"])
@@ -153,7 +153,7 @@ def test_weights_that_would_rather_have_bgr(healthy):
 def test_detector_sees_bgr(model, images, healthy, monkeypatch):
     right = object_discovery.letterbox
     monkeypatch.setattr(object_discovery, "letterbox", lambda image, size: right(image, size).flip(1))
-    assert found(measure(model, images), healthy).startswith("Images reach the detector in another form")
+    assert found(measure(model, images), healthy).startswith("The detector receives images in another format")
 
 
 def test_detector_that_is_noise(model, images, healthy):

@@ -211,9 +211,9 @@ def test_a_sample_of_the_images_that_exist(files):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda c: c["annotations"][0].update(category_id=9), "annotation 1 is of image 1 and category 9"),
-        (lambda c: c["annotations"][0].update(image_id="1"), "annotation 1 is of image 1 and category 3"),
-        (lambda c: c["annotations"][0].pop("image_id"), "isn't in COCO's format.*image_id"),
+        (lambda c: c["annotations"][0].update(category_id=9), "annotation 1 refers to image 1 and category 9"),
+        (lambda c: c["annotations"][0].update(image_id="1"), "annotation 1 refers to image 1 and category 3"),
+        (lambda c: c["annotations"][0].pop("image_id"), "isn't in COCO format.*image_id"),
         (lambda c: c["annotations"][0].pop("area"), "entry 1 has no 'area'"),
         (lambda c: c["annotations"][0].update(segmentation=[1, 1, 4, 1, 4, 3]), "segmentation of annotation 1"),
         (lambda c: c["annotations"][0]["segmentation"].update(size=[HEIGHT, 2]), "segmentation of annotation 1"),
@@ -222,7 +222,7 @@ def test_a_sample_of_the_images_that_exist(files):
         (lambda c: c["images"][0].pop("file_name"), "entry 1 has no 'file_name'"),
         (lambda c: c["images"][0].update(width=13), r"001\.png is 12x10 pixels.*13x10"),
         (lambda c: c["categories"][0].pop("name"), "entry 3 has no 'name'"),
-        (lambda c: c.pop("categories"), "isn't in COCO's format.*categories"),
+        (lambda c: c.pop("categories"), "isn't in COCO format.*categories"),
     ],
 )
 def test_errors_name_the_file_and_leave_no_dataset(files, damage, message):
@@ -240,7 +240,7 @@ def test_a_file_that_is_no_annotations(files):
     with pytest.raises(ValueError, match=r"instances\.json: Expecting value"):
         load_coco(files.images, files.file)
     files.file.write_text("[1, 2]")
-    with pytest.raises(ValueError, match="isn't in COCO's format"):
+    with pytest.raises(ValueError, match="isn't in COCO format"):
         load_coco(files.images, files.file)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load_coco(files.images, files.images / "none.json")

@@ -101,7 +101,7 @@ def test_every_image_must_exist_where_none_are_drawn(load):
 
 def test_unknown_category(load, content):
     content["annotations"][0]["category_id"] = 4
-    with pytest.raises(ValueError, match=r"lvis\.json: annotation 1 is of image 1 and category 4"):
+    with pytest.raises(ValueError, match=r"lvis\.json: annotation 1 refers to image 1 and category 4"):
         load(sample=1)
 
 

@@ -725,8 +725,8 @@ def test_metrics_of_classes(labeled, capsys):
     [
         ({"pred_field": "gone"}, r"no field 'gone' for the proposals.*ground_truth, proposals"),
         ({"gt_field": "gone"}, "no field 'gone' for the ground truth"),
-        ({"pred_field": "filepath"}, "'filepath' holds .*String.*detections or polylines"),
-        ({"pred_field": "classes"}, "'classes' holds Classification"),
+        ({"pred_field": "filepath"}, "'filepath' contains .*String.*detections or polylines"),
+        ({"pred_field": "classes"}, "'classes' contains Classification"),
         ({"pred_field": "ground_truth"}, "the same field, 'ground_truth'"),
         ({"ks": (0, 10)}, "whole numbers from 1 to 100,000"),
         ({"ks": ()}, "whole numbers from 1 to 100,000"),

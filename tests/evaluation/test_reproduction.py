@@ -156,8 +156,8 @@ def test_the_papers_figures_stand_beside_ours(run):
     assert costs.loc["object_aware", "all but encoder ms"] == f"{aware.ms:.1f} (97.0)"
 
     # And it says when they compare.
-    assert "LVIS val" in str(reproduction) and "synthetic scenes alone" in str(reproduction)
-    assert "synthetic scenes alone" not in str(Reproduction(about, {"object_aware": aware}))
+    assert "LVIS val" in str(reproduction) and "only on synthetic scenes" in str(reproduction)
+    assert "only on synthetic scenes" not in str(Reproduction(about, {"object_aware": aware}))
 
 
 def test_the_picture_shows_every_way_of_prompting(run):
@@ -206,7 +206,7 @@ def test_images_that_fail(coco, datasets, model, tmp_path):
     dataset = fo.load_dataset(reproduction.about["dataset"])
     assert reproduction.measurements["grid_2"].masks == dataset.count("grid_2.detections") / 2
     assert reproduction.measurements["grid_2"].recall.images == COUNT
-    assert f"1 images were not segmented and count as without proposals; the first: {failure.filepath}" in str(
+    assert f"1 images were not segmented and count as having no proposals; the first: {failure.filepath}" in str(
         reproduction
     )
 
@@ -224,7 +224,7 @@ def datasets_made():
     ("arguments", "message"),
     [
         (["--annotations", "missing.json"], "missing.json"),
-        (["--annotations", "notes.json"], "notes.json isn't in COCO's format"),
+        (["--annotations", "notes.json"], "notes.json isn't in COCO format"),
         (["--images", "missing"], "3 of the 3 images .* don't exist: missing/000.png"),
         (["--model", "mobilesamv2-huge-torch"], "Unknown model 'mobilesamv2-huge-torch'"),
         (["--output", "notes.json"], "notes.json"),
@@ -246,7 +246,7 @@ def test_mistakes_cost_one_clear_line(coco, datasets, arguments, message, tmp_pa
 def test_a_dataset_of_the_users_is_left_alone(coco, datasets, model, tmp_path):
     (tmp_path / "mine.json").write_text((coco / "coco.json").read_text())
     mine = fo.Dataset(f"{PREFIX}-mine-demo", persistent=True)
-    with pytest.raises(ValueError, match=f"The dataset '{mine.name}' exists and is no reproduction's"):
+    with pytest.raises(ValueError, match=f"The dataset '{mine.name}' exists and is not a reproduction's"):
         reproduce(tmp_path / "mine.json", coco / "val2017", model, tmp_path)
     assert not mine.deleted and len(mine) == 0
     with pytest.raises(ValueError, match="Nothing to measure"):

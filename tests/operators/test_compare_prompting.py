@@ -118,7 +118,7 @@ def test_kept(plugin, scenes):
 def test_fields_of_the_user_are_left_alone(plugin, scenes):
     scenes.add_sample_field("compare_grid_16", fo.StringField)
     (error,) = plugin.form(NAME, scenes, {**DEMO, "keep": True}).errors
-    assert "'compare_grid_16' holds StringField, not Detections" in error
+    assert "'compare_grid_16' contains StringField, not Detections" in error
     assert plugin.form(NAME, scenes, DEMO).errors == []
 
 

@@ -172,7 +172,9 @@ def test_fields_of_the_user_are_left_alone(plugin, proposed):
     *_, (operator, params) = plugin.run_in_app(NAME, proposed)
     view = params["outputs"]["type"]["properties"]["error"]["view"]
     assert operator == "show_output" and view["label"] == "Measure proposals (AR@K) failed"
-    assert "'ar_tp' exists, and is no earlier evaluation's. Choose another eval_key." in view["description"]
+    assert (
+        "'ar_tp' exists and does not belong to an earlier evaluation. Choose another eval_key." in view["description"]
+    )
     assert proposed.values("ar_tp") == [7] * 4 and proposed.list_evaluations() == []
 
 

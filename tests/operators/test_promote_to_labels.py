@@ -55,8 +55,8 @@ def test_form_suggests_declared_classes(plugin, proposed):
 @pytest.mark.parametrize(
     ("params", "error"),
     [
-        ({"gt_field": "no name"}, "'no name' can't be the name of a field"),
-        ({"gt_field": "filepath"}, "'filepath' holds fiftyone.core.fields.StringField"),
+        ({"gt_field": "no name"}, "'no name' is not a valid field name"),
+        ({"gt_field": "filepath"}, "'filepath' contains fiftyone.core.fields.StringField"),
         ({"gt_field": "proposals"}, "the same field, 'proposals'"),
         ({"gt_field": "locked"}, "read-only"),
     ],

@@ -209,7 +209,7 @@ def test_one_bad_box_costs_its_image_alone(plugin, boxed):
     sample.boxes.detections[1].bounding_box = [0.1, float("nan"), 0.2, 0.2]
     sample.save()
     text, _ = plugin.run_to_the_end("segment_anything", boxed, {"prompt_field": "boxes", **DEMO})
-    assert "1 image failed" in text and "no usable bounding box" in text
+    assert "1 image failed" in text and "the unusable bounding box" in text
     assert [all(d.mask is not None for d in s.boxes.detections) for s in boxed] == [False, True, True, True]
 
 

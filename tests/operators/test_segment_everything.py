@@ -89,10 +89,10 @@ def test_grid_has_its_own_inputs(plugin, scenes):
         ({"min_area": -1}, "Minimum mask area (pixels): a whole number of at least 0"),
         ({"batch_size": 0}, "Batch size"),
         ({"prompting": "grid", "points_per_side": 0}, "Points per side"),
-        ({"label_field": "no name"}, "'no name' can't be the name of a field"),
-        ({"label_field": "_x"}, "'_x' can't be the name of a field"),
-        ({"label_field": "filepath"}, "'filepath' holds StringField, not Detections"),
-        ({"label_field": "frames.x"}, "Masks of images go into a field such as 'x'"),
+        ({"label_field": "no name"}, "'no name' is not a valid field name"),
+        ({"label_field": "_x"}, "'_x' is not a valid field name"),
+        ({"label_field": "filepath"}, "'filepath' contains StringField, not Detections"),
+        ({"label_field": "frames.x"}, "Masks of images need a field such as 'x'"),
         ({"model": "sam"}, "Model: 'sam' isn't there"),
         ({"dtype": "int8"}, "Precision: 'int8' isn't there"),
     ],
@@ -112,7 +112,7 @@ def test_from_patches_the_whole_dataset(plugin, scenes):
     patches = scenes.to_patches("ground_truth").limit(1)
     assert "whole dataset is worked on" in plugin.form("segment_everything", patches).messages[0]
     assert plugin.call("segment_everything", patches, **DEMO)["images"] == 4
-    with pytest.raises(ValueError, match="go back to the samples"):
+    with pytest.raises(ValueError, match="segment the samples that they come from"):
         segmentation.segment_everything(patches, zoo.load_model("mobilesamv2-demo-torch", device="cpu"))
 
 
@@ -383,7 +383,7 @@ def test_parts_are_scheduled(plugin, scenes, expected):
     result = plugin.call("segment_everything", scenes, num_shards=3, **DEMO)
     service = DelegatedOperationService()
     operations = [service.get(ObjectId(id)) for id in result["operations"]]
-    assert [operation.label for operation in operations] == [f"Segment everything, part {i} of 3" for i in (1, 2, 3)]
+    assert [operation.label for operation in operations] == [f"Segment everything, shard {i} of 3" for i in (1, 2, 3)]
     assert scenes.has_field("segmentations.detections.predicted_iou") and scenes.count("segmentations") == 0
     samples = {sample.id for sample in scenes}
     for number, operation in enumerate(operations):

@@ -276,7 +276,7 @@ def test_deleted_field(panel, measured):
 
 
 def test_without_samples_or_dataset(panel, dataset):
-    assert "Nothing is segmented yet" in Told(panel, dataset, "on_load").text("text")
+    assert "No field has been segmented yet" in Told(panel, dataset, "on_load").text("text")
     assert "Open a dataset" in Told(panel, None, "on_load").text("text")
 
 
@@ -303,7 +303,7 @@ def segmented_scenes(mongod, tmp_path_factory):
 
 def test_segmented_and_not_measured(panel, segmented_scenes):
     told = Told(panel, segmented_scenes, "on_load")
-    assert "`segmentations` can be measured" in told.text("text")
+    assert "Evaluate `segmentations`" in told.text("text")
     buttons = told.contents["buttons"]["type"]["properties"]
     assert [name for name, each in buttons.items() if each["view"]["variant"] == "contained"] == ["evaluate_proposals"]
     assert "runs" not in told.contents and "by_k" not in told.contents
@@ -335,7 +335,7 @@ def test_without_ground_truth(panel, segmented_scenes):
     assert "needs labels" in told.text("text")
     assert list(told.plot("counts")) == ["segmentations"] and "stages" in told.contents
     copy.delete_sample_field("segmentations")
-    assert "Nothing is segmented yet" in Told(panel, copy, "on_load").text("text")
+    assert "No field has been segmented yet" in Told(panel, copy, "on_load").text("text")
     copy.delete()
 
 

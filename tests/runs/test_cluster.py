@@ -173,7 +173,7 @@ def test_workers_of_no_cluster(dataset):
         lambda: segment_everything(dataset, config(), "own", workers=2),
         lambda: evaluate_proposals(dataset, "own", "reference", workers=2),
     ):
-        with pytest.raises(ValueError, match="workers are those of a cluster: say which one, such as cluster='local'"):
+        with pytest.raises(ValueError, match="workers requires a cluster, such as cluster='local'"):
             work()
 
 
@@ -250,5 +250,5 @@ def test_the_database_agrees_on_parts(dataset, monkeypatch, count, most):
 
 @pytest.mark.parametrize("index, count", [(-1, 2), (2, 2), (0, 0), (0, 10_001)])
 def test_parts_that_are_none(index, count):
-    with pytest.raises(ValueError, match="at most 10,000 parts, counted from 0"):
+    with pytest.raises(ValueError, match="at most 10,000 shards are allowed, from 0"):
         Shard(index, count, "x")

@@ -21,7 +21,7 @@ from fiftyone_mobilesamv2.labels import mask_files
 from fiftyone_mobilesamv2.labels.leftovers import settle
 from fiftyone_mobilesamv2.runs import pipeline
 from fiftyone_mobilesamv2.runs import retry as database
-from fiftyone_mobilesamv2.runs.pipeline import each_once
+from fiftyone_mobilesamv2.runs.pipeline import unique_images
 from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_anything, segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
@@ -211,7 +211,7 @@ def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkeypatch, on_disk):
-    monkeypatch.setattr(database, "PATIENCE", 1)
+    monkeypatch.setattr(database, "MAX_WAIT", 1)
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
     with monkeypatch.context() as patch, pytest.raises(WriteConcernError, match="too slow"):
         at_the_fourth_image(model, lambda: failing("alwaysOn", **LOST["the answer to a write"]), patch)
@@ -360,7 +360,7 @@ def test_folder_of_an_earlier_run_that_is_out_of_reach(images, model, tmp_path, 
 
     monkeypatch.setattr(pipeline, "settle", settle_what_is_here)
     assert segment_everything(images, model, "own").images == COUNT - 2
-    assert "elsewhere could not be deleted: [Errno 13] Permission denied" in caplog.text
+    assert "elsewhere: [Errno 13] Permission denied" in caplog.text
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
@@ -381,8 +381,8 @@ def test_file_systems_that_do_not_flush_folders(images, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"model": "mobilesamv2-demo-torch"}, "model must be one that `load_zoo_model` gives"),
-        ({"model": None}, "model must be one that"),
+        ({"model": "mobilesamv2-demo-torch"}, "model must be loaded with `load_zoo_model`"),
+        ({"model": None}, "model must be loaded with"),
         ({"replace": "no"}, "replace must be True or False, not 'no'"),
         ({"replace": 1}, "replace must be True or False"),
         ({"shard": 5}, "shard must be a Shard, not 5"),
@@ -412,7 +412,7 @@ def test_batches_that_have_no_size(images, model, size):
 
 def test_views_too_large_to_be_selected(images, model, monkeypatch):
     monkeypatch.setattr(database, "MAX_IDS", 2)
-    with pytest.raises(ValueError, match=r"The view has 3 samples, .* one part of the view .*, such as view\[:2\]"):
+    with pytest.raises(ValueError, match=r"The view has 3 samples, .* process the view in slices such as view\[:2\]"):
         segment_everything(images.limit(3), model, "own")
     assert segment_everything(images.limit(2), model, "own").images == 2
     assert segment_everything(images, model, "own").images == COUNT - 2
@@ -461,7 +461,7 @@ def test_run_that_was_taken_for_dead_stores_nothing_without_its_files(images, tm
     at_the_fourth_image(model, settle_meanwhile, monkeypatch, after=True)
     run = segment_everything(images, model, "own", batch_size=2)
     (failure,) = run.failures
-    assert "another run has taken this one for dead" in failure.error
+    assert "another run considered this one dead" in failure.error
     monkeypatch.undo()
     segment_everything(images, model, "own")
     assert stored(images, "own") == stored(images, "reference")
@@ -558,7 +558,7 @@ def drop_cursor(dataset):
 def test_reading_goes_on_where_it_was_interrupted(images, failing, lost):
     images.add_samples([fo.Sample(f"{i}.png") for i in range(300)])
     found = []
-    for image in each_once(images, [], threading.Event()):
+    for image in unique_images(images, [], threading.Event()):
         found.append(image.sample_id)
         if len(found) == 50:
             if lost == "cursor":
@@ -569,7 +569,7 @@ def test_reading_goes_on_where_it_was_interrupted(images, failing, lost):
 
 
 def test_reading_that_never_succeeds_ends(images, failing, monkeypatch):
-    monkeypatch.setattr(database, "PATIENCE", 1)
+    monkeypatch.setattr(database, "MAX_WAIT", 1)
     failing("alwaysOn", failCommands=["aggregate"], errorCode=50)
     with pytest.raises(ExecutionTimeout):
-        list(each_once(images, [], threading.Event()))
+        list(unique_images(images, [], threading.Event()))

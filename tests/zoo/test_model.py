@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
-from fiftyone_mobilesamv2.labels.detections import DETECTION_BYTES, Found
+from fiftyone_mobilesamv2.labels.detections import DETECTION_BYTES, ImageMasks
 from fiftyone_mobilesamv2.labels.mask_files import MaskFiles
 from fiftyone_mobilesamv2.modeling.masks import Segmentation
 from fiftyone_mobilesamv2.runs.record import recorded_runs
@@ -287,7 +287,7 @@ def test_a_document_stays_below_mongodbs_limit(filled, tmp_path):
     masks = [rng.random((640, 640)) > 0.5 for _ in range(150)]
     noise = Segmentation(np.tile([0, 0, 640, 640], (150, 1)), masks, ones, ones, ones, (640, 640))
     sample = filled.first()
-    sample[FIELD] = model.writer.detections(Found(noise), MaskFiles(str(tmp_path / "masks"), sample.id, FIELD))
+    sample[FIELD] = model.writer.detections(ImageMasks(noise), MaskFiles(str(tmp_path / "masks"), sample.id, FIELD))
     sample.save()
     sample["second"] = sample[FIELD].copy()
     sample.save()
