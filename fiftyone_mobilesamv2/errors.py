@@ -63,13 +63,8 @@ class Cancelled(BaseException):
     """
 
 
-_DEFECTS = (AssertionError, AttributeError, LookupError, NameError)  # with messages that mean little by themselves
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    TypeError,
-)  # whose messages mean little by themselves
+# Their messages mean little by themselves.
+_DEFECTS = (AssertionError, AttributeError, LookupError, NameError)
 
 
 def message_of(error: BaseException) -> str:

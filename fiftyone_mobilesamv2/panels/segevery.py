@@ -138,10 +138,8 @@ class SegEvery(foo.Panel):
                     getattr(self, f"_add_{name}")(panel, ctx)
                 except Exception as error:  # still show the rest of the panel
                     logger.error("'%s' of SegEvery failed", name, exc_info=error)
-                    panel.view(
-                        f"{name}_error",
-                        types.Error(label="Part of the panel can't be shown", description=message_of(error)),
-                    )
+                    message = types.Error(label="Part of the panel can't be shown", description=message_of(error))
+                    panel.view(f"{name}_error", message)
         return types.Property(panel, view=types.GridView(orientation="2d", gap=2, pad=1))
 
     def _add_head(self, panel: types.Object, ctx: ExecutionContext) -> None:
