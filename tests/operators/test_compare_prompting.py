@@ -36,9 +36,9 @@ def test_form(plugin, scenes):
     "params, error",
     [
         ({"images": 0}, "Images: a whole number of at least 1 was expected, not 0"),
-        ({"grid": "48"}, "Grid: '48' isn't there"),
-        ({"gt_field": "gone"}, "Ground truth: 'gone' isn't there"),
-        ({"model": "sam"}, "Model: 'sam' isn't there"),
+        ({"grid": "48"}, "Grid: '48' is no longer available"),
+        ({"gt_field": "gone"}, "Ground truth: 'gone' is no longer available"),
+        ({"model": "sam"}, "Model: 'sam' is no longer available"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, scenes, params, error):
@@ -49,7 +49,7 @@ def test_form_says_what_is_wrong(plugin, scenes, params, error):
 def test_form_needs_images(plugin, scenes, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "has no samples" in plugin.form(NAME, dataset).errors[0]
-    assert "whole dataset is worked on" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
+    assert "works on the whole dataset" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
     dataset.add_sample(fo.Sample("video.mp4"))
     assert "images were expected" in plugin.form(NAME, dataset).errors[0]
 

@@ -72,9 +72,9 @@ def test_proposals_that_were_made_here_come_first(plugin, proposed):
         ({"ks": ","}, "not ','"),
         ({"eval_key": "my run"}, "Evaluation key: 'my run' can't be one"),
         ({"eval_key": "other"}, "'other' is an evaluation of another kind"),
-        ({"pred_field": "gone"}, "Proposals: 'gone' isn't there"),
-        ({"pred_field": "ground_truth", "gt_field": "ground_truth"}, "Ground truth: 'ground_truth' isn't there"),
-        ({"rank_by": "beauty"}, "Ranking: 'beauty' isn't there"),
+        ({"pred_field": "gone"}, "Proposals: 'gone' is no longer available"),
+        ({"pred_field": "ground_truth", "gt_field": "ground_truth"}, "Ground truth: 'ground_truth' is no longer available"),
+        ({"rank_by": "beauty"}, "Ranking: 'beauty' is no longer available"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, proposed, params, error):

@@ -19,8 +19,8 @@ def test_form_says_what_is_wrong(plugin, scenes, dataset, tmp_path):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "has no samples" in plugin.form(NAME, dataset).errors[0]
     assert "view has no samples" in plugin.form(NAME, scenes.limit(0)).errors[0]
-    assert "whole dataset is worked on" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
-    assert "'filepath' isn't there" in plugin.form(NAME, scenes, {"field": "filepath"}).errors[0]
+    assert "works on the whole dataset" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
+    assert "'filepath' is no longer available" in plugin.form(NAME, scenes, {"field": "filepath"}).errors[0]
     for path, error in (
         ("masks.json", "a full path was expected"),
         (f"{tmp_path}/masks.txt", "must end with .json"),

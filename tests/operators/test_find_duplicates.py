@@ -43,9 +43,9 @@ def test_one_field(plugin, scenes):
     [
         ({"iou": 1.5}, "IoU: a number from 0.01 to 1 was expected, not 1.5"),
         ({"containment": 0}, "Share inside: a number from 0.01 to 1 was expected, not 0"),
-        ({"rank_by": "size"}, "Score: 'size' isn't there"),
-        ({"field": "filepath"}, "Labels: 'filepath' isn't there"),
-        ({"show": "all"}, "Show then: 'all' isn't there"),
+        ({"rank_by": "size"}, "Score: 'size' is no longer available"),
+        ({"field": "filepath"}, "Labels: 'filepath' is no longer available"),
+        ({"show": "all"}, "Show afterwards: 'all' is no longer available"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, doubled, params, error):
@@ -56,7 +56,7 @@ def test_form_says_what_is_wrong(plugin, doubled, params, error):
 def test_forms_of_what_can_not_be_looked_at(plugin, doubled, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "view has no samples" in plugin.form(NAME, doubled.limit(0)).errors[0]
-    assert "whole dataset is worked on" in plugin.form(NAME, doubled.to_patches("segmentations")).messages[0]
+    assert "works on the whole dataset" in plugin.form(NAME, doubled.to_patches("segmentations")).messages[0]
     dataset.add_sample(fo.Sample("/nowhere/0.png"))
     assert "no field of Detections or Polylines" in plugin.form(NAME, dataset).errors[0]
     field = doubled.get_field("segmentations.detections.tags")

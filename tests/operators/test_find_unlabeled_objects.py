@@ -44,12 +44,12 @@ def test_form_of_labels_without_an_object(plugin, curated):
     [
         ({"iou": 0}, "IoU: a number from 0.01 to 1 was expected, not 0"),
         ({"max_inside": 70}, "Share inside labels: a number from 0.01 to 1 was expected, not 70"),
-        ({"min_score": -1}, "Lowest score: a number of at least 0"),
+        ({"min_score": -1}, "Minimum score: a number of at least 0"),
         ({"min_area": 1.5}, "Minimum mask area (pixels): a whole number"),
-        ({"rank_by": "size"}, "Score: 'size' isn't there"),
-        ({"pred_field": "gone"}, "Proposals: 'gone' isn't there"),
-        ({"gt_field": "segmentations"}, "Ground truth: 'segmentations' isn't there"),
-        ({"look_for": "luck"}, "What to look for: 'luck' isn't there"),
+        ({"rank_by": "size"}, "Score: 'size' is no longer available"),
+        ({"pred_field": "gone"}, "Proposals: 'gone' is no longer available"),
+        ({"gt_field": "segmentations"}, "Ground truth: 'segmentations' is no longer available"),
+        ({"look_for": "luck"}, "What to look for: 'luck' is no longer available"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, curated, params, error):
@@ -71,7 +71,7 @@ def test_forms_of_datasets_that_lack_something(plugin, scenes, dataset):
 
 def test_forms_of_what_can_not_be_tagged(plugin, curated):
     patches = curated.to_patches("segmentations")
-    assert "whole dataset is worked on" in plugin.form(NAME, patches).messages[0]
+    assert "works on the whole dataset" in plugin.form(NAME, patches).messages[0]
     field = curated.get_field("segmentations")
     field.read_only = True
     field.save()

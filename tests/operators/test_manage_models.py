@@ -99,11 +99,11 @@ def test_tables(plugin, folder):
 @pytest.mark.parametrize(
     "params, error",
     [
-        ({"model": "sam"}, "Model: 'sam' isn't there"),
-        ({"action": "burn"}, "Action: 'burn' isn't there"),
-        ({"action": "verify"}, "No file of mobilesamv2-tinyvit-torch is here: there is nothing to verify"),
+        ({"model": "sam"}, "Model: 'sam' is no longer available"),
+        ({"action": "burn"}, "Action: 'burn' is no longer available"),
+        ({"action": "verify"}, "No file of mobilesamv2-tinyvit-torch is downloaded: there is nothing to verify"),
         ({"action": "delete"}, "No file of mobilesamv2-tinyvit-torch can be deleted"),
-        ({"model": "mobilesamv2-demo-torch", "action": "download"}, "there is nothing to download"),
+        ({"model": "mobilesamv2-demo-torch", "action": "download"}, "are already downloaded"),
         ({"model": "mobilesamv2-demo-torch", "action": "delete"}, "No file of mobilesamv2-demo-torch can be deleted"),
     ],
 )
@@ -129,7 +129,7 @@ def test_download(plugin, models, folder):
     assert form.errors == [] and form.default("action") == "verify"
     assert rows(form.default("models"))["two"] == {"MB": "3", "speed": "", "available": "rest.pt", "missing": "two.pt"}
     text = dialog(plugin, model="two", action="download")
-    assert "two is here" in text and str(folder / "two.pt") in text
+    assert "two is downloaded" in text and str(folder / "two.pt") in text
 
 
 def test_download_that_fails_is_explained(plugin, models, served, folder):
@@ -144,7 +144,7 @@ def test_download_that_fails_is_explained(plugin, models, served, folder):
 def test_verify(plugin, models, folder):
     plugin.call(NAME, None, model="one")
     text = dialog(plugin, model="one", action="verify")
-    assert "All files of one are right" in text
+    assert "All files of one are correct" in text
     found = rows(text)
     assert found["one.pt"]["sha256"] == f"`{SHA256}`"
     assert found["rest.pt"] == {

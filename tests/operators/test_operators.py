@@ -57,7 +57,7 @@ def test_the_skill_tells_of_every_operator_and_input(plugin, scenes, tmp_path, m
     states = [
         {},
         {"path": str(tmp_path / "masks.json")},
-        {"prompting": "grid", "label_field": "segmentations", "existing": "replace"},
+        {"prompting": "grid", "label_field": "segmentations", "existing": "replace", "advanced": True},
         {"look_for": "labels"},
         {"place": "new", "prompts": "field"},
         {"action": "delete", "model": "mobilesamv2-tinyvit-torch"},

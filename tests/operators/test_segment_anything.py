@@ -277,7 +277,7 @@ def test_form_says_what_is_wrong(plugin, boxed, dataset):
     assert "'boxes' has the prompts" in errors(boxed, {"prompt_field": "boxes", "place": "new", "label_field": "boxes"})
     assert "isn't there (any more)" in errors(boxed, {"prompt_field": "gone"})
     form = plugin.form("segment_anything", boxed.to_patches("boxes"), {"prompt_field": "boxes"})
-    assert form.errors == [] and "whole dataset is worked on" in form.messages[0]
+    assert form.errors == [] and "works on the whole dataset" in form.messages[0]
     sample = boxed.first()
     mixed = selected(sample, "boxes", [0]) + selected(sample, "ground_truth", [0])
     assert "of several fields, boxes, ground_truth" in errors(boxed, selected_labels=mixed)

@@ -93,8 +93,8 @@ def test_grid_has_its_own_inputs(plugin, scenes):
         ({"label_field": "_x"}, "'_x' is not a valid field name"),
         ({"label_field": "filepath"}, "'filepath' contains StringField, not Detections"),
         ({"label_field": "frames.x"}, "Masks of images need a field such as 'x'"),
-        ({"model": "sam"}, "Model: 'sam' isn't there"),
-        ({"dtype": "int8"}, "Precision: 'int8' isn't there"),
+        ({"model": "sam"}, "Model: 'sam' is no longer available"),
+        ({"dtype": "int8"}, "Precision: 'int8' is no longer available"),
     ],
 )
 def test_form_says_what_is_wrong(plugin, scenes, params, error):
@@ -110,7 +110,7 @@ def test_form_without_samples(plugin, scenes, dataset):
 
 def test_from_patches_the_whole_dataset(plugin, scenes):
     patches = scenes.to_patches("ground_truth").limit(1)
-    assert "whole dataset is worked on" in plugin.form("segment_everything", patches).messages[0]
+    assert "works on the whole dataset" in plugin.form("segment_everything", patches).messages[0]
     assert plugin.call("segment_everything", patches, **DEMO)["images"] == 4
     with pytest.raises(ValueError, match="segment the samples that they come from"):
         segmentation.segment_everything(patches, zoo.load_model("mobilesamv2-demo-torch", device="cpu"))
