@@ -31,7 +31,7 @@ def check_options(rank_by: str = "confidence", **shares: float) -> None:
     check_ranking(rank_by)
     for name, share in shares.items():
         if not 0 < share <= 1:
-            raise ArgumentError(f"{name} must be more than 0 and at most 1, not {share}.")
+            raise ArgumentError(f"{name}={share} is invalid: it must be more than 0 and at most 1.")
 
 
 def check_images(samples: SampleCollection) -> None:

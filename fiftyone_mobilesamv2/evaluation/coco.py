@@ -155,7 +155,7 @@ def make_dataset(
         raise
     if empty:
         logger.warning(
-            "%s: %d annotations without pixels were kept with empty masks; ids: %s%s",
+            "%s: annotations without pixels, kept with empty masks: %d; ids: %s%s",
             instances.file,
             len(empty),
             ", ".join(map(str, empty[:10])),

@@ -32,7 +32,7 @@ def test_model_that_cannot_be_downloaded(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert cli.main(["doctor", "mobilesamv2-vith-torch"]) == 1
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "mobilesamv2-vith-torch: Files are missing or are not the right ones: see above."
+    assert out.splitlines()[-1] == "mobilesamv2-vith-torch: Files are missing or are not the expected ones: see above."
     assert "sam_vit_h_4b8939.pth (2,565 MB) from https://dl.fbaipublicfiles.com" in out and "offline mode" in out
 
 

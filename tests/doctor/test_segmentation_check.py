@@ -107,7 +107,7 @@ def test_decoder_of_another_encoder(model, images, healthy):
     rotation, _ = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)))
     model.image_encoder = Around(model.image_encoder, after=lambda x: torch.einsum("dc,bchw->bdhw", rotation, x))
     sentence = found(measure(model, images), healthy)
-    assert "decoder and encoder do not fit each other" in sentence
+    assert "decoder and encoder do not match" in sentence
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "decoder", "both"])
@@ -118,7 +118,7 @@ def test_weights_that_are_noise(model, images, healthy, part, how):
     with torch.inference_mode():
         model._positions = model.decoder.positions(model.dtype)
     sentence = found(measure(model, images), healthy)
-    assert "decoder and encoder do not fit each other" in sentence
+    assert "decoder and encoder do not match" in sentence
 
 
 @pytest.mark.parametrize("how", ["BGR", "0..1"])
@@ -141,7 +141,7 @@ def test_weights_that_expect_another_form(model, images, healthy, form):
     """The scenes' colours are random: masks of BGR are as good, and the fingerprint alone tells."""
     model.image_encoder = Around(model.image_encoder, before=form)
     sentence = found(measure(model, images), healthy)
-    assert "wrong normalisation" in sentence or "what is done to an image before the encoder" in sentence
+    assert "wrong normalisation" in sentence or "the preprocessing differs from that in training" in sentence
 
 
 def test_weights_that_would_rather_have_bgr(healthy):

@@ -642,7 +642,7 @@ def test_missed_and_compare(by_hand):
     assert ids(confident.compare(results).lost) == [objects[1]]
     assert ids(results.compare(confident, iou=0.85, k=1).gained) == []
     other = evaluate_proposals(by_hand.limit(1).filter_labels("ground_truth", F("label") == "cat"), "proposals")
-    with pytest.raises(ValueError, match="different objects"):
+    with pytest.raises(ValueError, match="different ground truth objects"):
         results.compare(other)
 
     table = comparison_table({"all": results, "confident": confident})
@@ -845,7 +845,7 @@ def spoil(label, how, tmp_path):
         ("transparent", "transparency"),
         ("negative", "negative"),
         ("gone file", "gone.png"),
-        ("no image", "no image: .*text.png"),
+        ("no image", "not an image: .*text.png"),
     ],
 )
 def test_a_bad_label_costs_its_own_image(labeled, images, tmp_path, caplog, how, cause):

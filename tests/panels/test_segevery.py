@@ -332,7 +332,7 @@ def test_without_ground_truth(panel, segmented_scenes):
     copy = segmented_scenes.clone()
     copy.delete_sample_field("ground_truth")
     told = Told(panel, copy, "on_load")
-    assert "needs labels" in told.text("text")
+    assert "no labels to compare" in told.text("text")
     assert list(told.plot("counts")) == ["segmentations"] and "stages" in told.contents
     copy.delete_sample_field("segmentations")
     assert "No field has been segmented yet" in Told(panel, copy, "on_load").text("text")
