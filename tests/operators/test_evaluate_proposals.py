@@ -73,7 +73,7 @@ def test_proposals_that_were_made_here_come_first(plugin, proposed):
         ({"eval_key": "my run"}, "Evaluation key: 'my run' can't be one"),
         ({"eval_key": "other"}, "'other' is an evaluation of another kind"),
         ({"pred_field": "gone"}, "Proposals: 'gone' is no longer available"),
-        ({"pred_field": "ground_truth", "gt_field": "ground_truth"}, "Ground truth: 'ground_truth' is no longer available"),
+        ({"pred_field": "ground_truth", "gt_field": "ground_truth"}, "Ground truth: 'ground_truth' is no longer"),
         ({"rank_by": "beauty"}, "Ranking: 'beauty' is no longer available"),
     ],
 )
