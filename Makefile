@@ -1,5 +1,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder # on two cores
 STAMP := .venv/.setup-done
 DEV_STAMP := .venv/.setup-dev-done
 
@@ -45,10 +46,10 @@ lint: setup-dev ## check format, lint, types and layers
 	.venv/bin/lint-imports
 
 test: lint ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-slow: setup-dev ## run the tests that take more memory or time
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 screenshots: setup-dev ## take the README's screenshots of the App anew
 	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app

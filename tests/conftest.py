@@ -59,11 +59,18 @@ def remove_scratch() -> None:
 
 
 class FileScheduling(LoadScopeScheduling):
-    """For pytest-xdist: the tests of a file stay together, for what they share; those of the App share a browser."""
+    """For pytest-xdist: the tests of a file stay on one worker, because they share fixtures.
+
+    So do those of the App, which share a browser, and those of models of gigabytes, which memory holds one at a time.
+    """
+
+    LARGE = ("tests/modeling/test_parity.py", "tests/modeling/checkpoints/test_catalog.py")
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::")[0]
-        return "tests/app" if path.startswith("tests/app/") else path
+        if path.startswith("tests/app/"):
+            return "tests/app"
+        return "large models" if path in self.LARGE else path
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
