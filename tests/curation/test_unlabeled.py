@@ -354,7 +354,7 @@ def test_only_whole_images(by_hand, dataset):
         find_unlabeled_objects(by_hand.to_patches("proposals", other_fields=True), "proposals")
     videos = fo.Dataset()
     videos.add_sample(fo.Sample("/nowhere/0.mp4"))
-    with pytest.raises(ValueError, match="'video'; images were expected"):
+    with pytest.raises(ValueError, match="'video', not images"):
         find_unsupported_labels(videos, "frames.proposals")
     videos.delete()
 

@@ -115,6 +115,6 @@ def test_a_coco_file_is_no_lvis_file(load, content):
 def test_a_named_dataset_persists_and_is_never_overwritten(load):
     dataset = load(name="lvis-test", sample=2)
     assert dataset.persistent
-    with pytest.raises(ValueError, match="dataset 'lvis-test' already"):
+    with pytest.raises(ValueError, match="dataset named 'lvis-test' exists"):
         load(name="lvis-test", sample=3)
     assert len(fo.load_dataset("lvis-test")) == 2

@@ -51,7 +51,7 @@ def test_form_needs_images(plugin, scenes, dataset):
     assert "has no samples" in plugin.form(NAME, dataset).errors[0]
     assert "works on the whole dataset" in plugin.form(NAME, scenes.to_patches("ground_truth")).messages[0]
     dataset.add_sample(fo.Sample("video.mp4"))
-    assert "images were expected" in plugin.form(NAME, dataset).errors[0]
+    assert "not images" in plugin.form(NAME, dataset).errors[0]
 
 
 def test_form_without_ground_truth(plugin, scenes):
