@@ -5,10 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .config import MobileSAMv2ModelConfig
-
 if TYPE_CHECKING:
     from .model import MobileSAMv2Model, download_model, load_model, parse_parameters, resolve_input
+    from .model import ZooModelConfig as MobileSAMv2ModelConfig
 
 __all__ = [
     "MobileSAMv2Model",
@@ -23,5 +22,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # The model takes torch and FiftyOne; the declaration of its parameters has to do without.
     if name in __all__:
+        name = {"MobileSAMv2ModelConfig": "ZooModelConfig"}.get(name, name)
         return getattr(import_module(".model", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import fiftyone.core.labels as fol
 import fiftyone.core.models as fom
+import fiftyone.zoo.models as fozm
 import numpy as np
 import torch
 from bson import ObjectId
@@ -42,6 +43,19 @@ T = TypeVar("T")
 APPLIED = "apply_model"  # in place of a field's name, which FiftyOne does not tell a model
 SETTLE_AFTER = 86_400  # seconds
 MAX_UNCONFIRMED = 1000  # images whose labels FiftyOne may not have stored yet: many times what it collects
+
+
+class ZooModelConfig(MobileSAMv2ModelConfig, fozm.HasZooModel):
+    """The configuration as FiftyOne's zoo builds it, from the manifest. `zoo.MobileSAMv2ModelConfig` is this class."""
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> ZooModelConfig:
+        return cls(d)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The zoo tells where its note of the download is; the files themselves are in the weights folder.
+        if name not in ("model_name", "model_path"):
+            super().__setattr__(name, value)
 
 
 class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
