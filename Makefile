@@ -52,7 +52,7 @@ test-slow: setup-dev ## run the tests that take more memory or time
 	$(PYTEST) -m slow
 
 screenshots: setup-dev ## take the README's screenshots of the App anew
-	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest tests/app
+	MOBILESAMV2_SCREENSHOTS=.screenshots $(PY) -m pytest -m app tests/app
 	for picture in assets/app/*.png; do cp ".screenshots/$${picture##*/}" "$$picture"; done
 
 bench: setup-dev ## measure speed and memory anew, for docs/speed.md (12 to 15 minutes on 2 cores)

@@ -55,7 +55,7 @@ def read_image(path: str | PathLike[str]) -> npt.NDArray[np.uint8]:
     except PermissionError as error:
         raise PermissionError(f"{name} can't be read: permission denied") from error
     except Exception as error:  # PIL's decoders raise exceptions of all kinds on damaged files
-        cause = " ".join(str(error).split()) or type(error).__name__
+        cause = " ".join(str(error).replace(name, "").split()) or type(error).__name__
         raise OSError(f"{name} is damaged or not an image: {cause}") from error
 
 
@@ -64,6 +64,8 @@ def _check_is_file(path: str | PathLike[str], name: str) -> None:
         mode = os.stat(path).st_mode
     except ValueError as error:  # the path contains invalid characters
         raise ArgumentError(f"{name} is not a valid path: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} doesn't exist") from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{name} is a folder")
     if not stat.S_ISREG(mode):  # opening a pipe blocks until there is a writer; reading a device may never end

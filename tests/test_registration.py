@@ -260,6 +260,7 @@ def test_wheel_holds_what_registration_needs(wheel):
     assert manifest.replace("__init__.py", "fiftyone_mobilesamv2/__init__.py") == (ROOT / "fiftyone.yml").read_text()
 
 
+@pytest.mark.slow
 def test_install_from_a_wheel(wheel_python, user):
     before = tree(user)
     installed = next(wheel_python.parents[1].glob("lib/python*/site-packages/fiftyone_mobilesamv2"))
@@ -547,6 +548,7 @@ report(left=listed(foz))
     assert set(tree(user)) <= set(before)
 
 
+@pytest.mark.slow
 def test_plugin_folder(bare_python, checkout, user):
     plugin = user / "plugins" / "@mobilesamv2" / "fiftyone_mobilesamv2"  # where `fiftyone plugins download` copies it
     shutil.copytree(checkout, plugin)

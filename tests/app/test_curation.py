@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from fiftyone import ViewField as F
 
 
@@ -55,6 +56,7 @@ def test_what_is_missing_becomes_labels(app, scenes):
     assert promoted.count("proposals.detections") == 2
 
 
+@pytest.mark.slow
 def test_labels_without_an_object(app, scenes):
     sample = scenes.first()
     wrong = sample.ground_truth.detections[0]
@@ -70,6 +72,7 @@ def test_labels_without_an_object(app, scenes):
     assert "unsupported" in scenes.first().ground_truth.detections[0].tags
 
 
+@pytest.mark.slow
 def test_duplicates(app, scenes):
     sample = scenes.first()
     copy = sample.proposals.detections[0].copy()
@@ -89,6 +92,7 @@ def test_duplicates(app, scenes):
     app.wait_samples(f"{duplicates.count('proposals.detections')} patches")
 
 
+@pytest.mark.slow
 def test_coverage_and_export(app, scenes, tmp_path):
     app.open(scenes.name)
     app.operator("Measure image coverage")

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from fiftyone_mobilesamv2.modeling.checkpoints import MODELS, model_files
 
 DEMO = "mobilesamv2-demo-torch"
@@ -37,6 +39,7 @@ def test_measure_proposals(app, scenes):
     panel.get_by_text("ar_2", exact=True).first.wait_for(timeout=30_000)  # the panel has heard of it
 
 
+@pytest.mark.slow
 def test_compare_prompting(app, scenes):
     app.open(scenes.name)
     app.operator("Compare prompting")
@@ -58,16 +61,17 @@ def test_compare_prompting(app, scenes):
     assert scenes.list_evaluations() == []
 
 
+@pytest.mark.slow
 def test_manage_models(app, scenes):
     app.open(scenes.name)
     app.operator("Manage models")
     text = app.form_text()
     assert all(name in text for name in MODELS)
     app.screenshot("manage-models-form")
-    app.choose("Action", "Delete the files")
+    app.choose("Action", "Delete files")
     assert "can be deleted" in app.errors()[0]
     app.choose("Model", DEMO)
-    app.choose("Action", "Verify the files")
+    app.choose("Action", "Verify files")
     app.execute()
     text = app.wait_output(f"All files of {DEMO} can be read")
     app.screenshot("manage-models-summary")

@@ -4,6 +4,7 @@ from fiftyone import ViewField as F
 from fiftyone_mobilesamv2 import evaluate_proposals
 
 
+@pytest.mark.slow
 def test_panel_shows_average_recalls_and_opens_what_was_missed(app, scenes):
     results = evaluate_proposals(scenes, "proposals", gt_field="ground_truth", eval_key="ar")
     expected = results.metrics()

@@ -1,5 +1,6 @@
 """The SegEvery panel, looked at and clicked."""
 
+import pytest
 from fiftyone import ViewField as F
 
 from fiftyone_mobilesamv2 import evaluate_proposals
@@ -56,6 +57,7 @@ def patches(count):
     return f"{count} patch{'es' if count > 1 else ''}"
 
 
+@pytest.mark.slow
 def test_choosing_runs(app, scenes):
     scenes.clone_sample_field("proposals", "sure")
     scenes.filter_labels("sure", F("confidence") > 0.7, only_matches=False).save("sure")
@@ -76,6 +78,7 @@ def test_choosing_runs(app, scenes):
     app.theme("dark")
 
 
+@pytest.mark.slow
 def test_what_to_do_first(app, scenes):
     scenes.delete_sample_field("proposals")
     app.open(scenes.name)

@@ -17,6 +17,7 @@ def boxed(scenes):
     return scenes
 
 
+@pytest.mark.slow
 def test_masks_for_all_boxes(app, boxed):
     app.open(boxed.name)
     app.operator("Segment from prompts")
@@ -51,7 +52,7 @@ def test_masks_for_selected_boxes(app, boxed):
     assert "Selected: 1 label of 'boxes'" in app.form_text()
     app.choose("Model", DEMO)
     app.execute()
-    assert "after the page is reloaded" in app.wait_output("1 object in 1 image")
+    assert "reload the page" in app.wait_output("1 object in 1 image")
     app.done()
     app.wait_grid()  # the sample is closed
     app.screenshot("segment-anything-selected-grid")

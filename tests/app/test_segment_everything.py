@@ -30,7 +30,7 @@ def test_from_the_toolbar(app, bare, scenes_template):
     assert app.page.locator(f"{TOOLBAR} img").evaluate("image => image.naturalWidth") > 0  # its icon is there
     open_form(app)
     assert app.value("Label field") == "segmentations"
-    assert "The demo model was trained on synthetic scenes alone" in app.form_text()
+    assert "The demo model was trained only on synthetic scenes" in app.form_text()
     app.fill("Maximum prompts", 0)
     assert app.errors() == ["max_prompts: Maximum prompts: a whole number from 1 to 30000 was expected, not 0."]
     app.screenshot("segment-everything-invalid")
@@ -50,12 +50,13 @@ def test_from_the_toolbar(app, bare, scenes_template):
     assert bare.count("segmentations.detections") == objects
 
 
+@pytest.mark.slow
 def test_again_skips_what_is_done_or_replaces_it(app, scenes):
     app.open(scenes.name)
     objects = scenes.count("proposals.detections")
     open_form(app)
     app.fill("Label field", "proposals")
-    assert "All 6 samples are done already" in app.form_text()
+    assert "All 6 samples are already done" in app.form_text()
     assert app.errors() != []
     app.choose("'proposals' exists", "Replace existing masks")
     assert f"{objects} labels of 6 samples in 'proposals' will be deleted and replaced" in app.form_text()
@@ -63,6 +64,7 @@ def test_again_skips_what_is_done_or_replaces_it(app, scenes):
     app.cancel()
 
 
+@pytest.mark.slow
 def test_selected_samples(app, bare):
     app.open(bare.name)
     app.select_samples(2)
@@ -87,7 +89,7 @@ def test_cancel(app, bare):
     app.output.get_by_role("button", name="Cancel").click()
     text = app.wait_output("Cancelled before the end")
     app.screenshot("segment-everything-cancelled")
-    assert "What was stored stays" in text
+    assert "Everything stored so far is kept" in text
     app.done()
     bare.reload()
     done = len(bare.exists("segmentations"))
@@ -99,6 +101,7 @@ def test_cancel(app, bare):
     app.cancel()
 
 
+@pytest.mark.slow
 def test_failures_are_shown(app, bare, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
@@ -141,6 +144,7 @@ def wait_for_worker(dataset, worker):
         dataset.reload()
 
 
+@pytest.mark.slow
 def test_delegated(app, bare, worker, scenes_template):
     app.open(bare.name)
     open_form(app)
@@ -153,6 +157,7 @@ def test_delegated(app, bare, worker, scenes_template):
     app.page.get_by_text("segmentations", exact=True).first.wait_for()
 
 
+@pytest.mark.slow
 def test_parts_of_a_precision(app, bare, worker):
     app.open(bare.name)
     open_form(app)

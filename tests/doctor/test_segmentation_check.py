@@ -38,7 +38,7 @@ def small_grid():
 
 @pytest.fixture(scope="module")
 def images():
-    return scenes()[:3]
+    return scenes()[:5]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_decoder_of_another_encoder(model, images, healthy):
     assert "decoder and encoder do not match" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["image_encoder", "decoder", "both"])
 @pytest.mark.parametrize("how", [shuffle, randomise])
 def test_weights_that_are_noise(model, images, healthy, part, how):

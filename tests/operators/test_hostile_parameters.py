@@ -271,7 +271,7 @@ def test_models_are_those_of_the_list(plugin, tmp_path, monkeypatch, model, acti
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(folder))
     for victim in (tmp_path / "victim", tmp_path.parent / "victim", folder / "mine.pt"):
         victim.touch()
-    with heard() as done, pytest.raises(Exception, match="isn't there"):
+    with heard() as done, pytest.raises(Exception, match="is no longer available"):
         plugin.call("manage_models", None, model=model, action=action, confirm=True)
     assert done == [] and (tmp_path / "victim").exists() and (folder / "mine.pt").exists()
     assert {path.name for path in tmp_path.rglob("*")} == {"weights", "victim", "mine.pt"}

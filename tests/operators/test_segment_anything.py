@@ -275,7 +275,7 @@ def test_form_says_what_is_wrong(plugin, boxed, dataset):
 
     assert "has no samples" in errors(dataset)
     assert "'boxes' has the prompts" in errors(boxed, {"prompt_field": "boxes", "place": "new", "label_field": "boxes"})
-    assert "isn't there (any more)" in errors(boxed, {"prompt_field": "gone"})
+    assert "is no longer available" in errors(boxed, {"prompt_field": "gone"})
     form = plugin.form("segment_anything", boxed.to_patches("boxes"), {"prompt_field": "boxes"})
     assert form.errors == [] and "works on the whole dataset" in form.messages[0]
     sample = boxed.first()

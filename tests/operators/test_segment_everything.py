@@ -177,7 +177,7 @@ def test_second_run_does_what_is_left(plugin, scenes, expected):
     assert plugin.call("segment_everything", scenes, **DEMO)["images"] == 3
     assert scenes.first().segmentations.detections[0].id == first
     assert_as_expected(scenes, "segmentations", expected)
-    assert "All 4 samples are done already" in plugin.form("segment_everything", scenes, DEMO).errors[0]
+    assert "All 4 samples are already done" in plugin.form("segment_everything", scenes, DEMO).errors[0]
     assert [run.images for run in segmentation_runs.recorded_runs(scenes, "segmentations")] == [1, 3]
 
 
@@ -223,7 +223,7 @@ def test_what_a_view_hides_is_there_all_the_same(plugin, scenes, hide):
     own_labels(scenes, "own")
     params = {**DEMO, "label_field": "own"}
     form = plugin.form("segment_everything", hide(scenes), params)
-    assert "All 4 samples are done already" in form.errors[0]
+    assert "All 4 samples are already done" in form.errors[0]
     model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
     assert segmentation.segment_everything(hide(scenes), model, "own").images == 0
     scenes.reload()
@@ -349,6 +349,7 @@ def test_toolbar_button(plugin, scenes):
     assert view["label"] == "Segment everything"
 
 
+@pytest.mark.slow
 def test_two_works_wait_for_each_other(plugin, scenes, expected):
     """Two tabs at once."""
     grid = {"prompting": "grid", "points_per_side": 16}

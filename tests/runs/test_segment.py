@@ -196,6 +196,7 @@ LOST = {
 TIMES = {"a server that shuts down": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("lost", LOST)
 def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on_disk):
@@ -522,6 +523,7 @@ def test_field_that_is_deleted_meanwhile(images, model, monkeypatch):
     assert len(list(images)) == COUNT  # with a value in no field, none could be loaded
 
 
+@pytest.mark.slow
 def test_masks_of_many_prompts_are_stored_at_once_or_not_at_all(images, model):
     sample = images.first()
     boxes = [[0.01 * (i % 50), 0.2 * (i // 50), 0.3, 0.2] for i in range(150)]

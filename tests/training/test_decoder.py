@@ -45,6 +45,7 @@ def test_schedule():
     assert schedule(1000, 1000) == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "SAVE_EVERY", 1)
     torch.use_deterministic_algorithms(True)

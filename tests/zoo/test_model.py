@@ -94,6 +94,7 @@ def test_batches_and_workers_change_nothing(filled, model, batch_size, num_worke
         assert content(sample["again"]) == content(sample[FIELD])
 
 
+@pytest.mark.slow
 def test_spawned_workers(filled, model):
     import torch.multiprocessing as multiprocessing
 
@@ -279,6 +280,7 @@ def test_masks_in_files_that_a_killed_apply_model_left(filled, tmp_path):
     assert all(path.is_file() for path in stored) and list((folder / "unconfirmed").iterdir()) == notes[2:]
 
 
+@pytest.mark.slow
 def test_a_document_stays_below_mongodbs_limit(filled, tmp_path):
     """Two fields of 150 noise masks of 640x640, 9.8 MB compressed each."""
     rng = np.random.default_rng(0)

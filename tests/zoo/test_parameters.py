@@ -97,7 +97,7 @@ def test_setting_a_parameter_checks_it_like_loading(name, value):
     config = zoo.MobileSAMv2ModelConfig({"name": MODEL})
     before = getattr(config, name)
     if PARAMETERS[name].is_fixed:
-        with pytest.raises(ArgumentError, match=f"{name} cannot be changed any more: load the model again"):
+        with pytest.raises(ArgumentError, match=f"{name} cannot be changed after loading: load the model again"):
             setattr(config, name, value)
         assert getattr(config, name) == before
         return
@@ -122,7 +122,7 @@ def test_what_is_set_after_loading_takes_effect():
     assert len(loaded.predict(image).detections) == len(everything)
     with pytest.raises(ArgumentError, match="Unknown parameter threshold of mobilesamv2-demo-torch; it takes name, "):
         loaded.config.threshold = 0.5
-    with pytest.raises(ArgumentError, match="masks_on_disk cannot be changed any more"):
+    with pytest.raises(ArgumentError, match="masks_on_disk cannot be changed after loading"):
         loaded.config.masks_on_disk = True
 
 
