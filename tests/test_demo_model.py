@@ -32,6 +32,7 @@ def test_files_are_small_and_no_pickles():
     assert sum(file.stat().st_size for file in files) < 20e6
 
 
+@pytest.mark.slow
 def test_masks_from_boxes_and_points(model, scenes):
     from_boxes, from_points = [], []
     for scene in scenes:
@@ -46,6 +47,7 @@ def test_masks_from_boxes_and_points(model, scenes):
     assert np.mean(from_points) >= 0.60
 
 
+@pytest.mark.slow
 def test_everything(model, scenes):
     found = model.segment_everything([scene.image for scene in scenes])
     recall = average_recall((f.rle(), objects_of(scene)) for f, scene in zip(found, scenes))

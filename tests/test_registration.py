@@ -188,6 +188,7 @@ report(type=type(model).__module__, objects=objects(model), again=foz.load_zoo_m
     assert found["again"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ["package, then fiftyone", "fiftyone, then package"])
 @pytest.mark.parametrize("variable", [None, "coco,own"])
 def test_import_offers_the_evaluation_method(bare_python, user, imports, variable):
@@ -210,6 +211,7 @@ report(methods={{name: d.get("config_cls") for name, d in fo.evaluation_config.d
     assert methods["proposals"] == "fiftyone_mobilesamv2.evaluation.proposals.ProposalEvaluationConfig"
 
 
+@pytest.mark.slow
 def test_import_from_within_fiftyones_import(bare_python, user):
     """FiftyOne's setting `module_path` names packages that it imports before it has its config."""
     environment = {"PYTHONPATH": str(ROOT), "FIFTYONE_MODULE_PATH": "fiftyone_mobilesamv2"}

@@ -6,6 +6,7 @@ import pytest
 from fiftyone import ViewField as F
 
 
+@pytest.mark.slow
 def test_what_is_missing_becomes_labels(app, scenes):
     removed = [label.id for sample in scenes for label in sample.ground_truth.detections[::2]]
     scenes.delete_labels(ids=removed, fields="ground_truth")

@@ -9,6 +9,7 @@ from fiftyone_mobilesamv2.modeling.checkpoints import MODELS, model_files
 DEMO = "mobilesamv2-demo-torch"
 
 
+@pytest.mark.slow
 def test_measure_proposals(app, scenes):
     app.open(scenes.name)
     app.operator("Measure proposals (AR@K)")

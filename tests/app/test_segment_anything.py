@@ -39,6 +39,7 @@ def test_masks_for_all_boxes(app, boxed):
     app.cancel()
 
 
+@pytest.mark.slow
 def test_masks_for_selected_boxes(app, boxed):
     app.open(boxed.name)
     sample = boxed.last()

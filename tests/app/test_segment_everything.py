@@ -77,6 +77,7 @@ def test_selected_samples(app, bare):
     assert len(bare.exists("segmentations")) == 2
 
 
+@pytest.mark.slow
 def test_cancel(app, bare):
     app.open(bare.name)
     open_form(app)

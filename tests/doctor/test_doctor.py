@@ -17,6 +17,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "machine_checks", lambda device: [Check(True, f"machine of {device}")])
 
 
+@pytest.mark.slow
 def test_model_that_comes_with_the_package(tmp_path, capsys):
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()

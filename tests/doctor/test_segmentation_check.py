@@ -101,6 +101,7 @@ def test_nothing_known_of_the_model(healthy):
     assert verdict(results) == "works" and [check.passed for check in results].count(None) == 1
 
 
+@pytest.mark.slow
 def test_decoder_of_another_encoder(model, images, healthy):
     """An embedding of the same statistics in another space: what ViT-H's decoder gets from ViT-B's encoder."""
     channels = model.config.embed_dim
@@ -122,6 +123,7 @@ def test_weights_that_are_noise(model, images, healthy, part, how):
     assert "decoder and encoder do not match" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["BGR", "0..1"])
 def test_images_reach_the_encoder_in_another_form(model, images, healthy, how, monkeypatch):
     right = mobilesamv2.preprocess
@@ -137,6 +139,7 @@ def test_images_reach_the_encoder_in_another_form(model, images, healthy, how, m
     assert sentence.startswith("The encoder receives images in another format")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [lambda x: x.flip(1), lambda x: (x * STD + MEAN) / 255], ids=["BGR", "0..1"])
 def test_weights_that_expect_another_form(model, images, healthy, form):
     """The scenes' colours are random: masks of BGR are as good, and the fingerprint alone tells."""
@@ -151,12 +154,14 @@ def test_weights_that_would_rather_have_bgr(healthy):
     assert found(measured, healthy).startswith("The encoder's weights expect BGR")
 
 
+@pytest.mark.slow
 def test_detector_sees_bgr(model, images, healthy, monkeypatch):
     right = object_discovery.letterbox
     monkeypatch.setattr(object_discovery, "letterbox", lambda image, size: right(image, size).flip(1))
     assert found(measure(model, images), healthy).startswith("The detector receives images in another format")
 
 
+@pytest.mark.slow
 def test_detector_that_is_noise(model, images, healthy):
     shuffle(model.discovery.detector)
     sentence = found(measure(model, images), healthy)

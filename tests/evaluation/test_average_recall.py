@@ -187,6 +187,7 @@ def test_masks_of_photos(annotated):
     assert_equals_cocoeval([of_annotations(p, p.proposals, p.objects) for p in annotated[1::16]], "segm", KS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("areas_from", ["annotations", "boxes"])
 def test_boxes_of_photos(annotated, areas_from):
     rng = np.random.default_rng(0)

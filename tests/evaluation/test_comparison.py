@@ -157,6 +157,7 @@ def test_progress_says_what_is_running(scenes, model):
     assert shares == sorted(shares) and shares[-1] == 1
 
 
+@pytest.mark.slow
 def test_kept(scenes, model):
     found = compare_promptings(scenes, model, SIDE, images=2, gt_field="ground_truth", keep=True)
     assert scenes.list_evaluations() == ["ar_compare_grid_4", "ar_compare_object_aware"]
@@ -179,6 +180,7 @@ def test_the_same_images_are_drawn_each_time(scenes):
     assert set(draw(scenes.limit(2), 1).values("id")) < set(scenes.values("id")[:2])
 
 
+@pytest.mark.slow
 def test_images_that_fail(scenes, model, tmp_path, as_it_was):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")

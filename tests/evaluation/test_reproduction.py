@@ -97,6 +97,7 @@ def test_the_model_is_left_as_it_was(run, model):
     assert model.writer.label_bytes == LABEL_BYTES_PER_SAMPLE
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_evaluate_proposals(run, results):
     assert results["images"] == COUNT
     dataset = fo.load_dataset(results["dataset"])
@@ -168,6 +169,7 @@ def test_the_picture_shows_every_way_of_prompting(run):
         assert (picture == color).all(2).sum() > 1000
 
 
+@pytest.mark.slow
 def test_command_on_lvis(coco, datasets, tmp_path, capsys):
     def command(*more):
         arguments = ["--annotations", str(coco / "lvis.json"), "--images", str(coco), "--model", MODEL]

@@ -95,6 +95,7 @@ def test_comparison_leaves_nothing(plugin, scenes):
     assert len(params["samples"]) == 1 and params["samples"][0] in scenes.values("id")
 
 
+@pytest.mark.slow
 def test_kept(plugin, scenes):
     text, told = plugin.run_to_the_end(NAME, scenes, {**DEMO, "keep": True})
     scenes.reload()
@@ -122,6 +123,7 @@ def test_fields_of_the_user_are_left_alone(plugin, scenes):
     assert plugin.form(NAME, scenes, DEMO).errors == []
 
 
+@pytest.mark.slow
 def test_image_in_which_nothing_is_found(plugin, dataset, tmp_path):
     Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / "grey.png")
     dataset.add_sample(fo.Sample(str(tmp_path / "grey.png")))
@@ -135,6 +137,7 @@ def test_image_in_which_nothing_is_found(plugin, dataset, tmp_path):
     assert float(table(unfiltered)["grid 16x16"]["objects"]) > 0 and "Switch them off" not in unfiltered
 
 
+@pytest.mark.slow
 def test_images_that_fail(plugin, scenes, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
@@ -146,6 +149,7 @@ def test_images_that_fail(plugin, scenes, tmp_path):
     assert params == {"samples": [scenes.last().id]}
 
 
+@pytest.mark.slow
 def test_cancel(plugin, scenes):
     datasets, cancelled = fo.list_datasets(), False
     for operator, params in plugin.run_in_app(NAME, scenes, {**DEMO, "images": 4}):

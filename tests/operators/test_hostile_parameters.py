@@ -137,6 +137,7 @@ def shown(name, proposed):
         yield patches, {"selected": patches.values("id")[:1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_texts_are_refused_in_words_or_taken_as_texts(plugin, proposed, name):
     state = {

@@ -282,9 +282,9 @@ def test_form_says_what_is_wrong(plugin, boxed, dataset):
     mixed = selected(sample, "boxes", [0]) + selected(sample, "ground_truth", [0])
     assert "of several fields, boxes, ground_truth" in errors(boxed, selected_labels=mixed)
     gone = [{"label_id": "0" * 24, "sample_id": sample.id, "field": "boxes"}]
-    assert "are gone" in errors(boxed, selected_labels=gone)
+    assert "no longer exist" in errors(boxed, selected_labels=gone)
     never = [{"label_id": "0" * 24, "sample_id": sample.id, "field": "deleted"}]
-    assert "are gone" in errors(boxed, selected_labels=never)
+    assert "no longer exist" in errors(boxed, selected_labels=never)
     boxed.clear_sample_field("boxes")
     assert "'boxes' has no labels here" in errors(boxed, {"prompt_field": "boxes"})
     dataset.add_sample(fo.Sample("image.png"))

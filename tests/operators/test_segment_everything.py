@@ -274,6 +274,7 @@ def test_bad_image(plugin, scenes, expected, tmp_path):
     assert button["view"]["params"] == {"samples": [scenes.last().id]}
 
 
+@pytest.mark.slow
 def test_cancel_keeps_what_is_stored(plugin, scenes):
     grid = {**DEMO, "prompting": "grid", "points_per_side": 12}  # which takes its time
     cancelled = False
@@ -462,6 +463,6 @@ def test_videos(plugin, mongod, tmp_path):
         result = plugin.call("segment_everything", dataset, **DEMO)
         assert result["images"] == 3
         assert all(frame.segmentations is not None for frame in dataset.first().frames.values())
-        assert "All 1 samples are done" in plugin.form("segment_everything", dataset, DEMO).errors[0]
+        assert "All 1 samples are already done" in plugin.form("segment_everything", dataset, DEMO).errors[0]
     finally:
         dataset.delete()

@@ -78,6 +78,7 @@ def readable(name, value):
     return (value.dtype, value.tolist()) if isinstance(value, np.ndarray) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"masks_on_disk": True}, {"min_area": 300, "max_masks": 5}])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_same_documents_as_of_apply_model(images, tmp_path, settings, batch_size):
@@ -210,6 +211,7 @@ def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on
     assert mask_files_of(tmp_path) == referred_to(images, "own") | referred_to(images, "reference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkeypatch, on_disk):
     monkeypatch.setattr(database, "MAX_WAIT", 1)
@@ -431,6 +433,7 @@ def killed(images, tmp_path, monkeypatch):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["rename", "copy", "clone"])
 def test_files_that_anything_refers_to_stay(images, killed, way):
     other = images

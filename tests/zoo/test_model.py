@@ -86,6 +86,7 @@ def test_stored_detections_are_what_the_model_finds(filled, model, scenes):
     assert model.num_labels == filled.count(f"{FIELD}.detections")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size, num_workers", [(None, 0), (1, 0), (4, 2), (8, 2)])
 def test_batches_and_workers_change_nothing(filled, model, batch_size, num_workers):
     filled.apply_model(model, FIELD, batch_size=4, num_workers=0)
@@ -438,6 +439,7 @@ def test_video(video, model):
     assert all(stored[number][FIELD].detections for number in (1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="needs ffmpeg")
 def test_video_that_was_interrupted(video, model, monkeypatch):
     video.apply_model(model, "frames.reference", batch_size=1)

@@ -538,6 +538,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_bombs(tmp_path):
     for name, content in BOMBS.items():
         assert len(content) < 6 * 2**20
@@ -778,6 +779,7 @@ def whole_files(tmp_path_factory) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=20),
