@@ -67,7 +67,7 @@ def test_form_tells_which_weights_are_here(plugin, scenes, monkeypatch, tmp_path
     assert "downloaded" in labels["mobilesamv2-tinyvit-torch"]
     assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # the encoder alone
     form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-demo-torch"})
-    assert any("synthetic scenes alone" in message for message in form.messages)
+    assert any("only on synthetic scenes" in message for message in form.messages)
 
 
 def test_grid_has_its_own_inputs(plugin, scenes):
