@@ -28,6 +28,8 @@ from .choices import (
 from .form import Form, cached, count
 from .operator import MANY_IMAGES, Operator
 
+# Parameters whose input has another default, other choices, or another place than the declaration gives them.
+_OWN_INPUTS = ("prompting", "confidence_thresh", "masks_on_disk", "device", "dtype")
 EXISTING = {
     "keep": "Skip samples that already have masks",
     "replace": "Replace existing masks",
@@ -61,14 +63,14 @@ class SegmentEverything(Operator):
         model_choice(form)
         prompting = form.parameter(PARAMETERS["prompting"])
         for parameter in PARAMETERS.values():
-            if parameter.applies_to == prompting and not parameter.is_advanced:
+            applies = parameter.applies_to in (None, prompting) and parameter.is_in_forms
+            if applies and not parameter.is_advanced and parameter.name not in _OWN_INPUTS:
                 form.parameter(parameter)
         if prompting == "object_aware":
             form.parameter(PARAMETERS["confidence_thresh"], default=CONFIDENCE)
         elif not form.problems:
             prompts = form.values["points_per_side"] ** 2
             form.note(f"{prompts:,} prompts an image, three masks each, most of which are discarded.")
-        form.parameter(PARAMETERS["min_area"])
         storage_choice(form)
         form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
         runtime_choices(form)

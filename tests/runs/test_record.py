@@ -19,6 +19,7 @@ from PIL import Image
 from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.errors import Cancelled, Failure, FieldBusyError
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
+from fiftyone_mobilesamv2.runs import plan
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
 from fiftyone_mobilesamv2.runs.record import SegmentationRun, failed_samples, on_record, recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_everything
@@ -327,3 +328,12 @@ def test_this_process_is_alive(labeled):
         (document,) = segmentation_runs._collection().find({"dataset_id": labeled._doc.id})
         assert document["owner"]["host"] == socket.gethostname()
         assert segmentation_runs._is_alive(document, document["seen"])
+
+
+def test_parameter_that_an_earlier_run_did_not_know_has_its_default():
+    now = {"iou": 0.9, "max_masks": None, "weights": {"encoder": "a"}}
+    assert plan._changed({"weights": {"encoder": "a"}}, now) == []
+    assert plan._changed({"iou": 0.8, "weights": {"encoder": "b"}}, now) == [
+        "iou 0.8 then, 0.9 now",
+        "weights {'encoder': 'b'} then, {'encoder': 'a'} now",
+    ]
