@@ -398,11 +398,12 @@ def test_parts_are_scheduled(plugin, scenes, expected):
         assert run.images == len(done) and run.cancelled == (number < 2)
     assert [service.get(operation.id).run_state for operation in operations] == ["completed"] * 3
     assert_as_expected(scenes, "segmentations", expected)
-    shard = Shard(**operations[0].context.request_params["params"]["shard"])
-    undone = next(sample for sample in scenes if shard.has(sample.id))  # of a worker that died before it
+    undone = scenes.first()  # of a worker that died before it
     undone.segmentations = None
     undone.save()
-    again = service.rerun_operation(operations[0].id)
+    shards = [Shard(**operation.context.request_params["params"]["shard"]) for operation in operations]
+    (number,) = (index for index, shard in enumerate(shards) if shard.has(undone.id))
+    again = service.rerun_operation(operations[number].id)
     service.execute_operation(again)
     assert service.get(again.id).run_state == "completed"
     scenes.reload()
