@@ -37,7 +37,7 @@ CHROMIUM = runpy.run_path(str(ROOT / "tools" / "ensure_chromium.py"))
 
 FIFTYONE = Path(sys.executable).with_name("fiftyone")
 PLUGIN = "@mobilesamv2/fiftyone_mobilesamv2"
-TIMEOUT = 20_000  # ms that a page may take for any one step: many times what it takes on two busy cores
+TIMEOUT = 60_000  # ms that a page may take for any one step, beside other tests on two cores
 DRAWN = 300  # ms after which the page shows that a change is being looked at, or what came of it
 VALIDATED = 800  # ms: the App validates a form every 750 ms at most
 
