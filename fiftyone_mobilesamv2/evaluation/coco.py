@@ -236,7 +236,7 @@ def decode_segmentation(segmentation: list[list[float]] | Mapping[str, Any] | No
         size: (height, width) of the image.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none of these, or RLE of another size.
+        KeyError, TypeError, ValueError: it has none of these forms, or is RLE of a different size.
     """
     height, width = size
     if not isinstance(segmentation, Mapping):

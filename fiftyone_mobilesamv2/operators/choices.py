@@ -12,7 +12,7 @@ from bson import ObjectId
 from ..errors import FormError
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import FRAMES_PREFIX, all_view_stages, root_dataset
-from ..labels.fields import SHAPE_TYPES, have_masks, label_fields
+from ..labels.fields import GROUND_TRUTH_FIELD, SHAPE_TYPES, have_masks, label_fields
 from .app_work import Button, Outcome, Progress
 from .form import Form, code, count
 
@@ -94,7 +94,6 @@ def fetch_with_progress(name: str, progress: Progress) -> None:
 
 
 SHAPES = (fo.Detections, fo.Polylines)
-GROUND_TRUTH = "ground_truth"
 _HIDING = (fosg.FilterLabels, fosg.SelectLabels, fosg.ExcludeLabels, fosg.LimitLabels)
 
 
@@ -104,7 +103,7 @@ def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
 
     fields = label_fields(form.samples, kinds)
     likely = [name for name in fields if name.endswith("segmentations")]
-    likely += [name for name in fields if not name.endswith(GROUND_TRUTH)]
+    likely += [name for name in fields if not name.endswith(GROUND_TRUTH_FIELD)]
     default = next((name for name in (*segmented_fields(form.samples), *likely) if name in fields), None)
     if default is None:
         raise FormError(f"{form.dataset.name} has no field of proposals yet. Run 'Segment everything' first.")
@@ -114,7 +113,7 @@ def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
 def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = SHAPES) -> str:
     """Which field holds the labels that the proposals are compared with."""
     prefix = FRAMES_PREFIX if pred_field.startswith(FRAMES_PREFIX) else ""
-    found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH, pred_field)
+    found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH_FIELD, pred_field)
     stages = all_view_stages(form.samples.view())
     if any(isinstance(stage, _HIDING) for stage in stages):
         form.warn("The view may hide labels. Only visible labels are compared.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..labels.fields import label_fields
+from ..labels.fields import GROUND_TRUTH_FIELD, label_fields
 from .app_work import Outcome, Progress
-from .choices import GROUND_TRUTH, fetch_with_progress, model_choice, runtime_choices, use_masks_switch
+from .choices import fetch_with_progress, model_choice, runtime_choices, use_masks_switch
 from .form import Form, code, count
 from .operator import Operator
 
@@ -46,7 +46,7 @@ class ComparePrompting(Operator):
         gt_field = form.choice(
             "gt_field",
             {NO_GROUND_TRUTH: "None: compare only counts and times", **fields},
-            GROUND_TRUTH if GROUND_TRUTH in fields else NO_GROUND_TRUTH,
+            GROUND_TRUTH_FIELD if GROUND_TRUTH_FIELD in fields else NO_GROUND_TRUTH,
             "Ground truth",
             "Objects to measure AR@K with",
         )

@@ -8,9 +8,9 @@ from fiftyone.operators import types
 
 from ..errors import FormError
 from ..fiftyone_internals import is_patches_view, label_path
-from ..labels.fields import label_fields
+from ..labels.fields import GROUND_TRUTH_FIELD, label_fields
 from .app_work import Outcome, Progress
-from .choices import GROUND_TRUTH, SHAPES, field_of_selected, skipped_button, skipped_text
+from .choices import SHAPES, field_of_selected, skipped_button, skipped_text
 from .form import Form, code, count
 from .operator import Operator
 
@@ -40,7 +40,7 @@ class PromoteToLabels(Operator):
         known = [name for name in label_fields(form.dataset, SHAPES) if name != field]
         gt_field = form.new_field(
             "gt_field",
-            GROUND_TRUTH,
+            GROUND_TRUTH_FIELD,
             "Label field",
             "New field, or an existing field of detections or polylines",
             known,

@@ -107,6 +107,12 @@ def _declared(
     )
 
 
+def _declared_file(part: str) -> Any:
+    """A file of weights. Runs compare the hash of what it holds, not its path."""
+    text = "File to use instead of the zoo's own"
+    return _declared(None, f"{part} checkpoint", text, in_forms=False, changes_results=False, fixed=True)
+
+
 class MobileSAMv2ModelConfig(BaseModel):
     # Its docstring is written from the fields, at the end of this file.
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_default=False)
@@ -201,31 +207,9 @@ class MobileSAMv2ModelConfig(BaseModel):
         in_forms=False,
         changes_results=False,
     )
-    # Which weights they hold changes results; runs compare the files' hashes, not where they are.
-    encoder_checkpoint: Text | None = _declared(
-        None,
-        "Encoder checkpoint",
-        "File to use instead of the zoo's own",
-        in_forms=False,
-        changes_results=False,
-        fixed=True,
-    )
-    decoder_checkpoint: Text | None = _declared(
-        None,
-        "Decoder checkpoint",
-        "File to use instead of the zoo's own",
-        in_forms=False,
-        changes_results=False,
-        fixed=True,
-    )
-    detector_checkpoint: Text | None = _declared(
-        None,
-        "Detector checkpoint",
-        "File to use instead of the zoo's own",
-        in_forms=False,
-        changes_results=False,
-        fixed=True,
-    )
+    encoder_checkpoint: Text | None = _declared_file("Encoder")
+    decoder_checkpoint: Text | None = _declared_file("Decoder")
+    detector_checkpoint: Text | None = _declared_file("Detector")
 
     def __init__(self, d: Mapping[str, object]) -> None:
         """From parameters by name, where None means the default. Raises ArgumentError for one that is not valid."""
