@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -157,10 +158,9 @@ def on_cluster(
 
 def _ray() -> ModuleType:
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise ClusterError("Work on a cluster needs Ray: pip install 'fiftyone-mobilesamv2[ray]'.") from error
-    return ray
 
 
 def _workers(ray: ModuleType, workers: int | None) -> tuple[int, dict[str, float]]:
