@@ -1,4 +1,4 @@
-"""128 real photos through `apply_model`: the demo model, and two released architectures with seeded weights."""
+"""Real photos through `apply_model`: 128 by the demo model, some by released architectures with seeded weights."""
 
 import json
 
@@ -45,10 +45,14 @@ def test_demo_model(photo_dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, encoder",
-    [("mobilesamv2-tinyvit-torch", "tiny_vit"), ("mobilesamv2-efficientvit-l0-torch", "efficientvit_l0")],
+    "name, encoder, first",
+    [("mobilesamv2-tinyvit-torch", "tiny_vit", 0), ("mobilesamv2-efficientvit-l0-torch", "efficientvit_l0", 1)],
 )
-def test_released_architectures(photo_dataset, seeded, name, encoder):
+def test_released_architectures(photo_dataset, seeded, name, encoder, first):
+    """A quarter of the sizes each: with noise for weights, nothing else of a photo matters to a mask's geometry."""
+    by_size = {(sample.metadata.height, sample.metadata.width): sample.id for sample in photo_dataset}
+    photos = photo_dataset.select([by_size[size] for size in sorted(by_size)[first::4]])
+    assert len(photos) == 14
     # Seeded detectors find hundreds of boxes, and seeded decoders noise that covers the image: a few show as much.
     model = zoo.load_model(
         name,
@@ -58,6 +62,6 @@ def test_released_architectures(photo_dataset, seeded, name, encoder):
         decoder_checkpoint=str(seeded.decoder_checkpoint()),
         detector_checkpoint=str(seeded.detector_checkpoint),
     )
-    photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2)
-    assert photo_dataset.exists(FIELD).count() == 128
-    check_stored(photo_dataset)
+    photos.apply_model(model, FIELD, batch_size=8, num_workers=2)
+    assert photos.exists(FIELD).count() == len(photos)
+    check_stored(photos)
