@@ -1,4 +1,4 @@
-"""128 real photos through `apply_model`: the demo model, and two released architectures with seeded weights."""
+"""`apply_model` on 128 real photos, with the demo model and two released architectures with seeded weights."""
 
 import json
 
@@ -35,7 +35,7 @@ def check_stored(dataset):
 
 
 @pytest.mark.slow
-def test_demo_model(photo_dataset):
+def test_demo_model_stores_valid_masks(photo_dataset):
     model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
     photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2)
     assert len(photo_dataset) == 128 and photo_dataset.exists(FIELD).count() == 128
@@ -48,8 +48,8 @@ def test_demo_model(photo_dataset):
     "name, encoder",
     [("mobilesamv2-tinyvit-torch", "tiny_vit"), ("mobilesamv2-efficientvit-l0-torch", "efficientvit_l0")],
 )
-def test_released_architectures(photo_dataset, seeded, name, encoder):
-    # Seeded detectors find hundreds of boxes, and seeded decoders noise that covers the image: a few show as much.
+def test_released_architectures_store_valid_masks(photo_dataset, seeded, name, encoder):
+    # Seeded detectors find hundreds of boxes whose masks are noise all over the image; a few are enough.
     model = zoo.load_model(
         name,
         device="cpu",
