@@ -1,4 +1,4 @@
-"""Files, paths and labels that are wrong in every way: each is refused in a sentence, and none harms its neighbours."""
+"""Bad files, paths and labels of every kind: a clear message refuses each, and other images are not affected."""
 
 import os
 import struct
@@ -28,7 +28,7 @@ from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 from fiftyone_mobilesamv2.zoo.reading import ImageGetItem
 
 MODEL = "mobilesamv2-demo-torch"
-MOST_MEMORY = 2e9  # bytes. PIL has 4 for a pixel, and twice that while it turns one: 1.4e9 of the largest image.
+MAX_MEMORY = 2e9  # bytes. PIL takes 4 per pixel, and twice that while rotating: 1.4e9 for the largest image.
 PICTURE = np.asarray(Image.fromarray(make_scene(TEST_SEED, 0).image).resize((120, 160)))
 
 
@@ -43,7 +43,7 @@ def scenes():
 
 
 def within(seconds, call):
-    """What `call` returns. Fails where it doesn't: a test that waits for ever would tell nothing."""
+    """Returns the result of `call`; fails if it takes longer than `seconds`."""
     returned, raised = [], []
 
     def work():
@@ -63,41 +63,41 @@ def within(seconds, call):
 
 @contextmanager
 def bounded_memory():
-    """Fails where the process takes much more memory meanwhile than it had before."""
+    """Fails if the process's memory grows by more than `MAX_MEMORY`."""
     process, ended = psutil.Process(), threading.Event()
-    before = most = process.memory_info().rss
+    before = peak = process.memory_info().rss
 
-    def look():
-        nonlocal most
+    def watch():
+        nonlocal peak
         while not ended.wait(0.01):
-            most = max(most, process.memory_info().rss)
+            peak = max(peak, process.memory_info().rss)
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         yield
     finally:
         ended.set()
         watcher.join()
-    assert most - before < MOST_MEMORY
+    assert peak - before < MAX_MEMORY
 
 
 def content(labels):
-    """What is stored, but for ids, in a form that compares."""
+    """The stored labels without IDs, in a form that can be compared."""
     return labels and [
         (d.confidence, d.predicted_iou, d.area_px, tuple(d.bounding_box), d.mask.shape, d.mask.tobytes())
         for d in labels.detections
     ]
 
 
-def assert_is_a_sentence(error, path):
+def assert_is_clear_message(error, path):
     assert repr(path) in error
     assert "\n" not in error and 10 < len(error.replace(repr(path), "")) < 300, error
 
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-# What a viewer does with pixels [H, W, 3] for each EXIF orientation.
+# EXIF orientation -> how a viewer transforms the pixels [H, W, 3].
 ORIENTATIONS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -111,7 +111,7 @@ ORIENTATIONS = {
 
 
 def write_readable(folder):
-    """Files that are odd, but images. Returns the pixels of each by its path."""
+    """Writes unusual but valid images. Returns {path: pixels}."""
     expected = {}
     rgb = Image.fromarray(PICTURE)
     grey = rgb.convert("L")
@@ -177,7 +177,7 @@ def png_chunk(name, data):
 
 
 def png_of(width, height, data):
-    """A PNG whose header says so, and what its pixels are packed into."""
+    """A PNG with this width and height in its header, and this compressed pixel data."""
     header = png_chunk(b"IHDR", struct.pack(">2I5B", width, height, 1, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
 
@@ -188,7 +188,7 @@ def zeros_packed(count):
 
 
 def write_unreadable(folder):
-    """What is no image, or none that can be read safely. Returns the paths."""
+    """Writes files that are not images or can't be read safely. Returns their paths."""
     Image.fromarray(PICTURE).save(folder / "whole.eps")
     contents = {
         "text.png": b"This is no image.",
@@ -196,13 +196,13 @@ def write_unreadable(folder):
         "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
         "noise.webp": np.random.default_rng(0).bytes(5000),
         "zeros.png": bytes(10_000),
-        "bomb.png": png_of(30_000, 30_000, zeros_packed(30_000 * 3_751)),  # 0.1 MB, and 900 million pixels
+        "bomb.png": png_of(30_000, 30_000, zeros_packed(30_000 * 3_751)),  # 900 million pixels in 0.1 MB
         "lies-large.png": png_of(2**31 - 1, 2**31 - 1, zlib.compress(bytes(100))),
         "lies.png": png_of(12_000, 12_000, zlib.compress(bytes(100))),
         "long.png": png_of(MAX_SIDE + 1, 1, zlib.compress(bytes(MAX_SIDE))),
         "no-pixels.png": png_of(0, 10, zlib.compress(b"")),
         "program.png": (folder / "whole.eps").read_bytes(),
-        "stream.jpg": b"\x00\x00\x01\xb3\x14\x00\xf0\x13" + bytes(1000),  # MPEG, which PIL knows by name only
+        "stream.jpg": b"\x00\x00\x01\xb3\x14\x00\xf0\x13" + bytes(1000),  # MPEG, which PIL recognizes but can't read
     }
     for name in ("whole.jpg", "whole.png", "whole.webp", "whole.tiff", "whole.bmp", "whole.gif"):
         Image.fromarray(PICTURE).save(folder / name)
@@ -238,7 +238,7 @@ def unreadable(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, scenes):
-    """Scenes, as files: the pixels of each by its path."""
+    """Files of valid scenes: {path: pixels}."""
     folder = tmp_path_factory.mktemp("good")
     for number, image in enumerate(scenes):
         Image.fromarray(image).save(folder / f"{number}.png")
@@ -246,7 +246,7 @@ def good(tmp_path_factory, scenes):
 
 
 @pytest.mark.slow
-def test_each_file_is_segmented_rightly_or_refused(dataset, model, readable, unreadable, good):
+def test_each_file_is_segmented_correctly_or_refused(dataset, model, readable, unreadable, good):
     odd = [*readable, *unreadable]
     assert len(odd) > 60
     order = np.random.default_rng(0).permutation(odd).tolist()
@@ -264,10 +264,10 @@ def test_each_file_is_segmented_rightly_or_refused(dataset, model, readable, unr
     errors = {failure.filepath: failure.error for failure in run.failures}
     assert len(errors) == len(run.failures) and set(errors) == {os.path.abspath(path) for path in unreadable}
     for path, error in errors.items():
-        assert_is_a_sentence(error, path)
+        assert_is_clear_message(error, path)
 
 
-def test_in_a_worker_of_a_data_loader(dataset, model, readable, unreadable, good):
+def test_data_loader_worker_skips_bad_files(dataset, model, readable, unreadable, good):
     names = ("pipe.png", "device.png", "folder.png", "bomb.png", "nul\0.png", "program.png", "cut-50-whole.webp")
     bad = [path for path in unreadable if path.endswith(names)]
     dataset.add_samples([fo.Sample(path) for path in (*bad, *good)])
@@ -278,12 +278,12 @@ def test_in_a_worker_of_a_data_loader(dataset, model, readable, unreadable, good
         )
     assert {failure.filepath for failure in model.failures} == set(bad) and len(bad) == len(names)
     for failure in model.failures:
-        assert_is_a_sentence(failure.error, failure.filepath)
+        assert_is_clear_message(failure.error, failure.filepath)
 
 
 @contextmanager
-def as_nobody():
-    """Root may read everything."""
+def unprivileged():
+    """Drops root's privileges, because root may read everything."""
     if os.geteuid():
         yield
         return
@@ -294,33 +294,33 @@ def as_nobody():
         os.seteuid(0)
 
 
-def test_without_permission():
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own is root's alone
+def test_unreadable_file_is_reported():
+    with tempfile.TemporaryDirectory() as folder:  # only root can enter pytest's own folder
         os.chmod(folder, 0o755)
         path = Path(folder, "secret.png")
         Image.fromarray(PICTURE).save(path)
         path.chmod(0)
-        with as_nobody(), pytest.raises(PermissionError) as error:
+        with unprivileged(), pytest.raises(PermissionError) as error:
             read_image(path)
-        assert_is_a_sentence(str(error.value), str(path))
+        assert_is_clear_message(str(error.value), str(path))
 
 
-def test_name_that_is_no_utf8(dataset, tmp_path, good):
-    """A file may have it; the database can't, and FiftyOne says so when it is to be added."""
+def test_file_name_that_is_not_utf8(dataset, tmp_path, good):
+    """Such a file can be read, but FiftyOne refuses to add it because the database can't store its name."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
     Image.fromarray(PICTURE).save(path)
     np.testing.assert_array_equal(read_image(path), PICTURE)
     Path(path).unlink()
     with pytest.raises(OSError) as error:
         read_image(path)
-    assert_is_a_sentence(str(error.value), path)
+    assert_is_clear_message(str(error.value), path)
     dataset.add_samples([fo.Sample(name) for name in good])
     with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
         dataset.add_sample(fo.Sample(path))
     assert dataset.values("filepath") == list(good)
 
 
-def test_largest_image_that_is_read(tmp_path):
+def test_largest_allowed_image_is_read_in_bounded_memory(tmp_path):
     side = int((2 * Image.MAX_IMAGE_PIXELS) ** 0.5)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -332,7 +332,7 @@ def test_largest_image_that_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_flipped_bits(tmp_path, suffix):
+def test_flipped_bits_give_pixels_or_a_clear_message(tmp_path, suffix):
     rng = np.random.default_rng(0)
     path = tmp_path / f"picture.{suffix}"
     Image.fromarray(PICTURE).save(path)
@@ -344,7 +344,7 @@ def test_flipped_bits(tmp_path, suffix):
         try:
             pixels = read_image(path)
         except (OSError, ValueError) as error:
-            assert_is_a_sentence(str(error), str(path))
+            assert_is_clear_message(str(error), str(path))
         else:
             read += 1
             assert pixels.dtype == np.uint8 and pixels.shape == (*Image.open(path).size[::-1], 3)
@@ -355,7 +355,7 @@ def test_flipped_bits(tmp_path, suffix):
 
 NAN, INF = float("nan"), float("inf")
 
-BOXES = {  # of one image each: what can be a prompt, and what can't
+BOXES = {  # the boxes of one image each; valid prompts here, invalid ones below
     "inside": [[0.1, 0.1, 0.5, 0.5], [0.4, 0.3, 0.5, 0.6]],
     "partly outside": [[-0.3, 0.2, 0.8, 0.5], [0.5, 0.5, 0.9, 0.9], [-0.5, -0.5, 2, 2]],
     "at the border": [[1, 0.2, 0, 0.5], [0.999999, 0.999999, 1e-9, 1e-9], [-0.5, 0.2, 0.5, 0.1]],
@@ -381,17 +381,17 @@ def detections(boxes):
 
 
 def corners(boxes, pixels):
-    """float32 [N, 4], xyxy in pixels, of relative boxes."""
+    """Relative boxes as float32 [N, 4], xyxy in pixels."""
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return boxes * np.float32([pixels.shape[1], pixels.shape[0]] * 2)
 
 
-def assert_masks(labels, found):
-    """Each label has its mask of a Segmentation, and a tight box; or neither, where that is empty."""
-    height, width = found.size
-    assert len(labels.detections) == len(found)
-    for detection, mask, box in zip(labels.detections, found.masks, found.boxes):
+def assert_masks(labels, segmentation):
+    """Each label has its mask of the Segmentation and a tight box; labels of empty masks have no mask."""
+    height, width = segmentation.size
+    assert len(labels.detections) == len(segmentation)
+    for detection, mask, box in zip(labels.detections, segmentation.masks, segmentation.boxes):
         if not mask.size:
             assert detection.mask is None
             continue
@@ -402,7 +402,7 @@ def assert_masks(labels, found):
 
 @pytest.fixture
 def boxed(dataset, good):
-    """A sample for each kind of boxes, all of the same scene; bad ones come with a good one."""
+    """A sample of the same scene for each kind of box; every bad box comes with a good one."""
     (path, _), *_ = good.items()
     kinds = BOXES | {name: [[0.2, 0.2, 0.5, 0.5], box] for name, box in BAD_BOXES.items()}
     for name, boxes in kinds.items():
@@ -420,7 +420,7 @@ def assert_bad_ones_are_refused(run, dataset, bad):
         assert prompt.id in error and "\n" not in error and len(error) < 300, error
 
 
-def test_boxes_become_masks_in_a_field_of_their_own(boxed, model, good):
+def test_boxes_become_masks_in_another_field(boxed, model, good):
     (_, pixels), *_ = good.items()
     run = segment_anything(boxed, model, "boxes", "masks", batch_size=8)
     assert_bad_ones_are_refused(run, boxed, BAD_BOXES)
@@ -428,11 +428,11 @@ def test_boxes_become_masks_in_a_field_of_their_own(boxed, model, good):
         if not BOXES.get(sample.kind):
             assert sample.masks is None
             continue
-        (found,) = model.model.segment_anything([pixels], boxes=[corners(BOXES[sample.kind], pixels)])
-        assert_masks(sample.masks, found)
+        (segmentation,) = model.model.segment_anything([pixels], boxes=[corners(BOXES[sample.kind], pixels)])
+        assert_masks(sample.masks, segmentation)
 
 
-def test_boxes_take_their_masks_in_place(boxed, model, good):
+def test_boxes_get_their_masks_in_place(boxed, model, good):
     (_, pixels), *_ = good.items()
     height, width = pixels.shape[:2]
     run = segment_anything(boxed, model, "boxes", batch_size=8)
@@ -443,24 +443,24 @@ def test_boxes_take_their_masks_in_place(boxed, model, good):
         if not BOXES.get(sample.kind):
             continue
         boxes = corners(BOXES[sample.kind], pixels)
-        (found,) = model.model.segment_anything([pixels], boxes=[boxes])
+        (segmentation,) = model.model.segment_anything([pixels], boxes=[boxes])
         for i, (detection, old, (x0, y0, x1, y1)) in enumerate(
             zip(sample.boxes.detections, BOXES[sample.kind], boxes.round().astype(int))
         ):
             assert detection.bounding_box == old
-            if not found.masks[i].size:
+            if not segmentation.masks[i].size:
                 assert detection.mask is None
                 continue
             inside = np.zeros((height, width), bool)
             inside[max(y0, 0) : max(y1, y0 + 1, 0), max(x0, 0) : max(x1, x0 + 1, 0)] = True
             assert detection.mask.shape == (max(y1 - y0, 1), max(x1 - x0, 1))
-            if sample.kind in ("inside", "partly outside"):  # as the evaluation reads it, and as the App draws it
+            if sample.kind in ("inside", "partly outside"):  # as read by the evaluation and drawn by the App
                 (rle,) = masks_of([detection.to_mongo()], (height, width))
-                np.testing.assert_array_equal(mask_utils.decode(rle), found.full_mask(i) & inside)
-            assert detection.area_px == np.count_nonzero(found.full_mask(i) & inside)
+                np.testing.assert_array_equal(mask_utils.decode(rle), segmentation.full_mask(i) & inside)
+            assert detection.area_px == np.count_nonzero(segmentation.full_mask(i) & inside)
 
 
-CLICKS = {  # points and their sam_labels
+CLICKS = {  # points and their `sam_labels`
     "inside": ([(0.3, 0.4)], None),
     "one outside": ([(0.3, 0.4), (0.6, 0.6)], [1, 0]),
     "all outside the object": ([(0.3, 0.4)], [0]),
@@ -487,7 +487,7 @@ def keypoint(points, labels):
 
 
 def point_prompts(clicks, pixels):
-    """Arguments of `segment_anything` for these clicks on one image."""
+    """The arguments of `segment_anything` for these clicks on one image."""
     scale = np.float32(pixels.shape[1::-1])
     shown = [[0 <= x <= 1 and 0 <= y <= 1 for x, y in points] for points, _ in clicks]
     points = [np.float32(points)[is_shown] * scale for (points, _), is_shown in zip(clicks, shown)]
@@ -496,7 +496,7 @@ def point_prompts(clicks, pixels):
 
 
 @pytest.mark.parametrize("api", ["segment_anything", "apply_model"])
-def test_clicks(dataset, model, good, api):
+def test_clicks_become_masks_or_are_refused(dataset, model, good, api):
     (path, pixels), *_ = good.items()
     first = fo.Keypoint(points=[(0.3, 0.4)], sam_labels=None)
     for name, click in (CLICKS | BAD_CLICKS).items():
@@ -512,8 +512,8 @@ def test_clicks(dataset, model, good, api):
             assert sample.masks is None
             continue
         clicks = [([(0.3, 0.4)], None), CLICKS[sample.kind]]
-        (found,) = model.model.segment_anything([pixels], **point_prompts(clicks, pixels))
-        assert_masks(sample.masks, found)
+        (segmentation,) = model.model.segment_anything([pixels], **point_prompts(clicks, pixels))
+        assert_masks(sample.masks, segmentation)
 
 
 numbers = st.floats() | st.floats(-2, 2) | st.floats(0, 1)
@@ -522,7 +522,7 @@ relative_boxes = st.lists(numbers, max_size=5) | st.tuples(*[st.floats(-1, 1)] *
 
 @given(boxes=st.lists(relative_boxes, max_size=3))
 @settings(max_examples=20, deadline=None)
-def test_any_boxes(model, good, boxes):
+def test_any_boxes_become_masks_or_are_refused(model, good, boxes):
     (path, pixels), (other, beside) = good.items()
     get_item = ImageGetItem({"prompt_field": "boxes"})
     item = get_item({"id": "0" * 24, "filepath": path, "prompt_field": detections(boxes)})
@@ -552,8 +552,8 @@ def test_any_boxes(model, good, boxes):
     box=st.tuples(*[st.floats(-2, 1)] * 2, *[st.floats(0, 2)] * 2),
     seed=st.integers(0, 99),
 )
-def test_mask_in_any_box(place, box, seed):
-    """What is cut out is what a large canvas has there, on which the image lies in the middle."""
+def test_mask_is_cropped_to_any_box(place, box, seed):
+    """The crop equals that of a larger canvas with the image in its middle."""
     height, width = 10, 14
     y, x, h, w = place
     h, w = min(h, height - y), min(w, width - x)
@@ -561,15 +561,15 @@ def test_mask_in_any_box(place, box, seed):
     canvas = np.zeros((5 * height, 5 * width), bool)
     canvas[2 * height + y :, 2 * width + x :][:h, :w] = mask
     ones = np.ones(1, np.float32)
-    found = Segmentation(np.array([[x, y, x + w, y + h]]), [mask], ones, ones, ones, (height, width))
+    segmentation = Segmentation(np.array([[x, y, x + w, y + h]]), [mask], ones, ones, ones, (height, width))
     left, right = round(box[0] * width), round((box[0] + box[2]) * width)
     top, bottom = round(box[1] * height), round((box[1] + box[3]) * height)
-    there = canvas[2 * height + top :, 2 * width + left :][: max(bottom - top, 1), : max(right - left, 1)]
-    np.testing.assert_array_equal(mask_in_box(found, 0, box), there)
+    expected = canvas[2 * height + top :, 2 * width + left :][: max(bottom - top, 1), : max(right - left, 1)]
+    np.testing.assert_array_equal(mask_in_box(segmentation, 0, box), expected)
 
 
 @pytest.mark.slow
-def test_5000_prompts(dataset, model, good):
+def test_5000_prompts_on_one_image(dataset, model, good):
     (path, pixels), (other, _) = good.items()
     rng = np.random.default_rng(0)
     starts = rng.random((5000, 2))
@@ -583,9 +583,9 @@ def test_5000_prompts(dataset, model, good):
     first, crowded, last = dataset
     assert content(first.boxes) == content(last.boxes) and first.boxes.detections[0].mask.any()
     every = list(range(0, 5000, 250))
-    (found,) = model.model.segment_anything([pixels], boxes=[corners([boxes[i] for i in every], pixels)])
+    (segmentation,) = model.model.segment_anything([pixels], boxes=[corners([boxes[i] for i in every], pixels)])
     for number, i in enumerate(every):
         detection = crowded.boxes.detections[i]
         assert detection.bounding_box == boxes[i]
-        if found.masks[number].size:
-            np.testing.assert_array_equal(detection.mask, mask_in_box(found, number, boxes[i]))
+        if segmentation.masks[number].size:
+            np.testing.assert_array_equal(detection.mask, mask_in_box(segmentation, number, boxes[i]))

@@ -1,4 +1,4 @@
-"""The command line, from the outside: exit statuses, messages, and what a quickstart leaves behind."""
+"""The command line: exit statuses, messages, and what a quickstart leaves behind."""
 
 import os
 import re
@@ -35,7 +35,7 @@ DATASET = "mobilesamv2-quickstart"
         ),
     ],
 )
-def test_help_needs_neither_torch_nor_fiftyone(arguments):
+def test_help_imports_neither_torch_nor_fiftyone(arguments):
     code = f"""
 import sys
 from fiftyone_mobilesamv2 import cli
@@ -60,7 +60,7 @@ finally:
     ],
     ids=["model", "missing folder", "empty folder", "output"],
 )
-def test_mistakes_cost_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty" / "folder").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").write_text("no image")
@@ -70,7 +70,7 @@ def test_mistakes_cost_one_clear_line(arguments, message, tmp_path, monkeypatch,
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert re.search(f"^fiftyone-mobilesamv2: .*{message}", line)
-    assert sorted(tmp_path.rglob("*")) == before  # and nothing was made
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was created
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_mistakes_cost_one_clear_line(arguments, message, tmp_path, monkeypatch,
     ],
     ids=" ".join,
 )
-def test_usage_errors(arguments, capsys):
+def test_usage_errors_exit_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(arguments)
     assert error.value.code == 2
@@ -112,7 +112,7 @@ def test_install_and_uninstall(tmp_path, monkeypatch, capsys):
     assert captured.out == ""
 
 
-def test_segment(dataset, tmp_path, capsys):
+def test_segment_reports_failures_and_retries_them(dataset, tmp_path, capsys):
     for index in range(3):
         Image.fromarray(make_scene(TEST_SEED, index).image).save(tmp_path / f"{index}.png")
         dataset.add_sample(fo.Sample(str(tmp_path / f"{index}.png")))
@@ -136,12 +136,12 @@ def test_segment(dataset, tmp_path, capsys):
     assert cli.main(command) == 0
     assert "in 1 of 1 images" in capsys.readouterr().out
     assert cli.main([*command, "--replace", "--max-prompts", "1", "--label-field", "other"]) == 0
-    assert [len(found) for found in dataset.values("other.detections")] == [1] * 4
+    assert [len(labels) for labels in dataset.values("other.detections")] == [1] * 4
 
 
 @pytest.fixture
 def measurable(dataset):
-    """Two objects in an image of 100x100; "both" finds them, "one" finds the first."""
+    """Two objects in a 100x100 image; the field "both" contains both, "one" only the first."""
     sample = fo.Sample("image.png", metadata=fo.ImageMetadata(width=100, height=100))
     boxes = [[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.4, 0.4]]
     for name, count in (("ground_truth", 2), ("both", 2), ("one", 1)):
@@ -161,7 +161,7 @@ def measurable(dataset):
     return dataset
 
 
-def test_evaluate(measurable, capsys):
+def test_evaluate_stores_and_compares_results(measurable, capsys):
     assert cli.main(["evaluate", measurable.name, "one"]) == 0
     results = measurable.load_evaluation_results("ar")
     assert results.metrics()["AR@1000"] == 0.5
@@ -195,7 +195,7 @@ def test_evaluate(measurable, capsys):
     ],
     ids=["dataset", "proposals", "objects", "run", "run of another kind"],
 )
-def test_what_cannot_be_evaluated(measurable, arguments, message, capsys):
+def test_errors_of_evaluate_are_one_clear_line(measurable, arguments, message, capsys):
     measurable.evaluate_detections("both", "ground_truth", eval_key="of_boxes", progress=False)
     capsys.readouterr()
     assert cli.main(["evaluate", *(argument.format(name=measurable.name) for argument in arguments)]) == 1
@@ -206,7 +206,7 @@ def test_what_cannot_be_evaluated(measurable, arguments, message, capsys):
 
 @pytest.fixture
 def quickstart_dataset(mongod):
-    """The name of the dataset that a quickstart leaves, which goes after the test."""
+    """The name of the quickstart's dataset, which is deleted after the test."""
     yield DATASET
     for name in fo.list_datasets(f"{DATASET}*"):
         fo.delete_dataset(name)
@@ -234,7 +234,7 @@ def test_quickstart_with_scenes(quickstart_dataset, tmp_path, capsys):
     assert sorted(re.findall(r"(\w+) \d+ ms", stages)) == ["crop", "decode", "discover", "encode"]
     recall = {name: float(value) for name, value in re.findall(r"(AR@\d+) +([\d.]+)", printed)}
     assert list(recall) == ["AR@10", "AR@100", "AR@1000"]
-    metrics = dataset.load_evaluation_results("ar").metrics()  # what the App shows, too
+    metrics = dataset.load_evaluation_results("ar").metrics()  # the App shows these, too
     assert {name: round(metrics[name], 3) for name in recall} == recall
     assert all(0 <= value <= 1 for value in recall.values())
     assert 0.2 < recall["AR@1000"]  # the demo model is trained on such scenes
@@ -245,11 +245,11 @@ def test_quickstart_with_scenes(quickstart_dataset, tmp_path, capsys):
     assert f"Overlays: {output / 'overlays.png'}" in printed
     tiles = [picture[:320, 320 * column : 320 * (column + 1)] for column in range(4)]
     assert all(tile.std() > 10 for tile in tiles)
-    for tile, sample in zip(tiles, dataset):  # masks are drawn: it is not just the image
+    for tile, sample in zip(tiles, dataset):  # masks are drawn over the image
         scene = cv2.resize(cv2.imread(sample.filepath), (316, 316), interpolation=cv2.INTER_AREA)
         assert np.abs(tile[:316, :316].astype(int) - scene).mean() > 5
 
-    # A second run replaces the first one's dataset; what is wrong about a third is seen before it does.
+    # A second run replaces the dataset; a third one fails on its arguments before it does.
     assert cli.main([*command[:2], "2", *command[3:]]) == 0
     assert cli.main([*command, "--model", "mobilesamv2-huge-torch"]) == 1
     assert len(fo.load_dataset(quickstart_dataset)) == 2
@@ -279,24 +279,24 @@ def test_quickstart_with_images(quickstart_dataset, tmp_path, capsys):
 
     dataset = fo.load_dataset(f"{quickstart_dataset}-my images")
     assert dataset.persistent
-    found = {Path(sample.filepath).name: sample["segmentations"] for sample in dataset}
-    assert found.pop("damaged.png") is None
-    assert sorted(found) == ["alpha.png", "colour.JPG", "sixteen_bit.tiff"]
-    assert all(labels.detections for labels in found.values())
+    labels_by_name = {Path(sample.filepath).name: sample["segmentations"] for sample in dataset}
+    assert labels_by_name.pop("damaged.png") is None
+    assert sorted(labels_by_name) == ["alpha.png", "colour.JPG", "sixteen_bit.tiff"]
+    assert all(labels.detections for labels in labels_by_name.values())
     picture = cv2.imread(str(output / "overlays.png"))
     tiles = [picture[:320, 320 * column : 320 * (column + 1)] for column in range(4)]
     assert [tile.std() > 10 for tile in tiles] == [True, True, True, False]
 
 
 @pytest.mark.slow
-def test_interrupted_quickstart(quickstart_dataset, tmp_path):
-    """Ctrl-C reaches all processes of the terminal's foreground group, workers too."""
+def test_interrupted_quickstart_keeps_what_is_done(quickstart_dataset, tmp_path):
+    """Ctrl-C reaches all processes of the terminal's foreground group, including workers."""
     command = [*COMMAND, "quickstart", "--scenes", "60", "--batch-size", "2", "--output", str(tmp_path)]
     process = subprocess.Popen(
         command,
         env=ENVIRONMENT,
         start_new_session=True,
-        # Tests that a shell runs in the background inherit that SIGINT is ignored.
+        # A shell's background jobs inherit that SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -304,7 +304,7 @@ def test_interrupted_quickstart(quickstart_dataset, tmp_path):
     deadline = threading.Timer(120, process.kill)
     deadline.start()
     output = b""
-    while not re.search(rb"Segmenting: +[1-9]\d*%", output):  # bars end in \r, so no lines to wait for
+    while not re.search(rb"Segmenting: +[1-9]\d*%", output):  # progress bars end in \r, not in newlines
         piece = process.stdout.read1()
         assert piece, output.decode()
         output += piece
@@ -323,7 +323,7 @@ def test_interrupted_quickstart(quickstart_dataset, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_quickstart_passes_its_arguments_on():
+def test_make_quickstart_passes_arguments_on():
     def printed(*arguments):
         result = subprocess.run(
             ["make", "--no-print-directory", "-n", "quickstart", *arguments],

@@ -3,7 +3,7 @@ import pytest
 from fiftyone.core.odm import get_db_client
 
 
-def test_the_database_in_use_is_the_fixtures(mongod, dataset):
+def test_fiftyone_uses_the_database_of_the_fixture(mongod, dataset):
     host, port = get_db_client().address
     assert f"{host}:{port}" in mongod
     assert dataset.name in fo.list_datasets()
@@ -12,7 +12,7 @@ def test_the_database_in_use_is_the_fixtures(mongod, dataset):
 
 @pytest.fixture
 def skipping(pytester, request):
-    """The tests of another folder, with this folder's rules for what may be skipped."""
+    """Runs a skipped test in another folder, under this folder's rules for skips."""
     pytester.makeconftest(
         f"""
         import importlib.util
@@ -30,13 +30,13 @@ def skipping(pytester, request):
     return run
 
 
-def test_what_the_readme_names_may_be_skipped(skipping):
+def test_skip_that_the_readme_names_passes(skipping):
     result = skipping("needs the folder ../shared/photos beside the repository")
     assert result.ret == 0
     result.stdout.fnmatch_lines("1 skipped: needs the folder ../shared/photos beside the repository")
 
 
-def test_what_the_readme_does_not_name_fails(skipping):
+def test_skip_that_the_readme_does_not_name_fails(skipping):
     result = skipping("needs more time")
     assert result.ret == 1
     result.stdout.fnmatch_lines("The README does not say that this is skipped: needs more time")

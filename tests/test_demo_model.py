@@ -1,4 +1,4 @@
-"""What the shipped weights promise, on a small part of the unseen scenes that README measures."""
+"""Quality of the packaged weights, on a small part of the unseen scenes that the README reports."""
 
 import numpy as np
 import pytest
@@ -26,29 +26,29 @@ def objects_of(scene):
     return [mask_utils.encode(np.asfortranarray(mask)) for mask in scene.masks()]
 
 
-def test_files_are_small_and_no_pickles():
+def test_files_are_small_and_not_pickled():
     files = list(PACKAGED_WEIGHTS.iterdir())
     assert {file.name for file in files} == {"demo_sam.safetensors", "demo_detector.safetensors"}
     assert sum(file.stat().st_size for file in files) < 20e6
 
 
 @pytest.mark.slow
-def test_masks_from_boxes_and_points(model, scenes):
+def test_masks_from_boxes_and_points_are_good(model, scenes):
     from_boxes, from_points = [], []
     for scene in scenes:
         inside = [pixels[len(pixels) // 2][None, ::-1] + 0.5 for pixels in map(np.argwhere, scene.masks())]
         objects = objects_of(scene)
-        for ious, found in (
+        for ious, segmentation in (
             (from_boxes, model.segment_anything([scene.image], boxes=[scene.boxes()])[0]),
             (from_points, model.segment_anything([scene.image], points=[inside])[0]),
         ):
-            ious += [mask_utils.iou([a], [b], [0])[0, 0] for a, b in zip(found.rle(), objects)]
+            ious += [mask_utils.iou([a], [b], [0])[0, 0] for a, b in zip(segmentation.rle(), objects)]
     assert np.mean(from_boxes) >= 0.75
     assert np.mean(from_points) >= 0.60
 
 
 @pytest.mark.slow
-def test_everything(model, scenes):
-    found = model.segment_everything([scene.image for scene in scenes])
-    recall = average_recall((f.rle(), objects_of(scene)) for f, scene in zip(found, scenes))
+def test_segment_everything_reaches_the_recall(model, scenes):
+    segmentations = model.segment_everything([scene.image for scene in scenes])
+    recall = average_recall((each.rle(), objects_of(scene)) for each, scene in zip(segmentations, scenes))
     assert recall["AR@1000"] >= 0.5

@@ -1,4 +1,4 @@
-"""Each name of FiftyOne that is not public does what this package takes it for: a new FiftyOne may change it."""
+"""Each private name of FiftyOne that the package uses behaves as expected; a new FiftyOne may change it."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ PRIVATE = re.compile(r"\b(?:samples|dataset|view|shown|dataset_|form\.samples|fo
 
 @pytest.fixture
 def labelled(dataset):
-    """Two samples, the first with a box."""
+    """Two samples; only the first has a box."""
     box = fo.Detection(label="cat", bounding_box=[0.1, 0.1, 0.5, 0.5])
     dataset.add_samples(
         [
@@ -28,12 +28,12 @@ def labelled(dataset):
     return dataset
 
 
-def test_nothing_else_touches_them():
-    found = []
+def test_no_other_module_uses_private_names():
+    uses = []
     for path in PACKAGE.rglob("*.py"):
         if path.name != "fiftyone_internals.py":
-            found += [f"{path}: {name}" for name in PRIVATE.findall(path.read_text())]
-    assert found == []
+            uses += [f"{path}: {name}" for name in PRIVATE.findall(path.read_text())]
+    assert uses == []
 
 
 def test_datasets_of_views(labelled):

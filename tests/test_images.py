@@ -1,4 +1,4 @@
-"""Files of every kind that curators have, read as the App shows them. EXIF orientations are in test_bad_input.py."""
+"""Image files of every kind are read as the App shows them. test_bad_input.py tests EXIF orientations."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from fiftyone_mobilesamv2.images import read_image
 
 
 def picture(height=40, width=60):
-    """A dark picture with a bright red rectangle in the upper left: it shows orientation, channels and brightness."""
+    """A dark picture with a bright red rectangle in the upper left, to check orientation, channels and brightness."""
     pixels = np.full((height, width, 3), 20, np.uint8)
     pixels[5:15, 10:30] = (230, 40, 40)
     return pixels
@@ -20,7 +20,7 @@ def red_box(pixels):
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
-# Options that make `Image.save` keep colours: all of them, or for JPEG as well as it can.
+# Options that make `Image.save` keep colours, exactly or, for JPEG, as closely as possible.
 FAITHFUL = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}
 
 
@@ -33,7 +33,7 @@ def test_rgb(tmp_path, suffix):
     assert np.abs(pixels.astype(int) - picture()).max() <= (20 if suffix == "jpg" else 0)
 
 
-def test_palette_alpha_and_grey(tmp_path):
+def test_palette_alpha_and_grey_images(tmp_path):
     rgb = Image.fromarray(picture())
     transparent = Image.merge("RGBA", (*rgb.split(), Image.new("L", rgb.size, 0)))
     palette = rgb.quantize(8)
@@ -57,14 +57,14 @@ def test_cmyk(tmp_path):
     assert pixels[10, 20, 0] > 150 > 100 > pixels[30, 50].max()
 
 
-def test_16_bit_keeps_its_upper_half(tmp_path):
+def test_16_bit_images_keep_the_upper_byte(tmp_path):
     values = (np.arange(40 * 60).reshape(40, 60) * 27).astype(np.uint16)
     for name in ("image.png", "image.tiff"):
         Image.fromarray(values).save(tmp_path / name)
         np.testing.assert_array_equal(read_image(tmp_path / name)[..., 0], values >> 8)
 
 
-def test_float_is_stretched(tmp_path):
+def test_float_images_are_stretched_to_their_range(tmp_path):
     values = np.linspace(-3, 5, 40 * 60, dtype=np.float32).reshape(40, 60)
     values[0, 1] = np.nan
     Image.fromarray(values).save(tmp_path / "image.tiff")
@@ -73,7 +73,7 @@ def test_float_is_stretched(tmp_path):
     assert (np.diff(pixels.ravel()[2:].astype(int)) >= 0).all()
 
 
-def test_animation_shows_its_first_frame(tmp_path):
+def test_animation_gives_its_first_frame(tmp_path):
     frames = [Image.fromarray(picture()), Image.new("RGB", (60, 40), "blue")]
     for suffix in ("gif", "webp"):
         frames[0].save(tmp_path / f"image.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
@@ -81,8 +81,8 @@ def test_animation_shows_its_first_frame(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
-def test_what_is_no_image_is_an_error(tmp_path, content):
-    import ultralytics.utils.patches  # noqa: F401  its `Image.open` would install a package at this point
+def test_file_that_is_not_an_image_raises(tmp_path, content):
+    import ultralytics.utils.patches  # noqa: F401  its patched `Image.open` would install a package here
 
     path = tmp_path / "image.png"
     path.write_bytes(content)
@@ -90,7 +90,7 @@ def test_what_is_no_image_is_an_error(tmp_path, content):
         read_image(path)
 
 
-def test_truncated_and_flipped_files_read_or_fail_cleanly(tmp_path):
+def test_damaged_files_are_read_or_fail_cleanly(tmp_path):
     rng = np.random.default_rng(0)
     for suffix in ("jpg", "png", "webp", "tiff", "gif", "bmp"):
         path = tmp_path / f"image.{suffix}"

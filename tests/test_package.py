@@ -1,4 +1,4 @@
-"""What the package promises before anything runs: a light import, lazy names, and manifests that tell the truth."""
+"""Package basics: a light import, lazy names, and accurate manifests."""
 
 import json
 import os
@@ -50,10 +50,10 @@ def test_names_are_imported_when_used():
         from fiftyone_mobilesamv2 import MobileSAMv3  # noqa: F401
 
 
-def test_one_version():
+def test_version_is_the_same_everywhere():
     import yaml
 
-    # Text and not tomllib, which Python 3.10 lacks.
+    # Searches the text because Python 3.10 has no tomllib.
     assert f'version = "{fiftyone_mobilesamv2.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert yaml.safe_load((ROOT / "fiftyone.yml").read_text())["version"] == fiftyone_mobilesamv2.__version__
 
@@ -68,7 +68,7 @@ def test_plugin_manifest():
     assert plugin.has_py
     assert plugin.license == "Apache-2.0"
     assert version("fiftyone") in Requirement(plugin.fiftyone_requirement).specifier
-    assert [path.relative_to(ROOT) for path in ROOT.glob("*/fiftyone.y*ml")] == []  # one, at the top
+    assert [path.relative_to(ROOT) for path in ROOT.glob("*/fiftyone.y*ml")] == []  # the only one is at the top
 
 
 def test_every_model_is_in_the_manifest():
@@ -80,7 +80,7 @@ def test_every_model_is_in_the_manifest():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_manifest_tells_the_truth(name):
+def test_manifest_matches_the_files(name):
     from fiftyone_mobilesamv2.modeling.checkpoints.catalog import model_files
     from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
 
@@ -94,14 +94,14 @@ def test_manifest_tells_the_truth(name):
 
     assert model["base_filename"] == f"{name}.json"
     assert model["default_deployment_config_dict"]["config"]["name"] == name
-    assert model["license"].split(",") == ["Apache 2.0", "AGPL-3.0"]  # as FiftyOne splits and spells them
+    assert model["license"].split(",") == ["Apache 2.0", "AGPL-3.0"]  # FiftyOne's format and spelling
     assert {"segmentation", "instances", "torch", "mobilesamv2"} <= set(model["tags"])
     assert len(model["description"]) > 40
     assert ("not for photos" in model["description"]) == (name == "mobilesamv2-demo-torch")
     assert model["requirements"]["cpu"]["support"] and model["requirements"]["gpu"]["support"]
 
 
-def test_manifest_and_readme_say_what_the_catalog_says():
+def test_manifest_and_readme_match_the_catalog():
     command = [sys.executable, "tools/write_generated.py", "--check"]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -112,11 +112,11 @@ def test_requirements_are_installed_and_complete():
 
     for model in MODELS.values():
         packages = model["requirements"]["packages"]
-        assert all(version(package) for package in packages)  # raises for one that pip does not know by this name
-    # A source of models is not installed by pip: what its manifest names has to bring all that the package imports.
-    brought = {"fiftyone", *packages}
-    brought |= {Requirement(r).name for name in brought for r in requires(name) or [] if "extra ==" not in r}
-    missing = {Requirement(r).name for r in _project_dependencies()} - brought
+        assert all(version(package) for package in packages)  # raises if pip does not know this name
+    # Zoo sources are not installed by pip, so the manifest's packages must bring all that the package imports.
+    installed = {"fiftyone", *packages}
+    installed |= {Requirement(r).name for name in installed for r in requires(name) or [] if "extra ==" not in r}
+    missing = {Requirement(r).name for r in _project_dependencies()} - installed
     assert missing - {"huggingface_hub"} <= {"opencv-python"}  # fiftyone brings opencv-python-headless
 
 
@@ -131,7 +131,7 @@ def test_fiftyone_reads_the_manifest():
 
     manifest = RemoteZooModelsManifest.from_json(str(PACKAGE / "manifest.json"))
     assert manifest.name == "mobilesamv2/fiftyone_mobilesamv2"
-    assert manifest.url is None  # FiftyOne writes it when it registers a source
+    assert manifest.url is None  # FiftyOne adds it when registering a source
     assert [model.name for model in manifest] == list(MODELS)
     for model in manifest:
         assert model.filename == f"mobilesamv2/fiftyone_mobilesamv2/{model.name}.json"

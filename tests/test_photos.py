@@ -35,7 +35,7 @@ def check_stored(dataset):
 
 
 @pytest.mark.slow
-def test_demo_model(photo_dataset):
+def test_demo_model_stores_valid_masks(photo_dataset):
     model = zoo.load_model("mobilesamv2-demo-torch", device="cpu")
     photo_dataset.apply_model(model, FIELD, batch_size=8, num_workers=2)
     assert len(photo_dataset) == 128 and photo_dataset.exists(FIELD).count() == 128
@@ -48,12 +48,12 @@ def test_demo_model(photo_dataset):
     "name, encoder, first",
     [("mobilesamv2-tinyvit-torch", "tiny_vit", 0), ("mobilesamv2-efficientvit-l0-torch", "efficientvit_l0", 1)],
 )
-def test_released_architectures(photo_dataset, seeded, name, encoder, first):
+def test_released_architectures_store_valid_masks(photo_dataset, seeded, name, encoder, first):
     """A quarter of the sizes each: with noise for weights, nothing else of a photo matters to a mask's geometry."""
     by_size = {(sample.metadata.height, sample.metadata.width): sample.id for sample in photo_dataset}
     photos = photo_dataset.select([by_size[size] for size in sorted(by_size)[first::4]])
     assert len(photos) == 14
-    # Seeded detectors find hundreds of boxes, and seeded decoders noise that covers the image: a few show as much.
+    # Seeded detectors find hundreds of boxes whose masks are noise all over the image; a few are enough.
     model = zoo.load_model(
         name,
         device="cpu",

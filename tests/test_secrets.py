@@ -1,4 +1,4 @@
-"""The password of the database is in no message and no log. Of downloads: modeling/checkpoints/test_downloads.py."""
+"""No message or log contains the database's password. modeling/checkpoints/test_downloads.py tests other secrets."""
 
 import os
 import subprocess
@@ -37,11 +37,11 @@ for attempt in (
 
 
 @pytest.mark.slow
-def test_database_out_of_reach():
-    """Every way to it, and the log while it is waited for."""
+def test_unreachable_database_reveals_no_password():
+    """This covers the commands that connect, and the log while a run waits for the database."""
     environment = os.environ | {"FIFTYONE_DATABASE_URI": URI, "FIFTYONE_DO_NOT_TRACK": "true"}
     ran = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=180)
-    told = ran.stdout + ran.stderr
-    assert "fiftyone-mobilesamv2: Could not connect" in told and "status 1" in told, told
-    assert "The database doesn't answer; waiting" in told and told.count("127.0.0.1:9") > 2, told
-    assert "S3CRET" not in told
+    output = ran.stdout + ran.stderr
+    assert "fiftyone-mobilesamv2: Could not connect" in output and "status 1" in output, output
+    assert "The database doesn't answer; waiting" in output and output.count("127.0.0.1:9") > 2, output
+    assert "S3CRET" not in output

@@ -1,4 +1,4 @@
-"""The house rules that no linter holds."""
+"""House rules that no linter checks."""
 
 from pathlib import Path
 
@@ -14,5 +14,5 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
-def test_modules_of_the_root():
+def test_root_contains_only_the_agreed_modules():
     assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES

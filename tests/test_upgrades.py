@@ -1,7 +1,7 @@
-"""What an earlier version has stored is read, gone on with, shown and deleted.
+"""Data stored by an earlier version can be read, continued, shown and deleted.
 
-tests/data/upgrade is a database with its files, made by version 0.1.0 with tools/dump_for_upgrades.py: two runs (masks
-in the database, and in files, the latter to be continued), a sample that failed, an evaluation, a promoted label.
+tests/data/upgrade is a database with its files, created by version 0.1.0 with tools/dump_for_upgrades.py: two runs (one
+with masks in the database; an unfinished one with masks in files), a failed sample, an evaluation, a promoted label.
 """
 
 import gzip
@@ -33,7 +33,7 @@ def restored(value: object, folder: Path) -> object:
 
 @pytest.fixture
 def old(mongod, tmp_path):
-    """The dataset, as somebody has it who has just upgraded."""
+    """The dataset as it is just after an upgrade."""
     shutil.copytree(DATA, tmp_path, dirs_exist_ok=True)
     with gzip.open(tmp_path / "database.bson.gz") as file:
         entries = bson.decode_all(file.read())
@@ -55,7 +55,7 @@ def counts(dataset: fo.Dataset, field: str) -> list[int | None]:
     return [None if sample[field] is None else len(sample[field].detections) for sample in dataset]
 
 
-def test_labels_and_records(old):
+def test_labels_and_records_are_read(old):
     for field, expected in SUMMARY["labels"].items():
         assert counts(old, field) == expected
     first, second = recorded_runs(old, "segmentations")
@@ -69,8 +69,8 @@ def test_labels_and_records(old):
     assert all(Path(detection.mask_path).is_file() for detection in on_disk)
 
 
-def test_run_goes_on(old):
-    """With the same parameters and weights, and no others."""
+def test_run_can_be_continued(old):
+    """It continues only with the same parameters and weights."""
     parameters = {"name": "mobilesamv2-demo-torch", "device": "cpu", "masks_on_disk": True}
     mask_dir = recorded_runs(old, "masks_on_disk")[0].mask_dir
     with pytest.raises(ValueError, match="made with other parameters"):
@@ -93,7 +93,7 @@ def test_evaluation_is_loaded_and_deleted(old):
     assert old.list_evaluations() == [] and "ar" not in old.first()
 
 
-def test_promoted_label_stays_one(old):
+def test_promoted_label_is_not_promoted_again(old):
     (promoted,) = [
         (detection.promoted_from, detection.label)
         for sample in old
@@ -105,7 +105,7 @@ def test_promoted_label_stays_one(old):
     assert (promotion.promoted, promotion.already) == (0, 1)
 
 
-def test_everything_is_deleted(old):
+def test_everything_can_be_deleted(old):
     old.delete_sample_fields(["segmentations", "masks_on_disk"])
     assert recorded_runs(old, "segmentations") == []
     for key in old.list_runs():

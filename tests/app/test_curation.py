@@ -1,4 +1,4 @@
-"""What labels lack, what they have twice, and what becomes of it: with the mouse."""
+"""Curation with the mouse: missing labels, duplicates, coverage and export."""
 
 import json
 
@@ -7,7 +7,7 @@ from fiftyone import ViewField as F
 
 
 @pytest.mark.slow
-def test_what_is_missing_becomes_labels(app, scenes):
+def test_unlabeled_objects_become_labels(app, scenes):
     removed = [label.id for sample in scenes for label in sample.ground_truth.detections[::2]]
     scenes.delete_labels(ids=removed, fields="ground_truth")
     before = scenes.count("ground_truth.detections")
@@ -22,23 +22,23 @@ def test_what_is_missing_becomes_labels(app, scenes):
     scenes.reload()
     tagged = scenes.filter_labels("proposals", F("tags").contains("unlabeled"))
     tagged_ids = tagged.values("proposals.detections.id", unwind=True)
-    found = len(tagged_ids)
-    assert f"{found} objects without a label" in text and 0 < found <= scenes.count("proposals.detections")
-    app.wait_samples(f"{found} patches")
+    num_found = len(tagged_ids)
+    assert f"{num_found} objects without a label" in text and 0 < num_found <= scenes.count("proposals.detections")
+    app.wait_samples(f"{num_found} patches")
     app.wait_grid()
     app.screenshot("find-unlabeled-patches")
 
     app.select_samples(2)
     app.operator("Promote to labels")
     assert "2 objects of 'proposals' selected" in app.form_text()
-    assert app.errors() != []  # a class is needed
+    assert app.errors() != []  # a class is required
     app.fill("Class", "found")
     assert app.errors() == []
     app.screenshot("promote-form")
     app.execute()
     app.wait_output("2 objects labeled found")
     app.done()
-    app.wait_samples(f"{found - 2} patches")
+    app.wait_samples(f"{num_found - 2} patches")
 
     app.page.reload()
     app.wait_grid()
@@ -48,7 +48,7 @@ def test_what_is_missing_becomes_labels(app, scenes):
     app.execute()
     app.wait_output("1 object dismissed")
     app.done()
-    app.wait_samples(f"{found - 3} patches")
+    app.wait_samples(f"{num_found - 3} patches")
     scenes.reload()
     assert scenes.count("ground_truth.detections") == before + 2
     labels = scenes.filter_labels("ground_truth", F("label") == "found").values("ground_truth.detections", unwind=True)
@@ -58,7 +58,7 @@ def test_what_is_missing_becomes_labels(app, scenes):
 
 
 @pytest.mark.slow
-def test_labels_without_an_object(app, scenes):
+def test_labels_without_objects_are_tagged(app, scenes):
     sample = scenes.first()
     wrong = sample.ground_truth.detections[0]
     wrong.bounding_box, wrong.mask = [0.001, 0.001, 0.01, 0.01], None
@@ -74,7 +74,7 @@ def test_labels_without_an_object(app, scenes):
 
 
 @pytest.mark.slow
-def test_duplicates(app, scenes):
+def test_duplicates_are_tagged_and_shown(app, scenes):
     sample = scenes.first()
     copy = sample.proposals.detections[0].copy()
     copy.confidence = 0.01
@@ -94,7 +94,7 @@ def test_duplicates(app, scenes):
 
 
 @pytest.mark.slow
-def test_coverage_and_export(app, scenes, tmp_path):
+def test_coverage_is_measured_and_masks_exported(app, scenes, tmp_path):
     app.open(scenes.name)
     app.operator("Measure image coverage")
     app.choose("Labels", "proposals")

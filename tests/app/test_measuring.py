@@ -1,4 +1,4 @@
-"""How good the masks are, against ground truth and against SAM's grid, and which weights are here: with the mouse."""
+"""Measuring proposals, comparing promptings and managing models, with the mouse."""
 
 import re
 
@@ -27,17 +27,17 @@ def test_measure_proposals(app, scenes):
     results = scenes.load_evaluation_results("ar")
     assert results.config.ks == [10, 1000]
     assert f"AR@1000 is {results.mAR():.3f}" in text and f"{results.metrics()['AR@10']:.3f}" in text
-    panel = app.panel("segevery")  # it opens beside the grid
+    panel = app.panel("segevery")  # opens beside the grid
     panel.locator(".js-plotly-plot").first.wait_for(timeout=90_000)
     assert f"{results.metrics()['AR@10']:.3f}" in panel.inner_text()
     app.screenshot("measure-panel")
 
     app.operator("Measure proposals (AR@K)")
-    assert app.value("Evaluation key") == "ar_2"  # what there is stays, to be compared with
+    assert app.value("Evaluation key") == "ar_2"  # the first evaluation is kept for comparison
     app.execute()
     app.wait_output("AR@1000 is")
     app.done()
-    panel.get_by_text("ar_2", exact=True).first.wait_for(timeout=30_000)  # the panel has heard of it
+    panel.get_by_text("ar_2", exact=True).first.wait_for(timeout=30_000)  # the panel shows it, too
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_compare_prompting(app, scenes):
     app.done()
     schema = set(scenes.get_field_schema())
     scenes.reload()
-    assert set(scenes.get_field_schema()) == schema  # nothing is left behind
+    assert set(scenes.get_field_schema()) == schema  # the comparison left nothing behind
     assert scenes.list_evaluations() == []
 
 

@@ -5,7 +5,7 @@ from fiftyone_mobilesamv2 import evaluate_proposals
 
 
 @pytest.mark.slow
-def test_panel_shows_average_recalls_and_opens_what_was_missed(app, scenes):
+def test_panel_shows_average_recalls_and_opens_missed_objects(app, scenes):
     results = evaluate_proposals(scenes, "proposals", gt_field="ground_truth", eval_key="ar")
     expected = results.metrics()
     assert expected["AR@10"] < expected["AR@100"], "else rows that are mixed up would not be seen"

@@ -1,11 +1,11 @@
-"""The SegEvery panel, looked at and clicked."""
+"""The SegEvery panel in the App: appearance and clicks."""
 
 import pytest
 from fiftyone import ViewField as F
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 
-FIRST_PLOT = 90_000  # ms: the server imports PyTorch before it
+FIRST_PLOT = 90_000  # ms: the server first imports PyTorch
 
 
 def open_panel(app):
@@ -15,7 +15,7 @@ def open_panel(app):
 
 
 def plot(panel, title):
-    """The plot below this title."""
+    """The plot under this title."""
     return panel.get_by_text(title, exact=True).locator('xpath=following::*[contains(@class, "js-plotly-plot")][1]')
 
 
@@ -27,7 +27,7 @@ def test_clicks_change_the_view(app, scenes):
     app.screenshot("segevery-dark")
 
     bars = plot(panel, "Masks per image").locator(".bars .point")
-    width = max(counts) // bars.count() + 1  # of a bar, in masks
+    width = max(counts) // bars.count() + 1  # number of mask counts per bar
     fullest = counts.index(max(counts))
     bars.nth(counts[fullest] // width).click(force=True)
     shown = sum(count // width == counts[fullest] // width for count in counts)
@@ -58,7 +58,7 @@ def patches(count):
 
 
 @pytest.mark.slow
-def test_choosing_runs(app, scenes):
+def test_evaluations_can_be_selected(app, scenes):
     scenes.clone_sample_field("proposals", "sure")
     scenes.filter_labels("sure", F("confidence") > 0.7, only_matches=False).save("sure")
     evaluate_proposals(scenes, "sure", eval_key="sure_ar")
@@ -79,7 +79,7 @@ def test_choosing_runs(app, scenes):
 
 
 @pytest.mark.slow
-def test_what_to_do_first(app, scenes):
+def test_empty_panel_offers_the_first_step(app, scenes):
     scenes.delete_sample_field("proposals")
     app.open(scenes.name)
     panel = app.open_panel("segevery")

@@ -1,4 +1,4 @@
-"""Boxes that get masks, with the mouse: the selected ones, and those of a whole dataset."""
+"""Turning boxes into masks with the mouse: selected boxes, and those of a whole dataset."""
 
 import fiftyone as fo
 import pytest
@@ -8,7 +8,7 @@ DEMO = "mobilesamv2-demo-torch"
 
 @pytest.fixture
 def boxed(scenes):
-    """Scenes with nothing but boxes around some objects, in `boxes`."""
+    """Scenes with only the boxes of some objects, in `boxes`."""
     for sample in scenes:
         boxes = [detection.bounding_box for detection in sample.ground_truth.detections[:3]]
         sample["boxes"] = fo.Detections(detections=[fo.Detection(label="thing", bounding_box=box) for box in boxes])
@@ -46,7 +46,7 @@ def test_masks_for_selected_boxes(app, boxed):
     app.page.locator('[data-cy="looker"]').nth(5).click()
     canvas = app.page.locator('[data-cy="modal"] canvas[canvas-loaded="true"]').first
     canvas.wait_for()
-    app.page.wait_for_timeout(1500)  # it grows into place
+    app.page.wait_for_timeout(1500)  # for the opening animation
     app.click_label(sample, sample.boxes.detections[0])
     app.screenshot("segment-anything-selected")
     app.operator("Segment from prompts")
@@ -55,7 +55,7 @@ def test_masks_for_selected_boxes(app, boxed):
     app.execute()
     assert "reload the page" in app.wait_output("1 object in 1 image")
     app.done()
-    app.wait_grid()  # the sample is closed
+    app.wait_grid()  # the sample modal is closed
     app.screenshot("segment-anything-selected-grid")
     boxed.reload()
     assert [d.mask is not None for d in boxed.last().boxes.detections] == [True, False, False]

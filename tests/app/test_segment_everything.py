@@ -1,4 +1,4 @@
-"""Segmenting a dataset with the mouse: from the toolbar's button to masks in the grid."""
+"""Segmenting a dataset with the mouse, from the toolbar button to the masks in the grid."""
 
 import shutil
 import time
@@ -14,7 +14,7 @@ TOOLBAR = '[data-item-id="@mobilesamv2/fiftyone_mobilesamv2/segment_everything"]
 
 @pytest.fixture
 def bare(scenes):
-    """Scenes that nobody has segmented."""
+    """Scenes that have not been segmented."""
     scenes.delete_sample_field("proposals")
     return scenes
 
@@ -25,9 +25,9 @@ def open_form(app):
     app.choose("Model", DEMO)
 
 
-def test_from_the_toolbar(app, bare, scenes_template):
+def test_dataset_is_segmented_from_the_toolbar(app, bare, scenes_template):
     app.open(bare.name)
-    assert app.page.locator(f"{TOOLBAR} img").evaluate("image => image.naturalWidth") > 0  # its icon is there
+    assert app.page.locator(f"{TOOLBAR} img").evaluate("image => image.naturalWidth") > 0  # the icon was loaded
     open_form(app)
     assert app.value("Label field") == "segmentations"
     assert "The demo model was trained only on synthetic scenes" in app.form_text()
@@ -51,7 +51,7 @@ def test_from_the_toolbar(app, bare, scenes_template):
 
 
 @pytest.mark.slow
-def test_again_skips_what_is_done_or_replaces_it(app, scenes):
+def test_form_offers_to_replace_existing_masks(app, scenes):
     app.open(scenes.name)
     objects = scenes.count("proposals.detections")
     open_form(app)
@@ -65,7 +65,7 @@ def test_again_skips_what_is_done_or_replaces_it(app, scenes):
 
 
 @pytest.mark.slow
-def test_selected_samples(app, bare):
+def test_only_selected_samples_are_segmented(app, bare):
     app.open(bare.name)
     app.select_samples(2)
     open_form(app)
@@ -78,10 +78,10 @@ def test_selected_samples(app, bare):
 
 
 @pytest.mark.slow
-def test_cancel(app, bare):
+def test_cancelled_run_keeps_stored_masks(app, bare):
     app.open(bare.name)
     open_form(app)
-    app.choose("Prompting", "Grid")  # which takes its time
+    app.choose("Prompting", "Grid")  # slow enough to be cancelled
     app.fill("Points per side", 16)
     app.fill("Batch size", 1)
     app.execute()
@@ -133,7 +133,7 @@ def test_failures_are_shown(app, bare, tmp_path):
     bare.reload()
     labels = bare.values("segmentations.detections.bounding_box")
     assert len(labels) == 7 and labels[6] == labels[0] != []
-    # The App itself complains of an image that it can't show.
+    # The App itself reports that it can't show this image.
     app.problems[:] = [problem for problem in app.problems if "broken.png" not in problem]
 
 
@@ -146,7 +146,7 @@ def wait_for_worker(dataset, worker):
 
 
 @pytest.mark.slow
-def test_delegated(app, bare, worker, scenes_template):
+def test_run_can_be_delegated(app, bare, worker, scenes_template):
     app.open(bare.name)
     open_form(app)
     app.schedule()
@@ -159,7 +159,7 @@ def test_delegated(app, bare, worker, scenes_template):
 
 
 @pytest.mark.slow
-def test_parts_of_a_precision(app, bare, worker):
+def test_scheduled_shards_use_the_chosen_precision(app, bare, worker):
     app.open(bare.name)
     open_form(app)
     app.choose("Precision", "bfloat16")

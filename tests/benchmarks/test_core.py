@@ -1,4 +1,4 @@
-"""What of the benchmarks also runs on a machine with a GPU that has no FiftyOne."""
+"""The core benchmarks also run on a GPU machine without FiftyOne."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ ABSENT = ["fiftyone", "pycocotools", "pymongo", "mongoengine", "bson", "lvis", "
 
 
 @pytest.mark.slow
-def test_core_needs_no_fiftyone():
+def test_core_imports_without_fiftyone():
     program = f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\nimport core"
     ran = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,4 @@
-"""Labels drawn as masks of whole images, and datasets of them."""
+"""Fixtures for labels drawn as full-image masks, and for datasets of them."""
 
 import bson
 import fiftyone as fo
@@ -10,7 +10,7 @@ HEIGHT, WIDTH = 120, 160
 
 @pytest.fixture(scope="session")
 def rectangle():
-    """A mask of the whole image by x, y, width and height."""
+    """Returns a full-image mask of a rectangle given by x, y, width and height."""
 
     def draw(x, y, w, h):
         mask = np.zeros((HEIGHT, WIDTH), bool)
@@ -22,7 +22,7 @@ def rectangle():
 
 @pytest.fixture(scope="session")
 def detection():
-    """A label of a mask of the whole image, stored cropped to its tight box."""
+    """Returns a Detection for a full-image mask, stored cropped to its tight box."""
 
     def label(mask, **attributes):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -40,7 +40,7 @@ def detection():
 
 @pytest.fixture
 def add_image(dataset):
-    """Adds an image with these lists of labels by field (None: nothing is stored in it) to the test's dataset."""
+    """Adds an image to the dataset, with the given list of labels in each field (None leaves the field empty)."""
 
     def add(**fields):
         sample = fo.Sample(f"/nowhere/{len(dataset)}.png", metadata=fo.ImageMetadata(width=WIDTH, height=HEIGHT))
@@ -54,5 +54,5 @@ def add_image(dataset):
 
 @pytest.fixture
 def stored(dataset):
-    """Everything in the database about the samples; whatever is written to one changes its `last_modified_at`."""
+    """Returns the samples' raw documents; any write to a sample changes its `last_modified_at`."""
     return lambda: [bson.encode(document) for document in dataset._sample_collection.find({})]

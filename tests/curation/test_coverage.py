@@ -1,4 +1,4 @@
-"""Numbers on samples, against counts of pixels of whole masks."""
+"""Coverage figures on samples, checked against pixel counts of full-image masks."""
 
 import fiftyone as fo
 import numpy as np
@@ -22,7 +22,7 @@ def labelled(dataset, add_image, detection, rectangle):
         return [detection(rectangle(*size)) for size in sizes]
 
     add_image(objects=boxes((0, 0, 40, 30), (20, 0, 40, 30)))
-    # Of 32x32 pixels, a row more, 96x96, and a column more.
+    # Areas at COCO's size limits: 32x32 and one row more, 96x96 and one column more.
     add_image(objects=boxes((0, 0, 32, 32), (0, 0, 32, 33), (0, 0, 96, 96), (0, 0, 97, 96)))
     add_image(objects=[])
     add_image(objects=None)
@@ -63,12 +63,12 @@ def test_random_masks(seed, count):
         whole[-1][y : y + h, x : x + w] = mask
         label = fo.Detection(bounding_box=[x / width, y / height, w / width, h / height], mask=mask)
         labels.append(label.to_dict())
-    found = _measured(labels, (int(height), int(width)), use_masks=True)
+    measured = _measured(labels, (int(height), int(width)), use_masks=True)
     areas = [mask.sum() for mask in whole]
-    assert found["coverage"] == (np.any(whole, 0).mean() if whole else 0)
-    assert found["objects"] == found["small"] + found["medium"] + found["large"] == count
-    assert found["small"] == sum(area <= 32**2 for area in areas)
-    assert found["median_area"] == (pytest.approx(np.median(areas) / height / width) if whole else None)
+    assert measured["coverage"] == (np.any(whole, 0).mean() if whole else 0)
+    assert measured["objects"] == measured["small"] + measured["medium"] + measured["large"] == count
+    assert measured["small"] == sum(area <= 32**2 for area in areas)
+    assert measured["median_area"] == (pytest.approx(np.median(areas) / height / width) if whole else None)
 
 
 def test_boxes_without_masks(labelled):
@@ -83,7 +83,7 @@ def test_boxes_without_masks(labelled):
     assert labelled.values("objects_large") == [0, 1, 0, None]
 
 
-def test_unusable_labels_cost_their_own_image(labelled):
+def test_unusable_label_skips_only_its_image(labelled):
     image_coverage(labelled, "objects", progress=False)
     first = labelled.first()
     first.objects.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
@@ -91,26 +91,26 @@ def test_unusable_labels_cost_their_own_image(labelled):
     result = image_coverage(labelled, "objects", progress=False)
     assert [(image["id"], image["filepath"]) for image in result.skipped] == [(first.id, first.filepath)]
     assert "bounding_box" in result.skipped[0]["cause"]
-    assert labelled.values("objects_objects") == [None, 4, 0, None]  # nothing of the run before stays
+    assert labelled.values("objects_objects") == [None, 4, 0, None]  # nothing of the previous run remains
     assert result.images == 2 and result.means["objects"] == 2
 
 
-def test_a_view_changes_nothing_else(labelled):
+def test_view_leaves_other_samples_unchanged(labelled):
     view = labelled.limit(1)
     image_coverage(view, "objects", progress=False)
     assert labelled.values("objects_objects") == [2, None, None, None]
     labelled.match(fo.ViewField("filepath").ends_with("2.png")).set_values("objects_objects", [7])
-    image_coverage(view, "objects", progress=False)  # its own fields are replaced
+    image_coverage(view, "objects", progress=False)  # fields of an earlier run are replaced
     assert labelled.values("objects_objects") == [2, None, 7, None]
 
 
-def test_samples_in_memory_follow(labelled):
+def test_samples_in_memory_are_updated(labelled):
     held = labelled.first()
     image_coverage(labelled, "objects", progress=False)
     assert held.objects_objects == 2
 
 
-def test_a_users_field_is_left_alone(labelled):
+def test_field_of_the_user_is_not_overwritten(labelled):
     labelled.add_sample_field("objects_small", fo.StringField)
     labelled.set_values("objects_small", list("abcd"))
     with pytest.raises(ValueError, match="'objects_small' exists and is not from an earlier measurement"):
@@ -119,7 +119,7 @@ def test_a_users_field_is_left_alone(labelled):
     assert not labelled.has_field("objects_coverage")
 
 
-def test_read_only_numbers_are_left_alone(labelled):
+def test_read_only_field_is_not_overwritten(labelled):
     image_coverage(labelled, "objects", progress=False)
     field = labelled.get_field("objects_coverage")
     field.read_only = True
@@ -134,7 +134,7 @@ def test_empty_view(labelled):
     assert set(result.means.values()) == {None}
 
 
-def test_refuses(labelled):
+def test_invalid_input_is_refused(labelled):
     with pytest.raises(ValueError, match=r"has no field 'nothing' for the objects.*objects"):
         image_coverage(labelled, "nothing", progress=False)
     with pytest.raises(ValueError, match="'filepath' contains"):

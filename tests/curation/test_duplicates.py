@@ -1,4 +1,4 @@
-"""Duplicates, parts and wholes: drawn by hand, against full masks in numpy, and what is stored."""
+"""Duplicates, parts and wholes: hand-drawn cases, a comparison with full masks in numpy, and what is stored."""
 
 import fiftyone as fo
 import numpy as np
@@ -8,7 +8,7 @@ from fiftyone_mobilesamv2.curation.duplicates import find_duplicates
 
 
 def notes(dataset, field="proposals"):
-    """Of each label, by the name it is given: its tags and the names of those that it is a duplicate or part of."""
+    """{name of a label: (its tags, the name of the label it duplicates, the name of the label it is part of)}"""
     lists = [sample[field] for sample in dataset.exists(field)]
     labels = [label for each in lists for label in each[each._LABEL_LIST_FIELD]]
     names = {label.id: label.label for label in labels}
@@ -32,11 +32,11 @@ def by_hand(dataset, add_image, detection, rectangle):
             twin=((0, 0, 40, 36), 0.8),  # IoU 0.9 with car
             car=((0, 0, 40, 40), 0.9),
             chained=((0, 0, 40, 32), 0.7),  # IoU 0.8 with car
-            cousin=((0, 0, 40, 30), 0.6),  # 0.75 with car, more with the two duplicates
+            cousin=((0, 0, 40, 30), 0.6),  # IoU 0.75 with car, more with the two duplicates
             wheel=((0, 0, 12, 10), 0.5),
             hub=((4, 4, 4, 4), 0.4),
-            across=((36, 20, 20, 8), 0.3),  # a fifth of it in car
-            mostly=((20, 33, 10, 10), 0.2),  # 7 of its 10 rows
+            across=((36, 20, 20, 8), 0.3),  # a fifth of it lies in car
+            mostly=((20, 33, 10, 10), 0.2),  # 7 of its 10 rows lie in car
             alone=((100, 80, 30, 30), 0.1),
         )
     )
@@ -66,7 +66,7 @@ def test_by_hand(by_hand, use_masks):
     names = {tag: [patch.proposals.label for patch in result.patches(tag)] for tag in ("duplicate", "part", "whole")}
     assert names["duplicate"] == ["twin", "chained"]
     assert set(names["part"]) == {"cousin", "wheel", "hub"}
-    assert names["whole"] == ["car", "cousin", "wheel"]  # of 3, 2 and 1 parts
+    assert names["whole"] == ["car", "cousin", "wheel"]  # have 3, 2 and 1 parts
     assert result.patches("part").values("id") == result.ids["part"]
 
 
@@ -81,7 +81,7 @@ def test_thresholds(by_hand):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_full_masks(dataset, add_image, detection, seed):
+def test_result_equals_full_mask_computation(dataset, add_image, detection, seed):
     rng = np.random.default_rng(seed)
     expected = {}
     for _ in range(3):
@@ -95,7 +95,7 @@ def test_equals_full_masks(dataset, add_image, detection, seed):
         labels = [detection(mask, confidence=float(score)) for mask, score in zip(masks, scores)]
         add_image(proposals=labels)
 
-        # By the words of the definitions, one label after the other.
+        # The definitions, applied literally to one label after another.
         kept = []
         for i in np.argsort(-scores):
             first = [k for k in kept if (masks[i] & masks[k]).sum() / (masks[i] | masks[k]).sum() >= 0.8]
@@ -131,17 +131,17 @@ def test_ground_truth_is_ranked_by_area(by_hand, dataset):
         find_duplicates(dataset, "proposals", progress=False)
 
 
-def test_the_ranking_decides_what_is_kept(by_hand):
+def test_ranking_decides_which_duplicate_is_kept(by_hand):
     label_ids = by_hand.first().proposals.detections
     values = {label.id: float(label.label == "chained") for label in label_ids}
     by_hand.set_label_values("proposals.detections.stability", values, dynamic=True)
     find_duplicates(by_hand, "proposals", rank_by="stability", progress=False)
     found = notes(by_hand)
-    # All others are equal: their order decides.
+    # All others tie, so their order decides.
     assert found["chained"][1] is None and found["twin"][1] == found["car"][1] == found["cousin"][1] == "chained"
 
 
-def test_crowd_regions_are_left_out(by_hand):
+def test_crowd_regions_are_ignored(by_hand):
     sample = by_hand.first()
     sample.proposals.detections[1]["iscrowd"] = 1  # the car
     sample.save()
@@ -153,14 +153,14 @@ def test_crowd_regions_are_left_out(by_hand):
     assert found["wheel"] == ({"part", "whole"}, None, "twin")
 
 
-def test_a_second_run_stores_nothing(by_hand, stored):
+def test_second_run_writes_nothing(by_hand, stored):
     first = find_duplicates(by_hand, "proposals", progress=False)
     before = stored()
     assert find_duplicates(by_hand, "proposals", progress=False).ids == first.ids
     assert stored() == before
 
 
-def test_a_run_replaces_the_one_before(by_hand, detection, rectangle):
+def test_run_replaces_results_of_the_previous_one(by_hand, detection, rectangle):
     by_hand.tag_labels("mine", "proposals")
     find_duplicates(by_hand, "proposals", progress=False)
     held = by_hand.first()
@@ -176,7 +176,7 @@ def test_a_run_replaces_the_one_before(by_hand, detection, rectangle):
         "mostly": ({"mine"}, None, None),
         "alone": ({"mine"}, None, None),
     }
-    assert held.proposals.detections[0].duplicate_of is None  # what is in memory, too
+    assert held.proposals.detections[0].duplicate_of is None  # samples in memory are updated, too
     sample = by_hand.first()
     sample.proposals.detections = sample.proposals.detections[-1:]
     sample.save()
@@ -184,14 +184,14 @@ def test_a_run_replaces_the_one_before(by_hand, detection, rectangle):
     assert notes(by_hand) == {"alone": ({"mine"}, None, None)}
 
 
-def test_a_view_alone_is_looked_at(by_hand, add_image, detection, rectangle):
+def test_only_the_view_is_compared(by_hand, add_image, detection, rectangle):
     find_duplicates(by_hand, "proposals", progress=False)
     view = by_hand.filter_labels("proposals", fo.ViewField("label").is_in(["twin", "chained"]))
     find_duplicates(view, "proposals", progress=False)
     found = notes(by_hand)
     assert found["chained"] == ({"duplicate"}, "twin", None)
     assert found["twin"] == (set(), None, None)
-    # What the view hides keeps its notes.
+    # Labels hidden by the view keep their results.
     assert {name: found[name] for name in ("car", "hub")} == {name: EXPECTED[name] for name in ("car", "hub")}
 
 
@@ -210,7 +210,7 @@ def test_polylines(by_hand):
     assert result.patches("duplicate").values("drawn.label") == ["twin", "chained"]
 
 
-def test_a_bad_label_costs_its_own_image(by_hand, add_image, detection, rectangle, stored):
+def test_bad_label_skips_only_its_image(by_hand, add_image, detection, rectangle, stored):
     add_image(proposals=[detection(rectangle(0, 0, 9, 9), label=str(i), confidence=i / 2) for i in range(2)])
     find_duplicates(by_hand, "proposals", progress=False)
     sample = by_hand.first()
@@ -226,7 +226,7 @@ def test_a_bad_label_costs_its_own_image(by_hand, add_image, detection, rectangl
     assert stored() == before
 
 
-def test_what_can_not_be_done(by_hand, stored):
+def test_invalid_input_is_refused(by_hand, stored):
     by_hand.add_sample_field("single", fo.EmbeddedDocumentField, embedded_doc_type=fo.Polyline)
     for options, message in [
         ({"field": "gone"}, "no field 'gone' for the labels to compare. Possible fields: proposals"),
@@ -240,7 +240,7 @@ def test_what_can_not_be_done(by_hand, stored):
     with pytest.raises(ValueError, match="patches or frames"):
         find_duplicates(by_hand.to_patches("proposals"), "proposals")
 
-    # An attribute of that name that is something else is the user's, and nothing is noted.
+    # An attribute of the same name but another type belongs to the user, so nothing is stored.
     by_hand.add_sample_field("proposals.detections.part_of", fo.IntField)
     before = stored()
     with pytest.raises(ValueError, match="part_of"):
@@ -255,7 +255,7 @@ def test_what_can_not_be_done(by_hand, stored):
         find_duplicates(by_hand, "proposals", progress=False)
 
 
-def test_nothing_to_look_at(by_hand):
+def test_empty_view(by_hand):
     result = find_duplicates(by_hand.limit(1).skip(1), "proposals", progress=False)
     assert result.counts == {"duplicate": 0, "part": 0, "whole": 0}
     assert len(result.patches("part")) == 0

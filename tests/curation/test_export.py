@@ -1,4 +1,4 @@
-"""COCO files of masks, read back by pycocotools and compared with FiftyOne's own masks."""
+"""COCO files of exported masks, read back by pycocotools and compared with FiftyOne's own masks."""
 
 import json
 import zlib
@@ -22,7 +22,7 @@ def detection(x, y, mask, **attributes):
 
 
 def whole_mask(label, height=HEIGHT, width=WIDTH):
-    """bool [height, width], by FiftyOne's label alone."""
+    """bool [height, width], computed from FiftyOne's label alone."""
     x, y = round(label.bounding_box[0] * width), round(label.bounding_box[1] * height)
     h, w = label.mask.shape
     mask = np.zeros((height, width), bool)
@@ -120,7 +120,7 @@ def test_polylines(labelled, tmp_path):
     assert (annotation["area"], annotation["bbox"]) == (20 * 15, [20, 30, 20, 15])
 
 
-def test_a_view_writes_what_it_shows(labelled, tmp_path):
+def test_export_of_a_view_contains_what_it_shows(labelled, tmp_path):
     view = labelled.filter_labels("masks", fo.ViewField("label") == "cat").sort_by("filepath", reverse=True)
     export = export_masks(view, "masks", tmp_path / "x.json", progress=False)
     content = json.loads((tmp_path / "x.json").read_text())
@@ -137,7 +137,7 @@ def test_a_view_writes_what_it_shows(labelled, tmp_path):
         lambda label: label.set_field("iscrowd", 3),
     ],
 )
-def test_unusable_labels_cost_their_own_image(labelled, tmp_path, spoil):
+def test_unusable_label_skips_only_its_image(labelled, tmp_path, spoil):
     first = labelled.first()
     spoil(first.masks.detections[0])
     first.save()
@@ -148,7 +148,7 @@ def test_unusable_labels_cost_their_own_image(labelled, tmp_path, spoil):
     assert [annotation["image_id"] for annotation in content["annotations"]] == [2, 2]
 
 
-def test_nothing_is_replaced_unasked(labelled, tmp_path):
+def test_existing_file_is_replaced_only_with_overwrite(labelled, tmp_path):
     path = tmp_path / "masks.json"
     path.write_text("mine")
     with pytest.raises(ValueError, match=r"masks\.json exists"):
@@ -158,8 +158,8 @@ def test_nothing_is_replaced_unasked(labelled, tmp_path):
     assert len(json.loads(path.read_text())["annotations"]) == 4
 
 
-@pytest.mark.parametrize("stop_at", [1, 5])  # writing, comparing
-def test_an_interruption_leaves_what_was_there(labelled, tmp_path, stop_at):
+@pytest.mark.parametrize("stop_at", [1, 5])  # while writing, while checking
+def test_interrupted_export_leaves_the_existing_file(labelled, tmp_path, stop_at):
     class Stop(Exception):
         pass
 
@@ -184,7 +184,7 @@ def change_mask(content):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (change_mask, r"annotation 1 of /images/a/one\.png.*segmentation, area of the mask"),
         (
@@ -205,18 +205,18 @@ def change_mask(content):
         (lambda content: content["images"].append({**content["images"][0], "id": 9}), r"is not among the samples"),
     ],
 )
-def test_the_check_finds_any_difference(labelled, tmp_path, damage, told):
+def test_check_finds_any_difference(labelled, tmp_path, damage, message):
     path = tmp_path / "masks.json"
     export_masks(labelled, "masks", path, progress=False)
     check_export(path, labelled, "masks", progress=False)
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         check_export(path, labelled, "masks", progress=False)
 
 
-def test_refuses(labelled, tmp_path):
+def test_invalid_input_is_refused(labelled, tmp_path):
     def refused(samples, field, name, match):
         with pytest.raises(ValueError, match=match):
             export_masks(samples, field, tmp_path / name, progress=False)

@@ -1,4 +1,4 @@
-"""What becomes ground truth, what stays as it is, and that interruptions and rivals lose and double nothing."""
+"""Promotion to ground truth: what it changes and leaves alone, and that interrupted or concurrent calls are safe."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def shapes(rectangle):
 
 @pytest.fixture
 def labelled(dataset, add_image, detection, rectangle, shapes):
-    """Three images: with a label and three proposals, never labelled with one, without either."""
+    """Three images: one label and three proposals; one proposal and no ground truth; neither labels nor proposals."""
     scores = {"confidence": 0.5, "predicted_iou": 0.75, "ar": "fn", "tags": ["unlabeled", "mine"]}
     add_image(
         ground_truth=[detection(rectangle(60, 5, 20, 20), label="dog")],
@@ -41,20 +41,20 @@ def ids_of(samples):
 
 
 def masks(dataset, field):
-    """{id of each label: bool mask of the whole image}"""
-    found = {}
+    """{label id: full-image bool mask}"""
+    full_masks = {}
     for stored in stored_images(dataset, [field]):
         labels = stored.labels(field)
         for label, mask in zip(labels, masks_of(labels, stored.size)):
-            found[str(label["_id"])] = mask_utils.decode(mask).astype(bool)
-    return found
+            full_masks[str(label["_id"])] = mask_utils.decode(mask).astype(bool)
+    return full_masks
 
 
 def counts(result):
     return result.promoted, result.already, result.samples, result.missing, result.skipped
 
 
-def test_becomes_a_label(labelled, shapes):
+def test_proposals_become_labels(labelled, shapes):
     ids = ids_of(labelled)
     before = labelled.values("proposals.detections", unwind=True)
     result = promote_to_labels(labelled, [ids[1], ids[3]], "proposals", label="cat", progress=False)
@@ -76,7 +76,7 @@ def test_becomes_a_label(labelled, shapes):
         assert old == new
 
 
-def test_samples_in_memory_follow(labelled):
+def test_samples_in_memory_are_updated(labelled):
     held = labelled.first()
     promote_to_labels(labelled, ids_of(labelled)[:1], "proposals", label="cat", progress=False)
     assert [label.label for label in held.ground_truth.detections] == ["dog", "cat"]
@@ -85,7 +85,7 @@ def test_samples_in_memory_follow(labelled):
     assert labelled.count("ground_truth.detections") == 2
 
 
-def test_not_twice(labelled):
+def test_proposal_is_promoted_only_once(labelled):
     ids = ids_of(labelled)
     promote_to_labels(labelled, ids[:1], "proposals", label="cat", progress=False)
     result = promote_to_labels(labelled, [*ids[:2], ids[0]], "proposals", label="bird", progress=False)
@@ -103,10 +103,10 @@ def test_labels_outlive_proposals(labelled, shapes, tmp_path):
         (tmp_path / f"{number}.png").unlink()
     labelled.delete_sample_field("proposals")
     made = labelled.first().ground_truth.detections[1:]
-    found = masks(labelled, "ground_truth")
+    full_masks = masks(labelled, "ground_truth")
     for label, shape in zip(made, shapes):
         assert Path(label.mask_path) == tmp_path / f"{label.id}.png"
-        assert np.array_equal(found[label.id], shape)
+        assert np.array_equal(full_masks[label.id], shape)
 
 
 def test_new_field(labelled):
@@ -116,7 +116,7 @@ def test_new_field(labelled):
     assert labelled.values("mine.detections.promoted_from", unwind=True) == ids
     assert labelled.last().mine is None
     assert labelled.count("ground_truth.detections") == 1
-    # Found by the evaluation, each at IoU 1.
+    # The evaluation finds each one at IoU 1.
     results = evaluate_proposals(labelled, "proposals", "mine", progress=False)
     assert results.metrics()["AR@10"] == 1
 
@@ -139,11 +139,11 @@ def test_polylines(labelled, shapes):
     assert counts(result) == (4, 0, 2, [], [])
     labels = labelled.first().outlines.polylines
     assert [label.label for label in labels] == ["dog", "cat", "cat", "cat"]
-    found = masks(labelled, "outlines")
+    full_masks = masks(labelled, "outlines")
     for label, shape, origin in zip(labels[1:], shapes, ids_of(labelled)):
         assert label.closed and label.filled and label.promoted_from == origin
-        # FiftyOne's outlines run through the centres of the border's pixels, up to 2 pixels off.
-        assert (found[label.id] & shape).sum() / (found[label.id] | shape).sum() > 0.85
+        # FiftyOne's outlines run through the centres of border pixels, so they are up to 2 pixels off.
+        assert (full_masks[label.id] & shape).sum() / (full_masks[label.id] | shape).sum() > 0.85
     assert labelled.skip(1).first().outlines.polylines[0].label == "cat"
 
 
@@ -156,27 +156,27 @@ def test_view_of_patches(labelled):
     assert sorted(labelled.match_labels(tags="promoted").count_label_tags().items()) == sorted(
         {"unlabeled": 2, "mine": 4, "promoted": 2}.items()
     )
-    assert patches.values("id") == [ids[0], ids[2]]  # the promoted ones have left it
+    assert patches.values("id") == [ids[0], ids[2]]  # the view no longer contains the promoted ones
     patches.reload()
     assert patches.values("id") == [ids[0], ids[2]]
 
 
-def test_patches_out_of_date(labelled, detection, rectangle):
-    """What the dataset holds now counts: one mask has changed since, and one proposal is gone."""
+def test_outdated_patches_use_the_current_dataset(labelled, detection, rectangle):
+    """Since the view was made, one mask has changed and one proposal has been deleted."""
     patches = labelled.to_patches("proposals")
     sample = labelled.first()
-    now = rectangle(1, 2, 3, 4)
+    current = rectangle(1, 2, 3, 4)
     changed, gone = sample.proposals.detections[:2]
-    changed.mask, changed.bounding_box = detection(now).mask, detection(now).bounding_box
+    changed.mask, changed.bounding_box = detection(current).mask, detection(current).bounding_box
     sample.proposals.detections.remove(gone)
     sample.save()
     result = promote_to_labels(patches, [changed.id, gone.id], "proposals", label="cat", progress=False)
     assert counts(result) == (1, 0, 1, [gone.id], [])
     made = labelled.first().ground_truth.detections[1]
-    assert np.array_equal(masks(labelled, "ground_truth")[made.id], now)
+    assert np.array_equal(masks(labelled, "ground_truth")[made.id], current)
 
 
-def test_missing_ids(labelled):
+def test_unknown_ids_are_reported_as_missing(labelled):
     ids = ids_of(labelled)
     unknown = str(ObjectId())
     asked = [ids[0], unknown, "nonsense", ids[3]]
@@ -195,7 +195,7 @@ def test_missing_ids(labelled):
         ({"mask": None, "mask_path": "/nowhere/mask.png"}, "can't be read"),
     ],
 )
-def test_unusable_proposals_cost_their_own_sample(labelled, changes, cause):
+def test_unusable_proposal_skips_only_its_sample(labelled, changes, cause):
     sample = labelled.first()
     for name, value in changes.items():
         sample.proposals.detections[0][name] = value
@@ -207,7 +207,7 @@ def test_unusable_proposals_cost_their_own_sample(labelled, changes, cause):
     assert labelled.count_label_tags("proposals") == {"unlabeled": 3, "mine": 4, "promoted": 1}
 
 
-def test_a_document_that_would_be_too_large(labelled):
+def test_sample_is_skipped_if_its_document_would_be_too_large(labelled):
     noise = np.random.default_rng(0).integers(256, size=(1000, 1500), dtype=np.uint8)  # 1.5 MB, compressed too
     sample = labelled.first()
     whole = fo.Detection(label="object", bounding_box=[0, 0, 1, 1], mask=noise)
@@ -221,8 +221,8 @@ def test_a_document_that_would_be_too_large(labelled):
     assert labelled.count_label_tags("proposals")["promoted"] == 1
 
 
-def test_interrupted(labelled):
-    """Cancelled after the first image: what has a label is tagged, and the same call does the rest."""
+def test_interrupted_promotion_can_be_continued(labelled):
+    """After cancelling at the first image, its promoted proposals are tagged, and the same call does the rest."""
 
     class Stop(Exception):
         pass
@@ -240,7 +240,7 @@ def test_interrupted(labelled):
     assert counts(result) == (1, 3, 1, [], [])
 
 
-def test_killed_between_label_and_tag(labelled, monkeypatch):
+def test_kill_between_label_and_tag_is_repaired(labelled, monkeypatch):
     ids = ids_of(labelled)
     with monkeypatch.context() as patched:
         patched.setattr(promote, "_tag", lambda *_: None)
@@ -251,39 +251,39 @@ def test_killed_between_label_and_tag(labelled, monkeypatch):
     assert labelled.count_label_tags("proposals") == {"mine": 4, "promoted": 4}
 
 
-@pytest.mark.parametrize("number", [0, 3])  # in an image with labels, and in one without
-def test_two_at_once_promote_once(labelled, monkeypatch, number):
+@pytest.mark.parametrize("number", [0, 3])  # in an image with labels and in one without
+def test_concurrent_calls_promote_once(labelled, monkeypatch, number):
     ids = [ids_of(labelled)[number]]
     make = promote._detection
 
-    def while_another_does(*args):
+    def make_after_rival(*args):
         monkeypatch.setattr(promote, "_detection", make)
         promote_to_labels(labelled, ids, "proposals", label="first", progress=False)
         return make(*args)
 
-    monkeypatch.setattr(promote, "_detection", while_another_does)
+    monkeypatch.setattr(promote, "_detection", make_after_rival)
     with pytest.raises(ValueError, match="changed at the same time"):
         promote_to_labels(labelled, ids, "proposals", label="second", progress=False)
     assert labelled.count_values("ground_truth.detections.label") == {"dog": 1, "first": 1}
 
 
-def test_sample_that_is_deleted_meanwhile(labelled, monkeypatch):
+def test_sample_deleted_meanwhile_is_skipped(labelled, monkeypatch):
     ids = ids_of(labelled)
     kept, gone = (labelled.match(fo.ViewField("proposals.detections").length() == count).first() for count in (3, 1))
     promote_one = promote._promote
 
-    def after_deletion(dataset, stored, *args):
+    def promote_after_deletion(dataset, stored, *args):
         dataset._sample_collection.delete_one({"_id": gone._id})
         return promote_one(dataset, stored, *args)
 
-    monkeypatch.setattr(promote, "_promote", after_deletion)
+    monkeypatch.setattr(promote, "_promote", promote_after_deletion)
     result = promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
     skipped = {"id": gone.id, "filepath": gone.filepath, "cause": "it has been deleted"}
     assert counts(result) == (3, 0, 1, [], [skipped])
     assert len(labelled[kept.id].ground_truth.detections) == 4
 
 
-def test_refuses(labelled, stored):
+def test_invalid_input_is_refused(labelled, stored):
     labelled.add_sample_field("class", fo.EmbeddedDocumentField, embedded_doc_type=fo.Classification)
     labelled.add_sample_field("outlines", fo.EmbeddedDocumentField, embedded_doc_type=fo.Polylines)
     labelled.add_sample_field("locked", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)

@@ -1,4 +1,4 @@
-"""Objects without a label and labels without an object: against full masks in numpy, and what is stored."""
+"""Objects without labels and labels without objects: compared with full masks in numpy, and what is stored."""
 
 import fiftyone as fo
 import numpy as np
@@ -23,7 +23,7 @@ def tagged_names(dataset, field, tag):
 
 @pytest.fixture
 def by_hand(dataset, add_image, detection, rectangle):
-    """Two images whose proposals are called what they are to the labels."""
+    """Two images; each proposal is named for how it relates to the labels."""
 
     def proposals(**drawn):
         return [detection(rectangle(*box), label=name, confidence=score) for name, (box, score) in drawn.items()]
@@ -39,7 +39,7 @@ def by_hand(dataset, add_image, detection, rectangle):
             part=((5, 5, 10, 10), 0.8),
             across=((30, 10, 20, 20), 0.8),  # half in each of two labels
             within_crowd=((110, 70, 20, 20), 0.9),
-            mostly_inside=((0, 30, 20, 14), 0.7),  # 10 of its 14 rows
+            mostly_inside=((0, 30, 20, 14), 0.7),  # 10 of its 14 rows lie in a label
             half_inside=((0, 35, 20, 10), 0.5),
             free=((0, 80, 20, 20), 0.6),
             faint=((40, 80, 20, 20), 0.1),
@@ -64,16 +64,16 @@ def test_each_threshold(by_hand):
     default = {"lonely", "free", "half_inside", "faint", "small"}
     assert found() == default
     assert found(max_inside=0.75) == default | {"mostly_inside"}
-    assert found(max_inside=0.5) == default - {"half_inside"}  # from this share on
+    assert found(max_inside=0.5) == default - {"half_inside"}  # a share equal to the threshold counts as inside
     assert found(min_score=0.1, min_area=9) == default
     assert found(min_score=0.11, min_area=10) == default - {"faint", "small"}
-    # `match` covers 39 of 40 rows; nothing of it lies outside.
+    # `match` covers 39 of 40 rows and lies entirely inside.
     assert found(iou=1, max_inside=1) == default | {"mostly_inside"}
-    # Of boxes the same, for these are rectangles.
+    # Boxes give the same result because all shapes are rectangles.
     assert found(use_masks=False) == default
 
 
-def test_an_iou_of_the_threshold_explains(dataset, add_image, detection, rectangle):
+def test_iou_equal_to_the_threshold_is_a_match(dataset, add_image, detection, rectangle):
     twice = detection(rectangle(10, 10, 20, 40), confidence=0.5)  # half of it is the label
     add_image(ground_truth=[detection(rectangle(10, 10, 20, 20))], proposals=[twice])
     assert find_unlabeled_objects(dataset, "proposals", iou=0.5, progress=False).ids == []
@@ -81,7 +81,7 @@ def test_an_iou_of_the_threshold_explains(dataset, add_image, detection, rectang
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_full_masks(dataset, add_image, detection, seed):
+def test_result_equals_full_mask_computation(dataset, add_image, detection, seed):
     rng = np.random.default_rng(seed)
 
     def blob():
@@ -116,8 +116,8 @@ def test_equals_full_masks(dataset, add_image, detection, seed):
 
 
 @given(data=st.data())
-def test_shares_equal_full_masks(data):
-    """Also where masks are empty, or there are none."""
+def test_overlap_shares_equal_full_mask_computation(data):
+    """This includes empty masks and empty lists."""
     size = 6, 7
     masks = st.lists(st.lists(st.booleans(), min_size=42, max_size=42), max_size=4)
     full = [[np.array(mask, bool).reshape(size) for mask in data.draw(masks)] for _ in range(2)]
@@ -137,26 +137,26 @@ def test_shares_equal_full_masks(data):
     assert len(overlaps.shares_inside_any(shapes, others, size)) == len(shapes)
 
 
-def test_what_was_decided_on_is_not_found_again(by_hand):
+def test_decided_proposals_are_not_found_again(by_hand):
     first = find_unlabeled_objects(by_hand, "proposals", progress=False)
     by_hand.select_labels(ids=first.ids[0], fields="proposals").tag_labels(PROMOTED)
     by_hand.select_labels(ids=first.ids[1], fields="proposals").tag_labels(DISMISSED)
     by_hand.select_labels(ids=first.ids[2], fields="proposals").tag_labels("duplicate")
-    # What has no score any more needs none.
+    # A decided proposal needs no score.
     by_hand.set_label_values("proposals.detections.confidence", {first.ids[0]: None})
     again = find_unlabeled_objects(by_hand, "proposals", progress=False)
     assert again.ids == first.ids[3:]
     assert by_hand.count_label_tags("proposals") == {"unlabeled": len(again), PROMOTED: 1, DISMISSED: 1, "duplicate": 1}
 
 
-def test_a_second_run_stores_nothing(by_hand, stored):
+def test_second_run_writes_nothing(by_hand, stored):
     first = find_unlabeled_objects(by_hand, "proposals", progress=False)
     before = stored()
     assert find_unlabeled_objects(by_hand, "proposals", progress=False).ids == first.ids
     assert stored() == before
 
 
-def test_tags_follow_what_is_found(by_hand, stored, detection, rectangle):
+def test_tags_are_updated_with_each_run(by_hand, stored, detection, rectangle):
     by_hand.tag_labels("mine", "proposals")
     find_unlabeled_objects(by_hand, "proposals", progress=False)
     untouched = stored()[0]
@@ -165,17 +165,17 @@ def test_tags_follow_what_is_found(by_hand, stored, detection, rectangle):
     sample.save()
     result = find_unlabeled_objects(by_hand, "proposals", progress=False)
     assert "lonely" not in found_names(result)
-    assert sample.proposals.detections[0].tags == ["mine"]  # what is in memory, too
+    assert sample.proposals.detections[0].tags == ["mine"]  # samples in memory are updated, too
     assert stored()[0] == untouched
     assert by_hand.count_label_tags("proposals")["mine"] == 10
 
 
-def test_a_view_alone_is_looked_at(by_hand):
+def test_only_the_view_is_searched(by_hand):
     find_unlabeled_objects(by_hand, "proposals", progress=False)
     view = by_hand[:1].filter_labels("proposals", fo.ViewField("label").is_in(["free", "faint"]))
     result = find_unlabeled_objects(view, "proposals", min_score=0.2, progress=False)
     assert found_names(result) == ["free"]
-    # Proposals that the view hides, and other samples, keep their tags.
+    # Hidden proposals and other samples keep their tags.
     assert tagged_names(by_hand, "proposals", "unlabeled") == {"free", "half_inside", "small", "lonely"}
 
 
@@ -190,14 +190,14 @@ def test_ranked_by_sams_mean(by_hand):
     assert found_names(result) == ["lonely", "small", "faint", "free"]
 
 
-def test_patches_show_what_is_still_tagged(by_hand):
+def test_patches_exclude_untagged_proposals(by_hand):
     result = find_unlabeled_objects(by_hand, "proposals", progress=False)
     by_hand.select_labels(ids=result.ids[1], fields="proposals").untag_labels("unlabeled")
     assert result.patches.values("id") == [result.ids[0], *result.ids[2:]]
 
 
-def test_tags_that_are_null(by_hand):
-    """FiftyOne's own `tag_labels` deletes the labels beside those."""
+def test_null_tags_are_handled(by_hand):
+    """FiftyOne's own `tag_labels` deletes the other labels of such a sample."""
     names = by_hand.values("proposals.detections.label")
     paths = {f"proposals.detections.{place}.tags": None for place in (0, 6)}  # `match` and `free`
     by_hand._sample_collection.update_one({"_id": by_hand.first()._id}, {"$set": paths})
@@ -208,7 +208,7 @@ def test_tags_that_are_null(by_hand):
 
 
 def test_labels_of_other_tools(dataset, by_hand):
-    """Fields within documents, polylines."""
+    """Nested fields and polylines."""
     by_hand.reload()
     for sample in by_hand:
         sample["model"] = fo.DynamicEmbeddedDocument(found=sample.proposals)
@@ -219,14 +219,14 @@ def test_labels_of_other_tools(dataset, by_hand):
     by_hand.add_dynamic_sample_fields()
     result = find_unlabeled_objects(by_hand, "model.found", "drawn", min_score=0.2, min_area=10, progress=False)
     labels = dict(zip(*(by_hand.values(f"model.found.detections.{name}", unwind=True) for name in ("id", "label"))))
-    # As a polyline, the crowd region is a label as any other; what lies in it is a part.
+    # As a polyline, the crowd region is an ordinary label, so proposals inside it are parts.
     assert [labels[id] for id in result.ids] == ["lonely", "free", "half_inside"]
     assert by_hand.count_label_tags("model.found") == {"unlabeled": 3}
     assert result.patches.values("id") == result.ids
     assert len(find_unsupported_labels(by_hand, "proposals", "drawn", progress=False)) == 2
 
 
-# Labels without an object -------------------------------------------------------------------------------------------
+# Labels without objects ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -248,14 +248,14 @@ def test_unsupported_by_hand(labels_by_hand, use_masks):
     result = find_unsupported_labels(labels_by_hand, "proposals", use_masks=use_masks, progress=False)
     assert found_names(result) == ["none", "nothing_found", "less"]
     assert (result.num_samples, result.left_out, result.tag) == (2, 1, "unsupported")
-    # From this IoU on a label is supported: `half` has 0.5.
+    # A label whose IoU equals the threshold is supported: `half` has 0.5.
     result = find_unsupported_labels(labels_by_hand, "proposals", iou=0.51, use_masks=use_masks, progress=False)
     assert found_names(result) == ["none", "nothing_found", "less", "half"]
     assert tagged_names(labels_by_hand, "ground_truth", "unsupported") == {"none", "nothing_found", "less", "half"}
 
 
-def test_unsupported_again(labels_by_hand, stored):
-    labels_by_hand.tag_labels("unsupported", "ground_truth")  # also what is left out, and crowds
+def test_unsupported_labels_are_retagged_by_each_run(labels_by_hand, stored):
+    labels_by_hand.tag_labels("unsupported", "ground_truth")  # including crowds and labels that the run leaves out
     first = find_unsupported_labels(labels_by_hand, "proposals", progress=False)
     assert labels_by_hand.count_label_tags("ground_truth") == {"unsupported": 3}
     before = stored()
@@ -263,10 +263,10 @@ def test_unsupported_again(labels_by_hand, stored):
     assert stored() == before
 
 
-# What can't be done -------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_bad_label_costs_its_own_image(by_hand, caplog):
+def test_bad_label_skips_only_its_image(by_hand, caplog):
     find_unlabeled_objects(by_hand, "proposals", progress=False)
     sample = by_hand.first()
     sample.ground_truth.detections[1].bounding_box = [0.2, 0.2, 0, 0]
@@ -276,11 +276,11 @@ def test_a_bad_label_costs_its_own_image(by_hand, caplog):
     assert [each["id"] for each in result.skipped] == [sample.id]
     assert sample.ground_truth.detections[1].id in result.skipped[0]["cause"]
     assert "images skipped: 1" in caplog.text and sample.filepath in caplog.text
-    # What an earlier run found there isn't found any more.
+    # Results of the earlier run in the skipped image are removed.
     assert by_hand.count_label_tags("proposals") == {"unlabeled": 1}
 
 
-def test_nothing_is_stored_if_all_images_are_skipped(by_hand, stored):
+def test_nothing_is_stored_when_all_images_are_skipped(by_hand, stored):
     find_unlabeled_objects(by_hand, "proposals", progress=False)
     sample = by_hand.first()
     sample.proposals.detections[1].confidence = float("nan")
@@ -306,7 +306,7 @@ def test_cancelling_stores_nothing(by_hand, stored):
     ("attribute", "options", "message"),
     [("confidence", {}, "has no confidence"), ("mask", {}, "has no mask"), (None, {"rank_by": "sam"}, "predicted_iou")],
 )
-def test_what_a_field_lacks(by_hand, stored, attribute, options, message):
+def test_missing_attributes_are_reported(by_hand, stored, attribute, options, message):
     if attribute:
         by_hand.set_values(f"proposals.detections.{attribute}", [[None] * 9, [None]])
     before = stored()
@@ -318,7 +318,7 @@ def test_what_a_field_lacks(by_hand, stored, attribute, options, message):
 
 
 @pytest.mark.parametrize("find", [find_unlabeled_objects, find_unsupported_labels])
-def test_wrong_fields_and_options(by_hand, find):
+def test_invalid_fields_and_options_are_refused(by_hand, find):
     by_hand.add_sample_field("single", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detection)
     by_hand.add_sample_field("score", fo.FloatField)
     searched = "pred" if find is find_unlabeled_objects else "gt"
@@ -349,7 +349,7 @@ def test_wrong_fields_and_options(by_hand, find):
         find(by_hand, "proposals", progress=False)
 
 
-def test_only_whole_images(by_hand, dataset):
+def test_patches_and_videos_are_refused(by_hand, dataset):
     with pytest.raises(ValueError, match="patches or frames"):
         find_unlabeled_objects(by_hand.to_patches("proposals", other_fields=True), "proposals")
     videos = fo.Dataset()
@@ -359,7 +359,7 @@ def test_only_whole_images(by_hand, dataset):
     videos.delete()
 
 
-def test_nothing_to_look_at(by_hand, dataset):
+def test_empty_view(by_hand, dataset):
     nothing = by_hand.limit(1).skip(1)
     for find in (find_unlabeled_objects, find_unsupported_labels):
         result = find(nothing, "proposals", progress=False)

@@ -1,4 +1,4 @@
-"""The command: what it prints, the picture, the exit status."""
+"""The doctor command: output, picture and exit status."""
 
 import cv2
 import huggingface_hub.constants
@@ -11,14 +11,14 @@ from fiftyone_mobilesamv2.modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
-    """What is around the model is tested in test_machine.py; in an empty weights folder."""
+    """Uses an empty weights folder and replaces the checks of the machine, which test_machine.py tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
     monkeypatch.setattr(doctor, "machine_checks", lambda device: [Check(True, f"machine of {device}")])
 
 
 @pytest.mark.slow
-def test_model_that_comes_with_the_package(tmp_path, capsys):
+def test_demo_model_works(tmp_path, capsys):
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "mobilesamv2-demo-torch: works"
@@ -29,7 +29,7 @@ def test_model_that_comes_with_the_package(tmp_path, capsys):
     assert cv2.imread(str(tmp_path / "doctor.png")).shape[1] == 3 * 364
 
 
-def test_model_that_cannot_be_downloaded(monkeypatch, capsys):
+def test_failed_download_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert cli.main(["doctor", "mobilesamv2-vith-torch"]) == 1
     out = capsys.readouterr().out
@@ -37,14 +37,14 @@ def test_model_that_cannot_be_downloaded(monkeypatch, capsys):
     assert "sam_vit_h_4b8939.pth (2,565 MB) from https://dl.fbaipublicfiles.com" in out and "offline mode" in out
 
 
-def test_file_that_is_another_one(tmp_path, capsys):
+def test_wrong_file_is_reported(tmp_path, capsys):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "sam_vit_b_01ec64.pth").write_bytes(b"<html>")
     assert cli.main(["doctor", "mobilesamv2-vitb-torch"]) == 1
     assert "sam_vit_b_01ec64.pth is not sam_vit_b_01ec64.pth: it has 6 bytes of a web page" in capsys.readouterr().out
 
 
-def test_machine_that_lacks_something(monkeypatch, capsys):
+def test_failed_machine_check_decides_the_verdict(monkeypatch, capsys):
     lacking = [Check(False, "The database can't be used: gone", "The database can't be used: see above.")]
     monkeypatch.setattr(doctor, "machine_checks", lambda device: lacking)
     monkeypatch.setattr(doctor, "_segmentation", lambda *args: [])

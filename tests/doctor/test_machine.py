@@ -1,4 +1,4 @@
-"""What is around a model: seen where it is there, and told where it isn't."""
+"""Checks of the machine report what works and what is missing."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from fiftyone_mobilesamv2.doctor.machine import machine_checks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_this_machine(mongod):
+def test_all_checks_pass_on_this_machine(mongod):
     texts = {check.text: check.passed for check in machine_checks("cpu")}
     assert False not in texts.values()
     text = "\n".join(texts)
@@ -21,8 +21,8 @@ def test_this_machine(mongod):
         assert words in text
 
 
-def test_everything_is_missing(mongod, monkeypatch):
-    """Each is told, and none keeps the rest from being looked at."""
+def test_every_failure_is_reported(mongod, monkeypatch):
+    """A failed check does not prevent the others."""
 
     def fail(*args):
         raise RuntimeError("gone")
@@ -38,15 +38,15 @@ def test_everything_is_missing(mongod, monkeypatch):
     ]
 
 
-def test_server_that_ends_at_once(mongod, monkeypatch):
+def test_server_that_exits_is_reported(mongod, monkeypatch):
     monkeypatch.setattr(machine.sys, "executable", "/bin/false")
     (failed,) = [check.text for check in machine_checks("cpu") if check.passed is False]
     assert failed == "The App's server doesn't start: it exited with status 1"
 
 
 @pytest.mark.slow
-def test_database_out_of_reach(tmp_path):
-    """In a process of its own: FiftyOne connects once."""
+def test_unreachable_database_is_reported(tmp_path):
+    """This needs its own process because FiftyOne connects only once."""
     program = """
 from fiftyone_mobilesamv2.doctor import machine
 machine._server = machine._plugin = lambda: "left out"

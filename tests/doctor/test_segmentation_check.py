@@ -1,4 +1,4 @@
-"""A working model passes; the same one, broken in each way that models break in, does not."""
+"""A working model passes; the same model fails when broken in any of the usual ways."""
 
 import copy
 import dataclasses
@@ -57,8 +57,8 @@ def model(working) -> MobileSAMv2:
     return copy.deepcopy(working)
 
 
-class Around(nn.Module):
-    """A module between two functions."""
+class Wrapped(nn.Module):
+    """Wraps a module with functions applied before and after it."""
 
     def __init__(self, module: nn.Module, before: Callable | None = None, after: Callable | None = None) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Around(nn.Module):
         return self.after(x) if self.after else x
 
 
-def found(measured: Measured, healthy: Measured) -> str:
-    """The verdict, with what is known of the working model."""
+def verdict_of(measured: Measured, healthy: Measured) -> str:
+    """The verdict, given the reference values of the working model."""
     return verdict(checks(measured, float(healthy.iou.mean()), KNOWN.known_fingerprint))
 
 
@@ -89,43 +89,43 @@ def randomise(module: nn.Module) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * weight.std())
 
 
-def test_working_model(healthy):
-    assert found(healthy, healthy) == "works"
+def test_working_model_passes(healthy):
+    assert verdict_of(healthy, healthy) == "works"
     assert all(check.passed for check in checks(healthy, float(healthy.iou.mean()), KNOWN.known_fingerprint))
     assert set(healthy.seconds) == {"encode", "discover", "decode", "crop"}
 
 
-def test_nothing_known_of_the_model(healthy):
-    """As for the released ones: the fingerprint is told and not compared."""
+def test_model_without_reference_values_passes(healthy):
+    """As for the released models, the fingerprint is printed but not compared."""
     results = checks(healthy)
     assert verdict(results) == "works" and [check.passed for check in results].count(None) == 1
 
 
 @pytest.mark.slow
-def test_decoder_of_another_encoder(model, images, healthy):
-    """An embedding of the same statistics in another space: what ViT-H's decoder gets from ViT-B's encoder."""
+def test_decoder_of_another_encoder_is_recognized(model, images, healthy):
+    """The embedding has the same statistics in a rotated space, as when ViT-H's decoder gets ViT-B's embedding."""
     channels = model.config.embed_dim
     rotation, _ = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)))
-    model.image_encoder = Around(model.image_encoder, after=lambda x: torch.einsum("dc,bchw->bdhw", rotation, x))
-    sentence = found(measure(model, images), healthy)
+    model.image_encoder = Wrapped(model.image_encoder, after=lambda x: torch.einsum("dc,bchw->bdhw", rotation, x))
+    sentence = verdict_of(measure(model, images), healthy)
     assert "decoder and encoder do not match" in sentence
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["image_encoder", "decoder", "both"])
 @pytest.mark.parametrize("how", [shuffle, randomise])
-def test_weights_that_are_noise(model, images, healthy, part, how):
+def test_noise_weights_are_recognized(model, images, healthy, part, how):
     for name in ("image_encoder", "decoder") if part == "both" else (part,):
         how(getattr(model, name))
     with torch.inference_mode():
         model._positions = model.decoder.positions(model.dtype)
-    sentence = found(measure(model, images), healthy)
+    sentence = verdict_of(measure(model, images), healthy)
     assert "decoder and encoder do not match" in sentence
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["BGR", "0..1"])
-def test_images_reach_the_encoder_in_another_form(model, images, healthy, how, monkeypatch):
+def test_wrong_input_format_of_the_encoder_is_recognized(model, images, healthy, how, monkeypatch):
     right = mobilesamv2.preprocess
 
     def wrong(image: np.ndarray, image_size: int):
@@ -135,68 +135,68 @@ def test_images_reach_the_encoder_in_another_form(model, images, healthy, how, m
         return (pixels * STD + MEAN) / 255, size
 
     monkeypatch.setattr(mobilesamv2, "preprocess", wrong)
-    sentence = found(measure(model, images), healthy)
+    sentence = verdict_of(measure(model, images), healthy)
     assert sentence.startswith("The encoder receives images in another format")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [lambda x: x.flip(1), lambda x: (x * STD + MEAN) / 255], ids=["BGR", "0..1"])
-def test_weights_that_expect_another_form(model, images, healthy, form):
-    """The scenes' colours are random: masks of BGR are as good, and the fingerprint alone tells."""
-    model.image_encoder = Around(model.image_encoder, before=form)
-    sentence = found(measure(model, images), healthy)
+def test_weights_trained_on_another_format_are_recognized(model, images, healthy, form):
+    """The scenes have random colours, so masks from BGR are as good and only the fingerprint differs."""
+    model.image_encoder = Wrapped(model.image_encoder, before=form)
+    sentence = verdict_of(measure(model, images), healthy)
     assert "wrong normalisation" in sentence or "the preprocessing differs from that in training" in sentence
 
 
-def test_weights_that_would_rather_have_bgr(healthy):
-    """As photos tell, whose colours are not random."""
+def test_weights_that_do_better_with_bgr_are_recognized(healthy):
+    """Photos reveal this because their colours are not random."""
     measured = dataclasses.replace(healthy, forms=healthy.forms | {"BGR": (0.8, 0.7)})
-    assert found(measured, healthy).startswith("The encoder's weights expect BGR")
+    assert verdict_of(measured, healthy).startswith("The encoder's weights expect BGR")
 
 
 @pytest.mark.slow
-def test_detector_sees_bgr(model, images, healthy, monkeypatch):
+def test_wrong_input_format_of_the_detector_is_recognized(model, images, healthy, monkeypatch):
     right = object_discovery.letterbox
     monkeypatch.setattr(object_discovery, "letterbox", lambda image, size: right(image, size).flip(1))
-    assert found(measure(model, images), healthy).startswith("The detector receives images in another format")
+    assert verdict_of(measure(model, images), healthy).startswith("The detector receives images in another format")
 
 
 @pytest.mark.slow
-def test_detector_that_is_noise(model, images, healthy):
+def test_noise_in_the_detector_is_recognized(model, images, healthy):
     shuffle(model.discovery.detector)
-    sentence = found(measure(model, images), healthy)
+    sentence = verdict_of(measure(model, images), healthy)
     assert "object discovery finds too few" in sentence
 
 
-def test_masks_from_points_that_are_of_other_things(healthy):
-    assert "masks from points" in found(dataclasses.replace(healthy, agreement=0.2), healthy)
+def test_disagreement_of_points_and_boxes_is_recognized(healthy):
+    assert "masks from points" in verdict_of(dataclasses.replace(healthy, agreement=0.2), healthy)
 
 
-# Models of photos, of which none comes with the package ---------------------------------------------------------------
+# Models for photos, none of which is in the package -------------------------------------------------------------------
 
 
-def of_photos(healthy: Measured, iou: np.ndarray) -> Measured:
+def measured_on_photos(healthy: Measured, iou: np.ndarray) -> Measured:
     boxes, ellipses = (np.concatenate(ious) for ious in zip(*map(_trivial_ious, photos())))
     return dataclasses.replace(
         healthy, iou=iou, box_iou=boxes, ellipse_iou=ellipses, fingerprint=np.zeros(FINGERPRINT_CHANNELS)
     )
 
 
-def test_answers_on_photos(healthy):
-    """Near the drawn masks: works, also with some objects missed. Boxes, ellipses, or half of that: fails."""
+def test_verdict_on_photos_depends_on_the_iou(healthy):
+    """Masks near the drawn ones pass, even if some objects are missed; boxes, ellipses and low IoUs fail."""
     count = sum(len(known.objects) for known in photos())
     for iou, works in ((0.9, True), (0.7, True), (0.55, False), (0.4, False), (0.0, False)):
-        assert (verdict(checks(of_photos(healthy, np.full(count, iou)))) == "works") == works
+        assert (verdict(checks(measured_on_photos(healthy, np.full(count, iou)))) == "works") == works
     some_missed = np.where(np.arange(count) < 3, 0.1, 0.85)
-    assert verdict(checks(of_photos(healthy, some_missed))) == "works"
+    assert verdict(checks(measured_on_photos(healthy, some_missed))) == "works"
     for trivial in zip(*map(_trivial_ious, photos())):
-        assert "weights load" in verdict(checks(of_photos(healthy, np.concatenate(trivial))))
+        assert "weights load" in verdict(checks(measured_on_photos(healthy, np.concatenate(trivial))))
 
 
 @torch.inference_mode()
 @pytest.mark.slow
-def test_random_weights_do_not_pass_on_photos(working):
-    """Those of the smallest released architecture, as built."""
+def test_random_weights_fail_on_photos(working):
+    """The weights are the initial ones of the smallest released architecture."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder, decoder = encoder_config("tiny_vit").build(), PromptGuidedDecoder()

@@ -1,4 +1,4 @@
-"""AR@K against pycocotools' and LVIS's own evaluation."""
+"""AR@K compared with pycocotools' and LVIS's own evaluations."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from fiftyone_mobilesamv2.evaluation.average_recall import (
     ranking,
 )
 
-SIZE = 128  # of synthetic images: room for areas of 96**2 and above
+SIZE = 128  # of synthetic images; leaves room for areas above 96**2
 
 
 @dataclass
 class Image:
-    """What is evaluated: shapes are RLE, or boxes [N, 4]; `areas` as the ground truth tells them, None for default."""
+    """An image to evaluate. Shapes are RLEs or boxes [N, 4]; `areas` are those of the ground truth, None by default."""
 
     proposals: Sequence
     scores: Sequence[float]
@@ -62,7 +62,7 @@ def rles(*boxes):
 
 
 def shape_fields(shape):
-    """A box's or mask's fields of an annotation of COCO's, whose area is what the shape covers."""
+    """The fields of a COCO annotation for a box or mask; the area is what the shape covers."""
     if isinstance(shape, dict):
         return {"segmentation": shape, "area": float(mask_utils.area(shape))}
     return {"bbox": list(map(float, shape)), "area": float(shape[2] * shape[3])}
@@ -113,16 +113,16 @@ def assert_recalls_equal(recall, group, ks, theirs):
 
 
 def assert_matches_equal(image, matches, theirs, ious):
-    """`theirs`: COCOeval's account of the image with all areas."""
+    """`theirs`: COCOeval's result for the image, for all areas."""
     crowd = np.zeros(len(image.objects), bool) if image.is_crowd is None else np.array(image.is_crowd, bool)
     if theirs is None:
         assert not len(image.objects) and not len(image.proposals)
         theirs = {"gtIds": [], "dtIds": [], "gtMatches": np.zeros((10, 0))}
         theirs |= {"dtMatches": np.zeros((10, 0)), "dtIgnore": np.zeros((10, 0))}
     rank_of = {0: NOT_FOUND} | {proposal: rank for rank, proposal in enumerate(theirs["dtIds"])}
-    # Ids ascend in the order of objects, which COCOeval sorts crowds last.
-    found = theirs["gtMatches"][:, np.argsort(theirs["gtIds"])].reshape(10, len(crowd))
-    ranks = np.vectorize(rank_of.get, otypes=[np.int64])(found)
+    # IDs ascend in the order of objects; COCOeval sorts crowds last.
+    matched = theirs["gtMatches"][:, np.argsort(theirs["gtIds"])].reshape(10, len(crowd))
+    ranks = np.vectorize(rank_of.get, otypes=[np.int64])(matched)
     ranks[:, crowd] = NOT_FOUND
     np.testing.assert_array_equal(matches.ranks, ranks)
     unmatched = (theirs["dtMatches"][0] == 0) & ~theirs["dtIgnore"][0].astype(bool)
@@ -135,27 +135,27 @@ def assert_matches_equal(image, matches, theirs, ious):
 
 
 def has_rivals(matches, is_crowd):
-    """Whether two objects name the same proposal as the first that overlaps them enough."""
+    """Whether two objects share their first sufficiently overlapping proposal."""
     overlaps = matches.ious[:, ~np.array(is_crowd, bool)] >= 0.5
     first = overlaps.argmax(0)[overlaps.any(0)] if len(overlaps) else []
     return len(set(first)) < len(first)
 
 
 def assert_equals_cocoeval(images, iou_type, ks):
-    """Returns the images in which objects were rivals for a proposal."""
+    """Returns the indices of images in which objects compete for a proposal."""
     recall, evaluation = AverageRecall(ks), run_cocoeval(images, iou_type, ks)
     matches = [image.add_to(recall) for image in images]
     assert recall.images == len(images)
-    for i, (image, found) in enumerate(zip(images, matches)):
-        assert_matches_equal(image, found, evaluation.evalImgs[i], evaluation.ious[i + 1, -1])
+    for i, (image, match) in enumerate(zip(images, matches)):
+        assert_matches_equal(image, match, evaluation.evalImgs[i], evaluation.ious[i + 1, -1])
     for group, theirs in zip(AREA_RANGES, np.moveaxis(evaluation.eval["recall"][:, 0], 1, 0), strict=True):
         assert_recalls_equal(recall, group, ks, theirs)
-    return [i for i, (image, found) in enumerate(zip(images, matches)) if has_rivals(found, image.is_crowd)]
+    return [i for i, (image, match) in enumerate(zip(images, matches)) if has_rivals(match, image.is_crowd)]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """The module that makes proposals out of the photos' objects."""
+    """The benchmark module, which makes proposals from the photos' objects."""
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "evaluation.py"
     spec = importlib.util.spec_from_file_location("benchmark_evaluation", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -165,31 +165,29 @@ def benchmark():
 
 @pytest.fixture(scope="module")
 def annotated(photos, benchmark):
-    """The 128 photos, every fourth with more than 1000 proposals, the others with fewer, as COCOeval is slow."""
+    """The 128 photos; only every fourth has more than 1000 proposals because COCOeval is slow."""
     counts = [1010 if i % 4 == 0 else 200 for i in range(128)]
-    found = benchmark.read_photos(photos, counts)
-    assert len(found) == 128 and sum(a["iscrowd"] for photo in found for a in photo.annotations) == 13
-    return found
+    photos_read = benchmark.read_photos(photos, counts)
+    assert len(photos_read) == 128 and sum(a["iscrowd"] for each in photos_read for a in each.annotations) == 13
+    return photos_read
 
 
-def of_annotations(photo, proposals, objects, **kwargs):
+def image_of(photo, proposals, objects, **kwargs):
     is_crowd = [bool(a["iscrowd"]) for a in photo.annotations]
     return Image(proposals, photo.scores, objects, is_crowd, **kwargs)
 
 
 @pytest.mark.slow
-def test_masks_of_photos(annotated):
-    images = [
-        of_annotations(p, p.proposals, p.objects, areas=[a["area"] for a in p.annotations]) for p in annotated[::4]
-    ]
+def test_masks_of_photos_equal_cocoeval(annotated):
+    images = [image_of(p, p.proposals, p.objects, areas=[a["area"] for a in p.annotations]) for p in annotated[::4]]
     assert assert_equals_cocoeval(images, "segm", KS), "no rivals: this shows little"
-    # By default, areas are those of the masks; on photos with few proposals, for time.
-    assert_equals_cocoeval([of_annotations(p, p.proposals, p.objects) for p in annotated[1::16]], "segm", KS)
+    # By default, areas are those of the masks. Photos with few proposals save time.
+    assert_equals_cocoeval([image_of(p, p.proposals, p.objects) for p in annotated[1::16]], "segm", KS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("areas_from", ["annotations", "boxes"])
-def test_boxes_of_photos(annotated, areas_from):
+def test_boxes_of_photos_equal_cocoeval(annotated, areas_from):
     rng = np.random.default_rng(0)
     images = []
     for photo in annotated[::2]:
@@ -199,17 +197,17 @@ def test_boxes_of_photos(annotated, areas_from):
         anywhere = rng.uniform(0, 300, (count, 4))
         proposals = np.where(rng.random((count, 1)) < 0.7, near, anywhere)
         areas = [a["area"] for a in photo.annotations] if areas_from == "annotations" else None
-        images.append(of_annotations(photo, proposals, boxes, areas=areas))
+        images.append(image_of(photo, proposals, boxes, areas=areas))
     assert assert_equals_cocoeval(images, "bbox", (1, 10, 100, 1000)), "no rivals: this shows little"
 
 
-# 32 x 32 and 96 x 96 are the ends of ranges of areas; an empty mask has area 0; 128 fills the image.
+# 32x32 and 96x96 are the limits of the area ranges; an empty mask has area 0; 128 fills the image.
 sides = st.sampled_from([0, 1, 2, 5, 16, 31, 32, 33, 95, 96, 97, SIZE])
 
 
 @st.composite
 def boxes(draw, near=()):
-    """Boxes inside the image; those near others differ by few pixels, or not at all."""
+    """Boxes inside the image; boxes near others differ by a few pixels or not at all."""
     if near:
         steps = st.integers(-3, 3)
         x, y, w, h = (side + draw(steps) * draw(st.booleans()) for side in draw(st.sampled_from(near)))
@@ -243,7 +241,7 @@ kss = st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True).map(sort
 @pytest.mark.parametrize("iou_type", ["segm", "bbox"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), ks=kss)
-def test_drawn(iou_type, data, ks):
+def test_random_shapes_equal_cocoeval(iou_type, data, ks):
     images = data.draw(st.lists(drawn_images(iou_type), min_size=1, max_size=3))
     rivals = assert_equals_cocoeval(images, iou_type, ks)
     event(f"rivals: {bool(rivals)}")
@@ -262,11 +260,11 @@ def test_drawn(iou_type, data, ks):
     ],
     ids=["nothing", "no proposals", "no objects", "only a crowd", "empty masks", "whole image"],
 )
-def test_single_image(image):
+def test_edge_cases_equal_cocoeval(image):
     assert_equals_cocoeval([image], "segm", (1, 5))
 
 
-def test_area_at_the_end_of_a_range_is_in_both():
+def test_area_at_a_limit_is_in_both_ranges():
     side = {"small": 32, "large": 96}
     recall = AverageRecall()
     for image in [Image(rles((0, 0, s, s)), [1], rles((0, 0, s, s))) for s in side.values()]:
@@ -275,31 +273,31 @@ def test_area_at_the_end_of_a_range_is_in_both():
     assert recall.metrics()["ARs"] == recall.metrics()["ARm"] == recall.metrics()["ARl"] == 1
 
 
-def test_areas_that_the_ground_truth_tells():
+def test_areas_of_the_ground_truth_are_used():
     recall = AverageRecall()
     recall.add([], rles((0, 0, 5, 5), (0, 0, 6, 6)), areas=[50**2, 1000**2])
     assert recall.totals == {"all": 2, "small": 0, "medium": 1, "large": 1}
 
 
-def test_rivals():
+def test_competing_objects_equal_cocoeval():
     objects = rles((0, 0, 40, 40), (0, 0, 44, 40), (0, 0, 48, 40), (0, 0, 52, 40), (14, 0, 60, 40))
     proposals = rles((0, 0, 46, 40), (12, 0, 48, 40), (0, 0, 42, 40), (0, 0, 48, 40), (0, 0, 30, 40))
     image = Image(proposals, [5, 4, 3, 2, 1], objects, is_crowd=[False] * 5)
     assert assert_equals_cocoeval([image], "segm", (1, 2, 3, 4, 5)) == [0]
-    # All but the fifth object name the first proposal: the third wins, with IoU 46 / 48. The second and the fourth
-    # turn to the second proposal, which is nearer to the fifth, then with the first to the third proposal, and so on.
+    # All objects but the fifth compete for the first proposal; the third wins with IoU 46/48. The second and the
+    # fourth try the second proposal, which is nearer to the fifth, then compete with the first for the third one.
     assert image.add_to(AverageRecall()).ranks[0].tolist() == [4, 2, 0, 3, 1]
 
 
-def test_of_equally_overlapped_the_last_is_found():
-    """And the other goes without: nothing else overlaps it."""
+def test_last_of_equally_overlapping_objects_is_matched():
+    """The other object stays unmatched because nothing else overlaps it."""
     image = Image(rles((10, 0, 20, 20), (40, 0, 5, 5)), [1, 0], rles((8, 0, 20, 20), (12, 0, 20, 20)), [False] * 2)
     assert assert_equals_cocoeval([image], "segm", (1, 2)) == [0]
     assert image.add_to(AverageRecall()).ranks[0].tolist() == [NOT_FOUND, 0]
 
 
-def test_ignored_object_takes_no_proposal():
-    """A crowd may hold any number of proposals, and of a proposal's two objects the one in the range counts."""
+def test_ignored_object_uses_up_no_proposal():
+    """A crowd may match any number of proposals, and an object outside the area range gives way to one inside it."""
     crowd, inside = (0, 0, 100, 100), (10, 10, 20, 20)
     image = Image(
         rles((10, 10, 20, 20), (40, 40, 9, 9), (60, 60, 9, 9), (90, 90, 38, 38)),
@@ -312,7 +310,7 @@ def test_ignored_object_takes_no_proposal():
     assert matches.unmatched.tolist() == [False, False, False, True]
     assert matches.ranks[:, 1].tolist() == [0] * 10
 
-    # The proposal is nearer to the object of 33 x 33 pixels, which is not small.
+    # The proposal is nearer to the 33x33 object, which is not small.
     image = Image(rles((0, 0, 33, 33)), [1], rles((0, 0, 33, 33), (0, 0, 32, 32)), [False] * 2)
     assert_equals_cocoeval([image], "segm", (1,))
     recall = AverageRecall()
@@ -322,7 +320,7 @@ def test_ignored_object_takes_no_proposal():
 
 def test_by_hand():
     objects = rles((0, 0, 10, 10), (30, 30, 10, 10))
-    # The first has IoU 0.8 with the first object: recalled at 0.50 .. 0.80, 7 of 10 thresholds. The third is exact.
+    # The first proposal has IoU 0.8 with the first object, enough for 7 of the 10 thresholds. The third is exact.
     proposals = rles((0, 0, 10, 8), (50, 0, 5, 5), (30, 30, 10, 10))
     result = average_recall([(proposals, objects)], ks=(3, 1))
     expected = {"AR@1": 0.35, "AR@3": 0.85, "AR": 0.6, "ARs@1": 0.35, "ARs@3": 0.85, "ARs": 0.6}
@@ -339,7 +337,7 @@ def test_frequencies_by_hand():
     assert recall.totals["rare"] == 1 and recall.totals["common"] == 0 and recall.totals["frequent"] == 2
     assert (metrics["ARr@1"], metrics["ARf@1"], metrics["ARf@10"]) == (1, 0, 0.5)
     assert np.isnan(metrics["ARc"])
-    # Images without frequencies add to no such group.
+    # Images without frequencies don't count in these groups.
     Image(objects, range(4), objects).add_to(recall)
     assert recall.totals["rare"] == 1 and recall.totals["all"] == 7
 
@@ -348,12 +346,12 @@ def test_frequencies_by_hand():
 def lvis(monkeypatch):
     import lvis
 
-    monkeypatch.setattr(np, "float", float, raising=False)  # which numpy no longer has, but lvis uses
+    monkeypatch.setattr(np, "float", float, raising=False)  # lvis uses it, but numpy removed it
     return lvis
 
 
 def run_lviseval(lvis, images, folder, keep=None):
-    """LVISEval's recall [thresholds, ranges of areas] of the objects of one frequency, or of all, as one category."""
+    """LVISEval's recall [thresholds, area ranges] for objects of one frequency or all, treated as one category."""
     objects, proposals, entries = [], [], []
     for image_id, image in enumerate(images, 1):
         height, width = image.objects[0]["size"]
@@ -379,8 +377,8 @@ def run_lviseval(lvis, images, folder, keep=None):
 
 
 @pytest.mark.slow
-def test_lvis(annotated, lvis, tmp_path):
-    """LVIS has no crowds; AR of rare, common and frequent categories is that of their objects alone."""
+def test_results_equal_lviseval(annotated, lvis, tmp_path):
+    """LVIS has no crowds. AR of rare, common or frequent categories counts only their objects."""
     images = []
     for photo in annotated[::4]:
         frequencies = ["rcf"[a["category_id"] % 3] for a in photo.annotations]
@@ -408,7 +406,7 @@ def parts_of(images, ks):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), ks=kss)
-def test_merging_in_any_order(data, ks):
+def test_merging_does_not_depend_on_the_order(data, ks):
     images = data.draw(st.lists(drawn_images("segm"), min_size=1, max_size=6))
     for image in images:
         some = st.sampled_from(["r", "c", "f", None])
@@ -427,7 +425,7 @@ def test_merging_in_any_order(data, ks):
     np.testing.assert_equal(left[0].metrics(), whole.metrics())
 
 
-def test_merging_different_ks():
+def test_merging_different_ks_is_refused():
     with pytest.raises(ValueError, match="can't be merged"):
         AverageRecall((10, 100)) + AverageRecall((10, 1000))
 
@@ -451,18 +449,18 @@ def test_json_round_trip(ks):
 
 
 @pytest.mark.parametrize("ks", [(), (0,), (10, -1), (2.5,), (True,), (float("nan"),), (10.0,), ("10",), (None,)])
-def test_invalid_ks(ks):
+def test_invalid_ks_are_refused(ks):
     with pytest.raises(ValueError, match="whole numbers from 1 to 100,000"):
         AverageRecall(ks)
 
 
 @pytest.mark.parametrize("k", [4, 0, -1])
-def test_k_that_was_not_matched(k):
+def test_k_beyond_the_evaluated_ones_is_refused(k):
     with pytest.raises(ValueError, match=f"K={k}"):
         AverageRecall((1, 3)).recalls(k)
 
 
-def test_proposals_beyond_the_largest_k_are_left_out():
+def test_proposals_beyond_the_largest_k_are_ignored():
     proposals = rles((0, 0, 5, 5), (10, 10, 10, 10))
     matches = AverageRecall((1,)).add(proposals, proposals[1:])
     assert matches.ious.shape == (1, 1) and matches.unmatched.tolist() == [True]
@@ -476,7 +474,7 @@ def test_curve():
     assert np.isnan(recall.curve("large")).all() and len(recall.curve("large")) == 4
 
 
-def test_ranking():
+def test_ranking_is_stable_and_limited():
     assert ranking([0.5, 1, 0.5, 0, 1], 4).tolist() == [1, 4, 0, 2]
     assert ranking([], 10).tolist() == []
     assert ranking([-np.inf, np.inf], 10).tolist() == [1, 0]
@@ -485,12 +483,12 @@ def test_ranking():
 
 
 @pytest.mark.parametrize("scores", [[0.5, None], [np.nan, 0.5]])
-def test_ranking_without_a_score(scores):
+def test_ranking_refuses_missing_scores(scores):
     with pytest.raises(ValueError, match="1 of 2 scores are missing or NaN"):
         ranking(scores, 1)
 
 
-def test_needs_neither_fiftyone_nor_torch():
+def test_import_loads_neither_fiftyone_nor_torch():
     code = (
         "import sys, fiftyone_mobilesamv2.evaluation.average_recall;"
         "print([name for name in ('fiftyone', 'torch') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""`load_coco` against pycocotools, on photos and on annotations whose pixels are known by hand."""
+"""`load_coco` compared with pycocotools on photos, and with known pixels on hand-made annotations."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 12, 10
 
 
 def pasted(detection, metadata):
-    """bool [H, W]: the mask at its box, which must be a whole number of pixels."""
+    """Full-image bool mask [H, W] of a detection whose box must lie on whole pixels."""
     box = np.array(detection.bounding_box) * ([metadata.width, metadata.height] * 2)
     x, y, w, h = np.round(box).astype(int)
     np.testing.assert_allclose(box, [x, y, w, h], atol=1e-9)
@@ -27,7 +27,7 @@ def pasted(detection, metadata):
 
 
 def rectangle(x0, y0, x1, y1):
-    """The pixels x0 <= x < x1, y0 <= y < y1 of a small image."""
+    """Mask of the pixels x0 <= x < x1, y0 <= y < y1 of a small image."""
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[y0:y1, x0:x1] = True
     return mask
@@ -38,7 +38,7 @@ def polygon(x0, y0, x1, y1):
 
 
 def uncompressed(mask):
-    """COCO's RLE: runs down the columns, the first of them background."""
+    """COCO's uncompressed RLE: column-major runs, starting with background."""
     flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     counts = np.diff(edges, prepend=0).tolist()
@@ -51,7 +51,7 @@ def compressed(mask):
 
 
 class Files:
-    """A folder of small images and the JSON file of their annotations."""
+    """A folder of small images and their annotation file."""
 
     def __init__(self, folder):
         self.images, self.file = folder / "images", folder / "instances.json"
@@ -86,7 +86,7 @@ def files(mongod, tmp_path):
         dataset.delete()
 
 
-def test_photos_are_what_pycocotools_reads(mongod, photos):
+def test_photos_equal_those_of_pycocotools(mongod, photos):
     truth = COCO(photos / "instances.json")
     dataset = load_coco(photos / "images", photos / "instances.json")
     assert len(dataset) == len(truth.imgs) == 128
@@ -120,17 +120,17 @@ WITH_HOLE = rectangle(0, 0, WIDTH, HEIGHT) & ~rectangle(3, 3, 5, 6)
         ([polygon(1, 1, 4, 3), polygon(6, 5, 11, 9)], TWO_PARTS),
         ([polygon(1, 1, 4, 3), polygon(2, 1, 6, 3)], rectangle(1, 1, 6, 3)),  # a union: overlaps don't cancel
         ([[1, 1, 4], polygon(1, 1, 4, 3), [5, 5, 6, 6]], rectangle(1, 1, 4, 3)),
-        ([[5, 5, 6, 6], polygon(1, 1, 4, 3)], rectangle(1, 1, 4, 3)),  # pycocotools would take [5, 5, 6, 6] for a box
+        ([[5, 5, 6, 6], polygon(1, 1, 4, 3)], rectangle(1, 1, 4, 3)),  # pycocotools would read [5, 5, 6, 6] as a box
         ([polygon(8, 7, 40, 40)], rectangle(8, 7, WIDTH, HEIGHT)),
         (uncompressed(TWO_PARTS), TWO_PARTS),
         (uncompressed(WITH_HOLE), WITH_HOLE),
         (compressed(TWO_PARTS), TWO_PARTS),
         (compressed(WITH_HOLE), WITH_HOLE),
-        # A run of no pixels at the image's start: pycocotools' own box would begin there.
+        # An empty run at the start of the image, where pycocotools' own box would begin.
         ({"size": [HEIGHT, WIDTH], "counts": [0, 0, 55, 3, 62]}, rectangle(5, 5, 6, 8)),
     ],
 )
-def test_segmentations_of_known_pixels(files, segmentation, expected):
+def test_segmentation_formats_give_the_known_pixels(files, segmentation, expected):
     files.object(segmentation)
     sample = files.load().first()
     (detection,) = sample.ground_truth.detections
@@ -156,7 +156,7 @@ def test_images_without_objects_are_kept(files):
         (uncompressed(rectangle(0, 0, 0, 0)), [0, 0, 0, 0], [0, 0, 1, 1]),
     ],
 )
-def test_an_object_without_pixels_stays_and_is_named(files, caplog, segmentation, bbox, pixels):
+def test_object_without_pixels_is_kept_and_logged(files, caplog, segmentation, bbox, pixels):
     files.object([polygon(1, 1, 4, 3)])
     files.object(segmentation, bbox=bbox, id=4711)
     with caplog.at_level(logging.WARNING):
@@ -168,7 +168,7 @@ def test_an_object_without_pixels_stays_and_is_named(files, caplog, segmentation
     assert "kept with empty masks: 1; ids: 4711" in caplog.text
 
 
-def test_iscrowd_may_be_missing_and_attributes_can_be_filtered_on(files):
+def test_iscrowd_is_optional_and_attributes_can_be_filtered(files):
     files.object([polygon(1, 1, 4, 3)], iscrowd=1)
     files.object([polygon(1, 1, 4, 3)])
     del files.content["annotations"][1]["iscrowd"]
@@ -181,7 +181,7 @@ def test_iscrowd_may_be_missing_and_attributes_can_be_filtered_on(files):
     assert "objects.detections.frequency" not in schema
 
 
-def test_a_named_dataset_persists_and_is_never_overwritten(files):
+def test_named_dataset_persists_and_is_never_overwritten(files):
     dataset = files.load(name="coco-test")
     assert dataset.persistent and dataset.name == "coco-test"
     files.image(2)
@@ -190,14 +190,14 @@ def test_a_named_dataset_persists_and_is_never_overwritten(files):
     assert len(fo.load_dataset("coco-test")) == 1
 
 
-def test_missing_images(files):
+def test_missing_images_are_reported(files):
     for key in range(2, 9):
         files.image(key, exists=False)
     with pytest.raises(FileNotFoundError, match=r"^7 of the 8 images in .*instances\.json.*002\.png.*004\.png, \.\.\."):
         files.load()
 
 
-def test_a_sample_of_the_images_that_exist(files):
+def test_sample_is_drawn_from_existing_images(files):
     for key in range(2, 9):
         files.image(key, exists=key > 4)
     for seed in range(3):
@@ -235,7 +235,7 @@ def test_errors_name_the_file_and_leave_no_dataset(files, damage, message):
     assert fo.list_datasets() == before
 
 
-def test_a_file_that_is_no_annotations(files):
+def test_invalid_annotation_file_is_refused(files):
     files.file.write_text("images: 3")
     with pytest.raises(ValueError, match=r"instances\.json: Expecting value"):
         load_coco(files.images, files.file)

@@ -17,7 +17,7 @@ FREQUENCIES = {1: "r", 2: "c", 3: "f"}
 
 @pytest.fixture
 def content():
-    """Image k lies in train2017 where k is even, and has k % 3 objects, of the categories 1 to k % 3."""
+    """Image k lies in train2017 if k is even, else in val2017; it has one object of each category from 1 to k % 3."""
     images, annotations = [], []
     for key in range(1, COUNT + 1):
         url = f"http://images.cocodataset.org/{'val' if key % 2 else 'train'}2017/{key:012d}.png"
@@ -33,7 +33,7 @@ def content():
 
 @pytest.fixture
 def load(mongod, tmp_path, content):
-    """Writes images, in their split's folder or flat, and loads them."""
+    """Writes the images, into a folder per split or a single one, and loads them."""
     loaded = []
 
     def load(folders=True, keys=range(1, COUNT + 1), **arguments):
@@ -58,7 +58,7 @@ def image_ids(dataset):
 
 
 @pytest.mark.parametrize("folders", [True, False])
-def test_all_images_and_objects(load, folders):
+def test_all_images_and_objects_are_loaded(load, folders):
     dataset = load(folders)
     assert image_ids(dataset) == list(range(1, COUNT + 1))
     for key, sample in enumerate(dataset, 1):
@@ -74,7 +74,7 @@ def test_all_images_and_objects(load, folders):
     assert isinstance(dataset.get_field("ground_truth.detections.frequency"), fo.StringField)
 
 
-def test_the_drawn_images_do_not_depend_on_the_order_of_the_file(load, content):
+def test_drawn_images_do_not_depend_on_the_order_of_the_file(load, content):
     first = image_ids(load(sample=8))
     assert len(set(first)) == 8
     random.Random(1).shuffle(content["images"])
@@ -83,36 +83,36 @@ def test_the_drawn_images_do_not_depend_on_the_order_of_the_file(load, content):
     assert image_ids(load(sample=8, seed=1)) != first
 
 
-def test_images_are_drawn_from_all_that_exist(load):
+def test_images_are_drawn_from_all_existing_ones(load):
     existing = set(range(1, 16))
     dataset = load(keys=existing, sample=15)
     assert set(image_ids(dataset)) == existing
-    assert 0 in dataset.values(fo.ViewField("ground_truth.detections").length())  # without objects too
+    assert 0 in dataset.values(fo.ViewField("ground_truth.detections").length())  # including images without objects
     with pytest.raises(
         FileNotFoundError, match=r"^15 of the 30 images .*lvis\.json don't exist: .* draw fewer than 16"
     ):
         load(keys=existing, sample=16)
 
 
-def test_every_image_must_exist_where_none_are_drawn(load):
+def test_without_sampling_every_image_must_exist(load):
     with pytest.raises(FileNotFoundError, match=r"^2 of the 30 images in .*lvis\.json .*train2017/000000000030\.png"):
         load(keys=range(1, 29))
 
 
-def test_unknown_category(load, content):
+def test_unknown_category_is_reported(load, content):
     content["annotations"][0]["category_id"] = 4
     with pytest.raises(ValueError, match=r"lvis\.json: annotation 1 refers to image 1 and category 4"):
         load(sample=1)
 
 
-def test_a_coco_file_is_no_lvis_file(load, content):
+def test_coco_file_is_refused(load, content):
     content["images"][0] = {"id": 1, "file_name": "1.png", "width": WIDTH, "height": HEIGHT, "coco_url": ""}
     del content["images"][0]["coco_url"]
     with pytest.raises(ValueError, match=r"lvis\.json: entry 1 has no 'coco_url'"):
         load(keys=())
 
 
-def test_a_named_dataset_persists_and_is_never_overwritten(load):
+def test_named_dataset_persists_and_is_never_overwritten(load):
     dataset = load(name="lvis-test", sample=2)
     assert dataset.persistent
     with pytest.raises(ValueError, match="dataset named 'lvis-test' exists"):

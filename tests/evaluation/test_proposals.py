@@ -1,4 +1,4 @@
-"""AR@K as a FiftyOne evaluation: figures against pycocotools, what is stored, and that nothing else is touched."""
+"""AR@K as a FiftyOne evaluation: figures equal pycocotools', results are stored, and nothing else changes."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ PANEL_NAMES = {"AR", "AR@1", "AR@5", "AR@20"}
 
 
 def detection(mask, **attributes):
-    """A label of a mask of the whole image, stored cropped to its tight box."""
+    """A Detection for a full-image mask, stored cropped to its tight box."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = mask.shape
@@ -65,7 +65,7 @@ def shifted(mask, dx, dy):
 
 
 def make_images(count=5, seed=0):
-    """For each image its objects (one of them a crowd region) and proposals: [(mask, attributes)]."""
+    """Returns the objects (one of them a crowd region) and proposals of each image, as lists of (mask, attributes)."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
@@ -75,7 +75,7 @@ def make_images(count=5, seed=0):
         for _ in range(30):
             source = objects[rng.integers(6)][0] if rng.random() < 0.8 else ellipse(rng)
             mask = shifted(source, int(rng.integers(-6, 7)), int(rng.integers(-6, 7)))
-            # Coarse scores: ties.
+            # Coarse scores cause ties.
             scores = {"confidence": rng.random(), "predicted_iou": rng.random(), "stability": rng.random()}
             proposals.append((mask, {name: round(float(value), 1) for name, value in scores.items()}))
         images.append((objects, proposals))
@@ -95,7 +95,7 @@ def make_samples(images, folder):
 
 
 def coco_recall(images, score="confidence", iou_type="segm", areas=None):
-    """COCOeval's recall [thresholds, areas, K], by the masks of `images`."""
+    """COCOeval's recall [thresholds, areas, K] for the masks of `images`."""
     annotations, results = [], []
     for image_id, (objects, proposals) in enumerate(images, 1):
         for mask, attributes in objects:
@@ -132,7 +132,7 @@ def assert_equals_coco(results, recall):
     for column, name in enumerate(("AR", "ARs", "ARm", "ARl")):
         for row, k in enumerate(KS):
             expected = recall[:, column, row].mean()
-            if expected < 0:  # COCO's word for: no such object
+            if expected < 0:  # COCOeval's -1 means that there is no such object
                 assert math.isnan(metrics[f"{name}@{k}"])
             else:
                 assert abs(metrics[f"{name}@{k}"] - expected) < 1e-12
@@ -151,7 +151,7 @@ def labeled(dataset, images, tmp_path):
 
 
 def stored(dataset):
-    """Everything in the database about the samples, but for when it was written."""
+    """The samples' raw documents, without times and metadata."""
     documents = list(dataset._sample_collection.find({}))
     for document in documents:
         document.pop("last_modified_at")
@@ -178,12 +178,12 @@ def test_rank_by_sams_mean(labeled, images):
     assert_equals_coco(results, coco_recall(images, "mean"))
 
 
-def test_boxes(labeled, images):
+def test_boxes_equal_cocoeval(labeled, images):
     results = evaluate_proposals(labeled, "proposals", ks=KS, use_masks=False, progress=False)
     assert_equals_coco(results, coco_recall(images, iou_type="bbox"))
 
 
-def test_masks_on_disk(labeled, images, tmp_path):
+def test_masks_on_disk_equal_cocoeval(labeled, images, tmp_path):
     for sample in labeled:
         for field in ("ground_truth", "proposals"):
             for number, label in enumerate(sample[field].detections):
@@ -194,7 +194,7 @@ def test_masks_on_disk(labeled, images, tmp_path):
     assert_equals_coco(results, coco_recall(images))
 
 
-def test_polylines(labeled, images):
+def test_polylines_equal_cocoeval(labeled, images):
     drawn = []
     for sample, (objects, proposals) in zip(labeled, images):
         polylines, masks = [], []
@@ -202,7 +202,7 @@ def test_polylines(labeled, images):
             contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
             half = [0.5, 0.5]
             points = [((contour[:, 0] + half) / [WIDTH, HEIGHT]).tolist() for contour in contours]
-            # Two parts: the object and a corner of the image.
+            # Two shapes: the object, and a corner of the image.
             points.append([[0, 0], [4 / WIDTH, 0], [4 / WIDTH, 4 / HEIGHT], [0, 4 / HEIGHT]])
             polylines.append(fo.Polyline(points=points, closed=True, filled=True, **attributes))
             flat = [(np.array(part) * [WIDTH, HEIGHT]).ravel().tolist() for part in points]
@@ -217,7 +217,7 @@ def test_polylines(labeled, images):
     assert polygon.ar in ("tp", "fn") and 0 <= polygon.ar_iou <= 1
 
 
-def test_evaluate_detections(labeled, images):
+def test_evaluate_detections_gives_the_same_results(labeled, images):
     results = labeled.evaluate_detections(
         "proposals", eval_key="ar", method="proposals", use_masks=True, ks=KS, progress=False
     )
@@ -233,7 +233,7 @@ def test_evaluate_detections(labeled, images):
     assert not labeled.has_field("ar_tp") and labeled.has_field("same_tp")
 
 
-def test_area_of_an_attribute(labeled, images):
+def test_areas_can_come_from_an_attribute(labeled, images):
     areas = []
     for sample in labeled:
         for label in sample.ground_truth.detections:
@@ -254,26 +254,26 @@ def test_frequency_groups(labeled, images):
     metrics = evaluate_proposals(labeled, "proposals", ks=KS, progress=False).metrics()
     assert "ARr" not in before and {"ARr", "ARc", "ARf"} < set(metrics)
     for number, letter in enumerate(letters):
-        # The SAM paper's definition: ground truth that holds only these categories.
+        # By the SAM paper's definition, the ground truth contains only these categories.
         only = [(objects[number::3], proposals) for objects, proposals in images]
         recall = coco_recall(only)
         for row, k in enumerate(KS):
             assert abs(metrics[f"AR{letter}@{k}"] - recall[:, 0, row].mean()) < 1e-12
 
 
-def test_a_view_measures_what_it_shows(labeled, images):
+def test_evaluation_of_a_view_covers_what_it_shows(labeled, images):
     confident = [(o, [p for p in proposals if p[1]["confidence"] > 0.45]) for o, proposals in images]
     view = labeled.filter_labels("proposals", F("confidence") > 0.45)[1:]
     results = evaluate_proposals(view, "proposals", eval_key="ar", ks=KS, progress=False)
     assert_equals_coco(results, coco_recall(confident[1:]))
-    noted = labeled.filter_labels("proposals", F("ar") == "tp")
-    assert min(noted.values("proposals.detections.confidence", unwind=True)) > 0.45
+    true_positives = labeled.filter_labels("proposals", F("ar") == "tp")
+    assert min(true_positives.values("proposals.detections.confidence", unwind=True)) > 0.45
     assert labeled.first().ar_tp is None
     assert labeled.count("proposals.detections") == 30 * len(images)
     assert len(labeled.load_evaluation_view("ar")) == len(images) - 1
 
 
-def test_frames_of_videos(dataset, images):
+def test_video_frames_are_evaluated(dataset, images):
     images = [images[0], (images[1][0][:3], images[1][1]), *images[2:]]
     samples = []
     for number, part in enumerate((images[:3], images[3:])):
@@ -295,7 +295,7 @@ def test_frames_of_videos(dataset, images):
     assert dataset.values("ar_tp") == [sum(counts) for counts in per_frame]
     states = dataset.values("frames.ground_truth.detections.ar", unwind=True)
     assert states.count("tp") == sum(dataset.values("ar_tp")) and states.count("fn") == sum(dataset.values("ar_fn"))
-    # A video's recall is that of its objects, of which the second frame has fewer.
+    # A video's recall averages over its objects; the second frame has fewer.
     frames = dataset.values("frames.ar_recall_at_5")
     expected = [np.average(frames[0], weights=[5, 2, 5]), np.mean(frames[1])]
     assert dataset.values("ar_recall_at_5") == pytest.approx(expected)
@@ -312,7 +312,7 @@ def test_frames_of_videos(dataset, images):
     assert not [path for path in dataset.get_frame_field_schema(flat=True) if "renamed" in path]
 
 
-def test_a_view_of_frames(dataset, images, tmp_path):
+def test_frames_view_is_evaluated(dataset, images, tmp_path):
     sample = fo.Sample("/nowhere/0.mp4")
     sample.metadata = fo.VideoMetadata(frame_width=WIDTH, frame_height=HEIGHT, total_frame_count=2)
     for number, (objects, proposals) in enumerate(images[:2], 1):
@@ -330,7 +330,7 @@ def test_a_view_of_frames(dataset, images, tmp_path):
     assert_equals_coco(results, coco_recall(images[:2]))
     states = frames.values("ground_truth.detections.ar", unwind=True)
     assert states.count("tp") + states.count("fn") == 10
-    # The videos' dataset knows as well, in a new view too.
+    # The results also appear in the video dataset and in new views of it.
     dataset.reload()
     assert dataset.values("frames.ground_truth.detections.ar", unwind=True) == states
     assert dataset.to_frames().values("ar_tp") == frames.values("ar_tp")
@@ -340,7 +340,7 @@ def test_a_view_of_frames(dataset, images, tmp_path):
     dataset.delete_evaluation("new")
     assert not [path for path in dataset.get_frame_field_schema(flat=True) if "new" in path]
 
-    # The view that was made before can be measured again, in part, and the run deleted through it.
+    # The old view can be evaluated again, in full and in part, and can delete the evaluation.
     evaluate_proposals(frames, "proposals", eval_key="ar", ks=KS, progress=False)
     evaluate_proposals(frames.limit(1), "proposals", eval_key="ar", ks=KS, progress=False)
     assert [state is None for state in dataset.values("frames.ar_tp")[0]] == [False, True]
@@ -349,19 +349,19 @@ def test_a_view_of_frames(dataset, images, tmp_path):
     assert not [path for path in dataset.get_frame_field_schema(flat=True) if path.split(".")[-1].startswith("ar")]
 
 
-def test_patches(labeled, images):
+def test_patches_are_evaluated(labeled, images):
     patches = labeled.to_patches("ground_truth", other_fields="proposals")
     results = evaluate_proposals(patches, "proposals", eval_key="ar", ks=KS, progress=False)
     alone = [([each], proposals) for objects, proposals in images for each in objects]
     assert_equals_coco(results, coco_recall(alone))
     assert len(labeled.exists("ground_truth.detections.ar")) == len(images)
     counted = [label for label in labeled.values("ground_truth.detections.ar", unwind=True) if label]
-    assert len(counted) == 5 * len(images)  # crowds are neither found nor missed
-    # A proposal that finds an object is noted on its sample's, too.
-    found = set(labeled.values("ground_truth.detections.ar_id", unwind=True)) - {None}
-    noted = labeled.filter_labels("proposals", F("ar") == "tp").values("proposals.detections.id", unwind=True)
-    assert found == set(noted)
-    assert not labeled.has_field("ar_tp")  # counts of patches say nothing about their samples
+    assert len(counted) == 5 * len(images)  # crowds count neither as found nor as missed
+    # A proposal that finds an object is also marked in its sample.
+    finding = set(labeled.values("ground_truth.detections.ar_id", unwind=True)) - {None}
+    true_positives = labeled.filter_labels("proposals", F("ar") == "tp").values("proposals.detections.id", unwind=True)
+    assert finding == set(true_positives)
+    assert not labeled.has_field("ar_tp")  # counts per patch are not counts per sample
 
     evaluate_proposals(patches.limit(1), "proposals", eval_key="ar", ks=KS, progress=False)
     assert len([s for s in labeled.values("ground_truth.detections.ar", unwind=True) if s]) == 1
@@ -370,7 +370,7 @@ def test_patches(labeled, images):
     evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
 
 
-def test_proposals_that_only_the_patches_have(labeled):
+def test_proposals_may_exist_only_in_the_patches(labeled):
     patches = labeled.to_patches("ground_truth")
     labels = [fo.Detections(detections=[label.copy()]) for label in patches.values("ground_truth")]
     for each in labels:
@@ -379,8 +379,8 @@ def test_proposals_that_only_the_patches_have(labeled):
     assert not labeled.has_field("mine")
     results = evaluate_proposals(patches, "mine", eval_key="ar", ks=KS, progress=False)
     assert results.metrics()["recall"] == 1
-    noted = [state for state in labeled.values("ground_truth.detections.ar", unwind=True) if state]
-    assert noted == ["tp"] * len(results.ytrue)
+    states = [state for state in labeled.values("ground_truth.detections.ar", unwind=True) if state]
+    assert states == ["tp"] * len(results.ytrue)
     assert not labeled.has_field("mine")
     patches.delete_evaluation("ar")
     assert not labeled.has_field("ground_truth.detections.ar")
@@ -397,13 +397,13 @@ def test_clips_are_refused(dataset, images):
     dataset.add_sample(sample)
     with pytest.raises(ValueError, match=r"Clips.*frames of the videos"):
         evaluate_proposals(dataset.to_clips([[[1, 2]]]), "frames.proposals", "frames.ground_truth", eval_key="ar")
-    # What hides the counts doesn't keep them from being stored.
+    # Counts are stored even if the view hides their fields.
     view = dataset.select_fields(["frames.ground_truth", "frames.proposals"])
     evaluate_proposals(view, "frames.proposals", "frames.ground_truth", eval_key="ar", progress=False)
     assert dataset.values("ar_tp") == [sum(dataset.values("frames.ar_tp")[0])]
 
 
-def test_group_slices(dataset, images, tmp_path):
+def test_group_slice_is_evaluated(dataset, images, tmp_path):
     dataset.add_group_field("group", default="left")
     samples = make_samples(images[:4], tmp_path)
     groups = [fo.Group(), fo.Group()]
@@ -418,7 +418,7 @@ def test_group_slices(dataset, images, tmp_path):
     assert [value is None for value in dataset.select_group_slices(["left", "right"]).values("ar_tp")].count(True) == 2
 
 
-def test_labels_inside_other_documents(labeled, images):
+def test_nested_labels_are_evaluated(labeled, images):
     for sample in labeled:
         sample["model"] = fo.DynamicEmbeddedDocument(found=sample.proposals)
         sample.save()
@@ -429,12 +429,12 @@ def test_labels_inside_other_documents(labeled, images):
     assert states.count("tp") == sum(labeled.values("ar_tp"))
 
 
-# What is stored -----------------------------------------------------------------------------------------------------
+# Stored results -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def by_hand(dataset, tmp_path):
-    """Three objects and a crowd; proposals: on the crowd, a copy, one of IoU 0.8, a blob, one of IoU 0.4."""
+    """Three objects and a crowd. Proposals: on the crowd, an exact copy, IoU 0.8, a stray one, IoU 0.4."""
     path = tmp_path / "image.png"
     cv2.imwrite(str(path), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
     sample = fo.Sample(str(path), tags=["kept"])
@@ -473,7 +473,7 @@ def test_labels_and_samples_by_hand(by_hand):
     assert [label.get_attribute_value("ar", None) for label in proposals] == [None, "tp", "tp", None, None]
     assert proposals[1].ar_id == objects[1].id and proposals[1].ar_iou == 1.0 and proposals[1].ar_rank == 3
     assert (sample.ar_tp, sample.ar_fp, sample.ar_fn) == (2, 1, 1)
-    # Found at 7 of 10 thresholds by rank 1; at all by rank 3; three objects count.
+    # Rank 1 finds its object at 7 of 10 thresholds, rank 3 at all of them; three objects count.
     assert sample.ar_recall_at_1 == pytest.approx(0.7 / 3) and sample.ar_recall_at_3 == pytest.approx(1.7 / 3)
     assert (empty.ar_tp, empty.ar_fp, empty.ar_fn, empty.ar_recall_at_1) == (0, 0, 0, None)
     assert sample.tags == ["kept"]
@@ -486,13 +486,13 @@ def test_labels_and_samples_by_hand(by_hand):
     for count in ("ar_tp", "ar_fp", "ar_fn"):
         assert isinstance(by_hand.get_field(count), fo.IntField)
 
-    # A proposal on the crowd is no false positive.
+    # A proposal on the crowd is not a false positive.
     evaluate_proposals(by_hand, "proposals", eval_key="ar", progress=False)
-    assert by_hand.first().ar_fp == 2  # the blob, and rank 5, whose IoU is 0.4
+    assert by_hand.first().ar_fp == 2  # the stray proposal, and rank 5 with IoU 0.4
     assert by_hand.first().ground_truth.detections[3].ar_iou == pytest.approx(0.4)
 
 
-def test_what_the_panel_reads(by_hand):
+def test_metrics_suit_the_model_evaluation_panel(by_hand):
     results = evaluate_proposals(by_hand, "proposals", eval_key="ar", ks=KS, progress=False)
     metrics = results.custom_metrics
     assert PANEL_NAMES < set(metrics)
@@ -507,14 +507,14 @@ def test_what_the_panel_reads(by_hand):
     assert by_hand.get_evaluation_info("ar").config.type == "detection"
 
 
-def test_life_of_a_run(labeled):
+def test_evaluation_can_be_loaded_renamed_and_deleted(labeled):
     before = stored(labeled)
     schema = set(labeled.get_field_schema(flat=True))
     results = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
     assert labeled.list_evaluations(type="detection", method="proposals") == ["ar"]
     assert labeled.app_config.sidebar_groups is None or labeled._has_sidebar_group("ar")
 
-    # A new process knows neither this package's import nor these objects.
+    # A new process has not imported this package.
     labeled.persistent = True
     code = f"""
 import json, fiftyone as fo
@@ -530,7 +530,7 @@ print("REPORT", json.dumps([type(results).__name__, results.metrics(), results.r
     assert labeled.list_evaluations() == ["renamed"]
     assert not [path for path in labeled.get_field_schema(flat=True) if path.split(".")[-1].startswith("ar")]
     assert labeled.count("renamed_tp") == len(labeled)
-    # A name that is taken: FiftyOne renames the run nevertheless, and the fields keep theirs.
+    # FiftyOne renames the evaluation even if a field's new name is taken; the fields keep their old names.
     labeled.set_values("taken_tp", [1] * len(labeled))
     labeled.rename_evaluation("renamed", "taken")
     labeled.delete_evaluation("taken")
@@ -540,7 +540,7 @@ print("REPORT", json.dumps([type(results).__name__, results.metrics(), results.r
     assert stored(labeled) == before
 
 
-def test_a_run_that_fails_leaves_the_earlier_one(labeled):
+def test_failed_evaluation_leaves_the_earlier_one(labeled):
     first = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
     before = stored(labeled)
 
@@ -563,12 +563,12 @@ def test_a_run_that_fails_leaves_the_earlier_one(labeled):
         evaluate_proposals(labeled, "proposals", eval_key="ar", ks=(1,), progress=interrupt)
     assert stored(labeled) == before
 
-    # The same key again replaces it, with no trace of what only the earlier one stored.
+    # An evaluation under the same key replaces it, including fields that only the earlier one had.
     evaluate_proposals(labeled, "proposals", eval_key="ar", ks=(2,), progress=False)
     assert labeled.has_field("ar_recall_at_2") and not labeled.has_field("ar_recall_at_5")
 
 
-def test_evaluate_detections_that_fails_leaves_the_earlier_run(labeled):
+def test_failed_evaluate_detections_leaves_the_earlier_evaluation(labeled):
     first = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
     before = stored(labeled)
     arguments = {"eval_key": "ar", "method": "proposals", "use_masks": True, "progress": False}
@@ -595,7 +595,7 @@ def test_evaluate_detections_counts_nothing_in_skipped_images(labeled):
         assert skipped is None and None not in others
 
 
-def test_a_failed_write_leaves_no_run(labeled, monkeypatch):
+def test_failed_write_leaves_no_evaluation(labeled, monkeypatch):
     before = stored(labeled)
     monkeypatch.setattr(fo.Dataset, "_bulk_write", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -605,7 +605,7 @@ def test_a_failed_write_leaves_no_run(labeled, monkeypatch):
     assert not labeled.has_field("ar_tp")
 
 
-def test_without_a_key_nothing_is_stored_but_metadata(labeled):
+def test_only_metadata_is_stored_without_a_key(labeled):
     labeled.set_values("metadata", [fo.ImageMetadata(width=WIDTH)] * len(labeled))
     before = stored(labeled)
     evaluate_proposals(labeled, "proposals", progress=False)
@@ -613,10 +613,10 @@ def test_without_a_key_nothing_is_stored_but_metadata(labeled):
     assert labeled.values("metadata.height") == [HEIGHT] * len(labeled)
 
 
-# What users do with it ----------------------------------------------------------------------------------------------
+# Using the results --------------------------------------------------------------------------------------------------
 
 
-def test_missed_and_compare(by_hand):
+def test_missed_objects_and_comparison(by_hand):
     results = evaluate_proposals(by_hand, "proposals", eval_key="ar", progress=False)
     objects = [label.id for label in by_hand.first().ground_truth.detections]
 
@@ -626,7 +626,7 @@ def test_missed_and_compare(by_hand):
     assert ids(results.missed()) == [objects[3]]
     assert ids(results.missed(iou=0.85)) == [objects[0], objects[3]]
     assert ids(results.missed(k=1)) == [objects[1], objects[3]]
-    assert results.missed().count("proposals.detections") == 5  # what there was instead stays in sight
+    assert results.missed().count("proposals.detections") == 5  # all proposals stay visible
     with pytest.raises(ValueError, match=r"iou=0\.52.*0\.50, 0\.55"):
         results.missed(iou=0.52)
     assert ids(results.missed(k=1000)) == ids(results.missed())
@@ -680,7 +680,7 @@ def test_tables_and_plots(labeled):
     assert merged.to_dict() == recall.to_dict()
 
 
-def test_subsets(labeled):
+def test_metrics_of_subsets(labeled):
     results = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
     whole = results.metrics()
     cats = results.ytrue == "cat"
@@ -705,7 +705,7 @@ def test_metrics_of_classes(labeled, capsys):
         assert results.metrics(classes=["cat"]) == pytest.approx(cats, nan_ok=True)
         assert results.metrics(classes=["dog"])["support"] == 0
     assert 0 < cats["support"] < results.metrics()["support"]
-    # As FiftyOne's own results take them; no average and no beta change what recall is.
+    # FiftyOne's own signature is accepted; average and beta don't affect recall.
     assert results.metrics(["cat"], "macro", 2.0) == results.metrics(classes=["cat"]) == pytest.approx(cats)
     both = results.metrics(classes=["cat", "dog"])
     assert both == pytest.approx({name: results.metrics()[name] for name in both})
@@ -740,7 +740,7 @@ def test_metrics_of_classes(labeled, capsys):
         ({"eval_key": "undeclared"}, "'ground_truth.detections.undeclared' exists"),
     ],
 )
-def test_wrong_arguments(dataset, tmp_path, arguments, message):
+def test_invalid_arguments_are_refused(dataset, tmp_path, arguments, message):
     (sample,) = make_samples(make_images(1), tmp_path)
     for label in sample.proposals.detections:
         del label["predicted_iou"]
@@ -754,7 +754,7 @@ def test_wrong_arguments(dataset, tmp_path, arguments, message):
     assert stored(dataset) == before and dataset.list_evaluations() == []
 
 
-def test_what_a_view_hides_is_the_users_too(labeled):
+def test_fields_hidden_by_a_view_are_not_overwritten(labeled):
     labeled.set_values("mine_tp", list(range(len(labeled))))
     labeled.set_values("text_tp", ["text"] * len(labeled))
     view = labeled.select_fields(["ground_truth", "proposals"])
@@ -763,7 +763,7 @@ def test_what_a_view_hides_is_the_users_too(labeled):
         with pytest.raises(ValueError, match=f"'{key}_tp' exists"):
             evaluate_proposals(view, "proposals", eval_key=key, progress=False)
     assert stored(labeled) == before
-    # Fewer Ks under the same key leave room for a field of the user's; more would not.
+    # After an evaluation with fewer Ks, the user may add a field; the same key must not overwrite it with more Ks.
     evaluate_proposals(view, "proposals", eval_key="ar", ks=(1,), progress=False)
     labeled.set_values("ar_recall_at_7", [0.5] * len(labeled))
     with pytest.raises(ValueError, match="'ar_recall_at_7' exists"):
@@ -773,7 +773,7 @@ def test_what_a_view_hides_is_the_users_too(labeled):
     assert labeled.values("ar_recall_at_7") == [0.5] * len(labeled)
 
 
-def test_read_only_labels(labeled):
+def test_read_only_labels_can_be_evaluated_only_without_a_key(labeled):
     field = labeled.get_field("proposals")
     field.read_only = True
     field.save()
@@ -782,14 +782,14 @@ def test_read_only_labels(labeled):
     assert evaluate_proposals(labeled, "proposals", progress=False).metrics()["support"] == 25
 
 
-def test_another_methods_run_is_not_replaced(labeled):
+def test_evaluation_of_another_method_is_not_replaced(labeled):
     labeled.evaluate_detections("proposals", eval_key="coco", progress=False)
     with pytest.raises(ValueError, match="Cannot overwrite"):
         evaluate_proposals(labeled, "proposals", eval_key="coco", progress=False)
     assert labeled.get_evaluation_info("coco").config.method == "coco"
 
 
-def test_ground_truth_without_masks(labeled):
+def test_missing_masks_in_the_ground_truth_are_reported(labeled):
     sample = labeled.last()
     sample.ground_truth.detections[1].mask = None
     sample.save()
@@ -817,7 +817,7 @@ def spoil(label, how, tmp_path):
         label["iscrowd"] = "false"
     elif how in ("red", "transparent"):
         colors = np.zeros((*label.mask.shape, 4 if how == "transparent" else 3), np.uint8)
-        colors[..., -1] = 255 * label.mask  # of BGR and BGRA
+        colors[..., -1] = 255 * label.mask  # red in BGR, alpha in BGRA
         colors[0, 0, -1] = 0
         label.mask, label.mask_path = None, str(tmp_path / "colors.png")
         cv2.imwrite(label.mask_path, colors)
@@ -848,9 +848,9 @@ def spoil(label, how, tmp_path):
         ("no image", "not an image: .*text.png"),
     ],
 )
-def test_a_bad_label_costs_its_own_image(labeled, images, tmp_path, caplog, how, cause):
+def test_bad_label_skips_only_its_image(labeled, images, tmp_path, caplog, how, cause):
     sample = labeled[labeled.values("id")[1]]
-    # A proposal outside the image meets no object, which is all that counts; an object there is a mistake.
+    # A proposal outside the image simply matches nothing, but an object there is an error.
     of_object = how in ("outside", "crowd", "red", "transparent", "negative", "transposed")
     label = sample.ground_truth.detections[3] if of_object else sample.proposals.detections[7]
     spoil(label, how, tmp_path)
@@ -868,7 +868,7 @@ def test_a_bad_label_costs_its_own_image(labeled, images, tmp_path, caplog, how,
 
 
 @pytest.mark.parametrize("content", [b"", b"text", zlib.compress(b""), zlib.compress(b"\x93NUMPY\x01\x00\x10\x00{'de")])
-def test_corrupt_masks(labeled, images, content):
+def test_corrupt_mask_skips_its_image(labeled, images, content):
     label = labeled.first().ground_truth.detections[0]
     labeled._sample_collection.update_one(
         {"_id": ObjectId(labeled.first().id)}, {"$set": {"ground_truth.detections.0.mask": content}}
@@ -879,7 +879,7 @@ def test_corrupt_masks(labeled, images, content):
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.float32, "fortran", "one channel", "three channels"])
-def test_ways_to_store_a_mask(labeled, images, kind):
+def test_masks_of_any_dtype_and_layout_are_read(labeled, images, kind):
     for sample in labeled:
         for label in sample.ground_truth.detections:
             if kind == "fortran":
@@ -892,7 +892,7 @@ def test_ways_to_store_a_mask(labeled, images, kind):
     assert_equals_coco(evaluate_proposals(labeled, "proposals", ks=KS, progress=False), coco_recall(images))
 
 
-def test_an_image_of_unknown_size(labeled, images):
+def test_image_of_unknown_size_is_skipped(labeled, images):
     sample = labeled.first()
     sample.filepath = "/nowhere/gone.png"
     sample.save()
@@ -903,7 +903,7 @@ def test_an_image_of_unknown_size(labeled, images):
         evaluate_proposals(labeled.limit(1), "proposals", progress=False)
 
 
-def test_no_images(dataset):
+def test_evaluation_without_images(dataset):
     dataset.add_sample_field("a", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
     dataset.add_sample_field("b", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
     results = evaluate_proposals(dataset, "a", "b", eval_key="ar", progress=False)
@@ -913,7 +913,7 @@ def test_no_images(dataset):
 
 
 def test_masks_are_stretched_to_their_boxes(dataset, tmp_path):
-    """As the App draws them: a coarse mask, 2x3, in a box of 40x60."""
+    """This is how the App draws them; here, a coarse 2x3 mask lies in a 40x60 box."""
     (sample,) = make_samples([([], [])], tmp_path)
     coarse = np.array([[True, False], [True, True], [True, True]])
     box = [20 / WIDTH, 30 / HEIGHT, 40 / WIDTH, 60 / HEIGHT]
@@ -925,7 +925,7 @@ def test_masks_are_stretched_to_their_boxes(dataset, tmp_path):
     assert dataset.first().ground_truth.detections[0].ar_iou == 1.0
 
 
-def test_masks_beyond_the_image_are_cut(dataset, tmp_path):
+def test_masks_are_clipped_to_the_image(dataset, tmp_path):
     (sample,) = make_samples([([], [])], tmp_path)
     box = [-10 / WIDTH, 100 / HEIGHT, 40 / WIDTH, 40 / HEIGHT]
     mask = np.ones((40, 40), bool)
@@ -936,17 +936,17 @@ def test_masks_beyond_the_image_are_cut(dataset, tmp_path):
     assert dataset.first().ground_truth.detections[0].ar_iou == 1.0
 
 
-def test_labels_that_vanish_meanwhile(labeled):
-    """Another process deletes labels between reading and writing: no other label gets their attributes."""
+def test_labels_deleted_meanwhile_do_not_shift_attributes(labeled):
+    """If another process deletes labels between reading and writing, no other label gets their attributes."""
     method = ProposalEvaluationConfig("proposals", "ground_truth", use_masks=True).build()
     method.register_run(labeled, "ar", progress=False)
     first = labeled.first()
     kept = [label.id for label in first.ground_truth.detections[1:]]
     labeled._sample_collection.update_one({"_id": ObjectId(first.id)}, {"$pop": {"ground_truth.detections": -1}})
-    found = dict(zip(method.results.ytrue_ids, method.results.ytrue == method.results.ypred))
+    matched = dict(zip(method.results.ytrue_ids, method.results.ytrue == method.results.ypred))
     method.register_samples(labeled, "ar")
     labeled.reload()
     for label in labeled.first().ground_truth.detections:
         assert label.id in kept
         if not label.get_attribute_value("iscrowd", False):
-            assert label.ar == ("tp" if found[label.id] else "fn")
+            assert label.ar == ("tp" if matched[label.id] else "fn")

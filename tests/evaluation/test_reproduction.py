@@ -1,4 +1,4 @@
-"""The paper's tables on scenes whose masks are known: figures, what is kept, what is refused."""
+"""The paper's tables on scenes with known masks: figures, stored results, and refused input."""
 
 import json
 import re
@@ -20,7 +20,7 @@ PREFIX = "mobilesamv2-reproduce"
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """The folder of `val2017/` and coco.json. The objects' areas are four times what their masks cover."""
+    """A folder with `val2017/`, coco.json and lvis.json. The annotated areas are four times those of the masks."""
     folder = tmp_path_factory.mktemp("coco")
     images, file = write_coco(folder, COUNT)
     images.rename(folder / "val2017")
@@ -52,7 +52,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(coco, datasets, model, tmp_path_factory):
-    """Object-aware prompting and a grid of 4x4 on all scenes: the object, and the folder of its files."""
+    """A reproduction with object-aware and 4x4 grid prompting on all scenes, and its output folder."""
     output = tmp_path_factory.mktemp("reproduction") / "new" / "folder"
     return reproduce(coco / "coco.json", coco / "val2017", model, output, grids=[4]), output
 
@@ -63,8 +63,8 @@ def results(run):
 
 
 @pytest.mark.slow
-def test_fewer_prompts_find_what_the_surest_of_more_find(coco, dataset):
-    """So that AR with at most N prompts is AR@N of a run with more, bit by bit."""
+def test_fewer_prompts_give_the_most_confident_masks_of_more_prompts(coco, dataset):
+    """Hence AR with at most N prompts equals AR@N of a run with more prompts, bit by bit."""
     scene = make_scene(TEST_SEED, 0)
     size = np.array(scene.labels.shape[::-1])
     sample = fo.Sample(str(coco / "val2017" / "000.png"), ground_truth=fo.Detections())
@@ -72,16 +72,16 @@ def test_fewer_prompts_find_what_the_surest_of_more_find(coco, dataset):
         box = [*((x0, y0) / size), *((x1 - x0, y1 - y0) / size)]
         sample.ground_truth.detections.append(fo.Detection(bounding_box=box, mask=mask[y0:y1, x0:x1]))
     dataset.add_sample(sample)
-    recalls, found = {}, {}
+    recalls, detections = {}, {}
     for most in (320, 128, 64):
-        # So low a threshold leaves more boxes than prompts are allowed.
+        # Such a low threshold yields more boxes than the allowed number of prompts.
         model = zoo.load_model(MODEL, device="cpu", max_prompts=most, confidence_thresh=0.0001)
         dataset.apply_model(model, f"most_{most}", num_workers=0)
         recalls[most] = evaluate_proposals(dataset, f"most_{most}").average_recall
-        found[most] = sorted(dataset.first()[f"most_{most}"].detections, key=lambda d: -d.confidence)
+        detections[most] = sorted(dataset.first()[f"most_{most}"].detections, key=lambda d: -d.confidence)
     for most in (128, 64):
-        assert len(found[320]) > most == len(found[most])
-        for a, b in zip(found[320], found[most]):
+        assert len(detections[320]) > most == len(detections[most])
+        for a, b in zip(detections[320], detections[most]):
             assert (a.confidence, a.bounding_box, a.predicted_iou) == (b.confidence, b.bounding_box, b.predicted_iou)
             np.testing.assert_array_equal(a.mask, b.mask)
         for group, total in recalls[most].totals.items():
@@ -90,7 +90,7 @@ def test_fewer_prompts_find_what_the_surest_of_more_find(coco, dataset):
 
 
 @pytest.mark.slow
-def test_the_model_is_left_as_it_was(run, model):
+def test_model_is_unchanged(run, model):
     unused = zoo.MobileSAMv2ModelConfig({"name": MODEL, "pred_iou_thresh": 0, "stability_score_thresh": 0})
     expected = vars(unused) | {"device": "cpu"}
     assert {name: vars(model.config)[name] for name in expected} == expected
@@ -98,7 +98,7 @@ def test_the_model_is_left_as_it_was(run, model):
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_evaluate_proposals(run, results):
+def test_figures_equal_those_of_evaluate_proposals(run, results):
     assert results["images"] == COUNT
     dataset = fo.load_dataset(results["dataset"])
     assert results["dataset"] == f"{PREFIX}-coco-demo"
@@ -106,12 +106,12 @@ def test_figures_are_those_of_evaluate_proposals(run, results):
     assert dataset.list_evaluations() == ["ar_grid_4", "ar_object_aware"]
     for field, rank_by in (("object_aware", "confidence"), ("grid_4", "sam")):
         expected = evaluate_proposals(dataset, field, rank_by=rank_by, area_field="area").metrics()
-        found = results["measurements"][field]["metrics"]
-        assert expected | found == expected and len(found) == 16
+        metrics = results["measurements"][field]["metrics"]
+        assert expected | metrics == expected and len(metrics) == 16
         stored = dataset.load_evaluation_results(f"ar_{field}")
         assert stored.metrics() == expected
         assert stored.config.rank_by == rank_by
-    # By the file's areas, few objects are small; by their masks, many are.
+    # Few objects are small by the annotated areas, but many are by their masks.
     by_mask = evaluate_proposals(dataset, "object_aware").average_recall.totals
     assert results["measurements"]["object_aware"]["objects"]["small"] < by_mask["small"]
 
@@ -124,14 +124,14 @@ def test_cost_is_measured(run, results):
     assert grid["masks_per_image"] == dataset.count("grid_4.detections") / COUNT > 1
     assert set(aware["seconds_per_image"]) == {"encode", "discover", "decode", "crop"}
     assert aware["decoder_ms_per_image"] == 1000 * aware["seconds_per_image"]["decode"] > 0
-    for costs in (aware, grid):  # as the paper counts: object discovery too, but not the encoder
+    for costs in (aware, grid):  # like the paper, this includes object discovery but not the encoder
         seconds = sum(costs["seconds_per_image"].values()) - costs["seconds_per_image"]["encode"]
         assert costs["ms_per_image_without_encoder"] == pytest.approx(1000 * seconds)
         ratio = costs["ms_per_image_without_encoder"] / aware["ms_per_image_without_encoder"]
         assert costs["times_object_aware"] == pytest.approx(ratio)
 
 
-def test_the_papers_figures_stand_beside_ours(run):
+def test_tables_show_the_papers_figures(run):
     reproduction, _ = run
     aware = reproduction.measurements["object_aware"]
     about = reproduction.about | {"model": "mobilesamv2-tinyvit-torch", "encoder": "tiny_vit"}
@@ -158,12 +158,12 @@ def test_the_papers_figures_stand_beside_ours(run):
     assert costs.loc["grid_64", "times object-aware"] == "1.0 (66.6)"
     assert costs.loc["object_aware", "all but encoder ms"] == f"{aware.ms:.1f} (97.0)"
 
-    # And it says when they compare.
+    # The text says when the figures are comparable.
     assert "LVIS val" in str(reproduction) and "only on synthetic scenes" in str(reproduction)
     assert "only on synthetic scenes" not in str(Reproduction(about, {"object_aware": aware}))
 
 
-def test_the_picture_shows_every_way_of_prompting(run):
+def test_picture_shows_every_prompting(run):
     picture = cv2.imread(str(run[1] / "reproduction.png"))[:, :, ::-1]
     for color in ((0xFF, 0x6D, 0x04), (0x86, 0x8E, 0x96)):
         assert (picture == color).all(2).sum() > 1000
@@ -191,14 +191,14 @@ def test_command_on_lvis(coco, datasets, tmp_path, capsys):
 
     assert ("--no-grid-filters keeps all" in printed) == (filtered < 1)
 
-    # Again: the dataset is replaced, by the same images; without SAM's filters more masks are left.
+    # A second call replaces the dataset with the same images; more masks remain without SAM's filters.
     results, second, _ = command("--sample", "2", "--no-grid-filters")
     assert second == first
     assert results["measurements"]["grid_4"]["masks_per_image"] > filtered
     assert (results["pred_iou_thresh"], results["stability_score_thresh"]) == (0, 0)
 
 
-def test_images_that_fail(coco, datasets, model, tmp_path):
+def test_failed_images_are_reported(coco, datasets, model, tmp_path):
     for index in range(COUNT):
         content = (coco / "val2017" / f"{index:03d}.png").read_bytes()
         (tmp_path / f"{index:03d}.png").write_bytes(content if index else content[:200])
@@ -219,7 +219,7 @@ def test_images_that_fail(coco, datasets, model, tmp_path):
         reproduce(coco / "coco.json", tmp_path, model, output, **arguments)
 
 
-def datasets_made():
+def reproduction_datasets():
     return [(dataset["name"], dataset["created_at"]) for dataset in fo.list_datasets(f"{PREFIX}*", info=True)]
 
 
@@ -234,19 +234,19 @@ def datasets_made():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_cost_one_clear_line(coco, datasets, arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_clear_line(coco, datasets, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.json").write_text("{}")
     given = ["--annotations", str(coco / "coco.json"), "--images", str(coco / "val2017"), "--model", MODEL]
-    before = datasets_made()
+    before = reproduction_datasets()
     assert cli.main(["reproduce", *given, "--device", "cpu", *arguments]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fiftyone-mobilesamv2: ")]
     assert re.search(message, line)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
-    assert datasets_made() == before
+    assert reproduction_datasets() == before
 
 
-def test_a_dataset_of_the_users_is_left_alone(coco, datasets, model, tmp_path):
+def test_dataset_of_the_user_is_not_overwritten(coco, datasets, model, tmp_path):
     (tmp_path / "mine.json").write_text((coco / "coco.json").read_text())
     mine = fo.Dataset(f"{PREFIX}-mine-demo", persistent=True)
     with pytest.raises(ValueError, match=f"The dataset '{mine.name}' exists and is not a reproduction's"):

@@ -1,4 +1,4 @@
-"""What is prepared for inference computes what the plain module does."""
+"""Modules prepared for inference give the results of the plain modules."""
 
 import copy
 
@@ -21,7 +21,7 @@ from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery
 
 CPU = torch.device("cpu")
 
-# The released geometries are compared by the parity suite; a smaller image has all of their parts, padded windows too.
+# The parity suite covers the released geometries. A smaller image exercises the same parts, including padded windows.
 ENCODERS = {
     "tiny_vit": lambda: TinyViT(
         256, embed_dims=(64, 128, 160, 320), depths=(1, 1, 1, 1), num_heads=(2, 4, 5, 10), window_sizes=(7, 7, 14, 7)
@@ -32,7 +32,7 @@ ENCODERS = {
     "efficientvit_l0": encoder_config("efficientvit_l0").build,
     "resnet_demo": encoder_config("resnet_demo").build,
 }
-# Of each encoder of the registry, the one above that has the same parts.
+# {encoder of the registry: the encoder above that has the same parts}
 SAME_PARTS = {
     "tiny_vit": "tiny_vit",
     **dict.fromkeys(("efficientvit_l0", "efficientvit_l1", "efficientvit_l2"), "efficientvit_l0"),
@@ -41,11 +41,11 @@ SAME_PARTS = {
 }
 
 
-def test_no_encoder_is_forgotten():
+def test_every_encoder_is_covered():
     assert set(SAME_PARTS) == set(REGISTRY) and set(SAME_PARTS.values()) == set(ENCODERS)
 
 
-def test_batch_norm_that_no_convolution_feeds():
+def test_batch_norm_without_a_convolution_is_refused():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -58,7 +58,7 @@ def test_batch_norm_that_no_convolution_feeds():
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """With statistics, biases and relative positions that count, as trained ones do."""
+    """Gives the module nontrivial statistics, biases and relative positions, as in a trained one."""
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             nn.init.normal_(child.running_mean, std=0.2)
@@ -73,7 +73,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module", params=ENCODERS)
 def encoder(request) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """An encoder, an input, and its output of that."""
+    """An encoder, an input, and the output for that input."""
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(0)
         module = randomised(ENCODERS[request.param]())
@@ -82,24 +82,24 @@ def encoder(request) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def test_same_embedding(encoder):
+def test_prepared_encoder_gives_the_same_embedding(encoder):
     module, pixels, expected = encoder
     prepared = copy.deepcopy(module)
     prepare_for_inference(prepared, CPU, torch.float32)
     assert not any(isinstance(child, nn.BatchNorm2d) for child in prepared.modules())
-    found = prepared(pixels)
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * float(expected.std()))
+    embedding = prepared(pixels)
+    torch.testing.assert_close(embedding, expected, rtol=0, atol=3e-5 * float(expected.std()))
 
-    # A second model may be made of the modules of a first one.
+    # Another model may be built from modules that are already prepared.
     layers = [type(child) for child in prepared.modules()]
     prepare_for_inference(prepared, CPU, torch.float32)
     assert [type(child) for child in prepared.modules()] == layers
-    assert torch.equal(prepared(pixels), found)
+    assert torch.equal(prepared(pixels), embedding)
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_bfloat16_embedding(encoder):
+def test_bfloat16_embedding_is_close(encoder):
     module, pixels, expected = encoder
     prepared = copy.deepcopy(module)
     prepare_for_inference(prepared, CPU, torch.bfloat16)
@@ -109,13 +109,13 @@ def test_bfloat16_embedding(encoder):
 @pytest.mark.parametrize("size", [5, 8, 17])
 @torch.inference_mode()
 def test_strips_are_seamless(size):
-    """Two convolutions look two rows far; biases would show where a border was taken for the image's."""
+    """Two convolutions need a halo of two rows; biases would reveal a strip border treated as the image's border."""
     module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
     pixels = torch.randn(1, 3, size, 6)
     torch.testing.assert_close(Strips(module, rows=4, halo=2, dim=2)(pixels), module(pixels))
 
 
-def test_in_float32_stays_so():
+def test_in_float32_keeps_float32():
     weight = torch.tensor([[1 + 2**-12]])
     layer = InFloat32(nn.Linear(1, 1, bias=False))
     layer.module.weight.data = weight.clone()
@@ -126,8 +126,8 @@ def test_in_float32_stays_so():
 
 
 @torch.inference_mode()
-def test_same_boxes(tmp_path):
-    """Of the segmentation model with batch norms and all, whose checkpoint is loaded."""
+def test_prepared_detector_gives_the_same_boxes(tmp_path):
+    """The reference is the full segmentation model with its batch norms."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = yaml_model_load("yolov8n-seg.yaml") | {"nc": 1, "reg_max": 26}
@@ -143,15 +143,15 @@ def test_same_boxes(tmp_path):
     prepared = load_detector(tmp_path / "detector.pt")
     prepare_for_inference(prepared, CPU, torch.bfloat16)
     assert prepared(pixels.bfloat16())[0].dtype == torch.float32
-    # Anchors are counted in float32 as well: in bfloat16 those of the far end of a large image would be off by 4 px.
+    # Anchors must be float32, too: in bfloat16 they would be off by 4 px at the far end of a large image.
     prepared(torch.zeros(1, 3, 32, 4096, dtype=torch.bfloat16))
     assert prepared.model[-1].head.anchors[0, :512].tolist() == [x + 0.5 for x in range(512)]
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_bfloat16_boxes(photos):
-    """Nearly all boxes of the float32 model have one of their own that overlaps them by 0.95."""
+def test_bfloat16_boxes_are_close(photos):
+    """Nearly every float32 box has its own bfloat16 box with an IoU of at least 0.95."""
     plain, prepared = (
         ObjectDiscovery(load_detector(PACKAGED_WEIGHTS / "demo_detector.safetensors"), 320) for _ in "ab"
     )

@@ -1,4 +1,4 @@
-"""Cropped masks are the pixels of the whole upsampled maps, and RLE those of pycocotools."""
+"""Cropped masks equal the fully upsampled ones, and their RLE equals that of pycocotools."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ GEOMETRIES = {"demo": (64, 256), "release": (256, 1024), "tiny": (8, 32)}  # sid
 
 
 def input_size_of(size: tuple[int, int], image_size: int) -> tuple[int, int]:
-    """Sizes (h, w) as SAM resizes them: the long side to `image_size`, rounded half up, at least one pixel."""
+    """(h, w) after SAM's resizing: the long side becomes `image_size`; sides round half up, to at least one pixel."""
     scale = image_size / max(size)
     return tuple(max(1, int(side * scale + 0.5)) for side in size)
 
@@ -27,11 +27,11 @@ def logit_map(kind: str, side: int, generator: torch.Generator) -> torch.Tensor:
         return noise * 1e4
     if kind == "negative":
         return -noise.abs() - 1e-3
-    if kind == "between":  # some above -1, none above 0: an empty mask that has a stability denominator
+    if kind == "between":  # some above -1, none above 0: empty mask, nonzero stability denominator
         return -noise.abs() * 0.5 - 1e-3
-    if kind == "steps":  # exact zeros, where no rounding may decide
+    if kind == "steps":  # exact zeros, where rounding must not matter
         return noise.round()
-    if kind == "object":  # a cell or a few, often at a border
+    if kind == "object":  # one or two cells, often at a border
         logits = torch.full((side, side), -6.0)
         y, x = (torch.randint(-2, side, (2,), generator=generator)).clamp(min=0).tolist()
         logits[y : y + 2, x : x + 1] = 7.0
@@ -54,11 +54,11 @@ def assert_as_upsampled(logits: torch.Tensor, image_size: int, size: tuple[int, 
             continue
         x0, y0, x1, y1 = box
         assert mask.dtype == bool and mask.shape == (y1 - y0, x1 - x0)
-        # Tight: the box is the extent of the expected pixels, by another route.
+        # The box is tight: this computes the extent of the expected pixels in another way.
         (rows,), (columns,) = np.nonzero(expected.any(1)), np.nonzero(expected.any(0))
         assert (x0, y0, x1, y1) == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
         np.testing.assert_array_equal(mask, expected[y0:y1, x0:x1])
-        # A pixel may lie within rounding of +1 or -1, where nothing decides between the two computations.
+        # Pixels within rounding error of +1 or -1 may fall on either side.
         above, below = int((values > 1).sum()), int((values > -1).sum())
         at_offset = int(((values.abs() - 1).abs() < 1e-5 * float(values.abs().max())).sum())
         assert abs(score - above / below) <= (1 + at_offset) / below * 1e-6 + at_offset / below
@@ -75,7 +75,7 @@ def assert_as_upsampled(logits: torch.Tensor, image_size: int, size: tuple[int, 
 @example(kinds=KINDS, geometry="demo", height=1, width=333, seed=0)
 @example(kinds=KINDS, geometry="demo", height=333, width=1, seed=0)
 @example(kinds=KINDS, geometry="tiny", height=1, width=1, seed=0)
-def test_crops_are_the_upsampled_pixels(kinds, geometry, height, width, seed):
+def test_crops_equal_the_upsampled_masks(kinds, geometry, height, width, seed):
     side, image_size = GEOMETRIES[geometry]
     generator = torch.Generator().manual_seed(seed)
     logits = torch.stack([logit_map(kind, side, generator) for kind in kinds])
@@ -84,13 +84,13 @@ def test_crops_are_the_upsampled_pixels(kinds, geometry, height, width, seed):
 
 @pytest.mark.parametrize("side, image_size", [(128, 256), (256, 1024)])
 @pytest.mark.parametrize("size", [(480, 640), (1333, 800), (1, 1500)], ids=str)
-def test_crops_at_real_sizes(side, image_size, size):
+def test_crops_equal_the_upsampled_masks_at_real_sizes(side, image_size, size):
     generator = torch.Generator().manual_seed(1)
     assert_as_upsampled(torch.stack([logit_map(kind, side, generator) for kind in KINDS]), image_size, size)
 
 
 def test_object_in_the_padding_is_empty():
-    """A wide image fills the top of the network input; what lies below it is no pixel of the image."""
+    """A wide image fills only the top of the network input; the rest is padding."""
     logits = torch.full((1, 64, 64), -5.0)
     logits[0, 50:60, 10:20] = 5.0
     boxes, (mask,), stability = crop_masks(logits, 256, (64, 256), (100, 400))
@@ -104,7 +104,7 @@ def test_no_logits():
 
 @st.composite
 def mask_in_image(draw):
-    """A bool image, and a box that holds all of its pixels."""
+    """A full-image bool mask, and a box that contains all of its pixels."""
     height, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     x0, y0 = draw(st.integers(0, width)), draw(st.integers(0, height))
     x1, y1 = draw(st.integers(x0, width)), draw(st.integers(y0, height))
@@ -119,13 +119,13 @@ def mask_in_image(draw):
 @example((np.ones((1, 1), bool), np.array([0, 0, 1, 1])))
 @example((np.zeros((1, 1), bool), np.array([0, 0, 0, 0])))
 @example((np.ones((5, 3), bool), np.array([0, 0, 3, 5])))
-def test_rle_is_that_of_pycocotools(case):
+def test_rle_equals_that_of_pycocotools(case):
     full, (x0, y0, x1, y1) = case
     assert rle_from_crop(full[y0:y1, x0:x1], case[1], full.shape) == mask_utils.encode(np.asfortranarray(full))
 
 
 def segmentation() -> Segmentation:
-    """Two masks and an empty one, in an image of 4 x 6."""
+    """Two masks and an empty one, in a 4x6 image."""
     return Segmentation(
         boxes=np.array([[1, 0, 3, 2], [0, 0, 0, 0], [5, 3, 6, 4]], np.int32),
         masks=[np.array([[1, 0], [1, 1]], bool), np.zeros((0, 0), bool), np.ones((1, 1), bool)],
@@ -137,25 +137,25 @@ def segmentation() -> Segmentation:
     )
 
 
-def test_segmentation_places_counts_and_encodes_its_masks():
-    found = segmentation()
+def test_segmentation_gives_areas_full_masks_and_rle():
+    masks = segmentation()
     first, last = np.zeros((2, 4, 6), bool)
     first[0, 1] = first[1, 1] = first[1, 2] = last[3, 5] = True
     expected = [first, np.zeros((4, 6), bool), last]
-    assert len(found) == 3
-    assert found.areas.tolist() == [3, 0, 1] and found.areas.dtype == np.int64
+    assert len(masks) == 3
+    assert masks.areas.tolist() == [3, 0, 1] and masks.areas.dtype == np.int64
     for i, mask in enumerate(expected):
-        np.testing.assert_array_equal(found.full_mask(i), mask)
-    assert found.rle() == [mask_utils.encode(np.asfortranarray(mask)) for mask in expected]
+        np.testing.assert_array_equal(masks.full_mask(i), mask)
+    assert masks.rle() == [mask_utils.encode(np.asfortranarray(mask)) for mask in expected]
 
 
-def test_select_takes_masks_in_the_order_given():
-    found = segmentation().select([2, 0])
-    assert found.boxes.tolist() == [[5, 3, 6, 4], [1, 0, 3, 2]] and found.areas.tolist() == [1, 3]
-    np.testing.assert_array_equal(found.confidence, np.float32([0.7, 0.9]))
-    np.testing.assert_array_equal(found.predicted_iou, np.float32([0.3, 0.1]))
-    np.testing.assert_array_equal(found.stability, np.float32([0.5, 1]))
-    np.testing.assert_array_equal(found.points, [[3, 3], [1, 1]])
-    assert found.size == (4, 6)
-    none = found.select([])
+def test_select_keeps_the_given_order():
+    selected = segmentation().select([2, 0])
+    assert selected.boxes.tolist() == [[5, 3, 6, 4], [1, 0, 3, 2]] and selected.areas.tolist() == [1, 3]
+    np.testing.assert_array_equal(selected.confidence, np.float32([0.7, 0.9]))
+    np.testing.assert_array_equal(selected.predicted_iou, np.float32([0.3, 0.1]))
+    np.testing.assert_array_equal(selected.stability, np.float32([0.5, 1]))
+    np.testing.assert_array_equal(selected.points, [[3, 3], [1, 1]])
+    assert selected.size == (4, 6)
+    none = selected.select([])
     assert len(none) == 0 and none.boxes.shape == (0, 4) and none.areas.dtype == np.int64 and none.rle() == []

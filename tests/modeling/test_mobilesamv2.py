@@ -1,4 +1,4 @@
-"""The whole model: an image's result is its own, prompts keep their order, wrong input is named."""
+"""The whole model: results don't depend on the batch, prompts keep their order, and errors name the wrong input."""
 
 import subprocess
 import sys
@@ -16,21 +16,23 @@ from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery
 from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
 
 SIZES = [(64, 64), (48, 100), (1, 90), (120, 40)]
-FEW = {"conf": 0.001, "max_prompts": 3}  # the images are waves, in which the detector sees little
+FEW = {"conf": 0.001, "max_prompts": 3}  # the detector finds little in these images of waves
 
 
 @pytest.fixture(scope="module")
 def model(seeded) -> MobileSAMv2:
-    """The demo's architecture with random weights, and its detector."""
+    """The demo model's architecture with random weights, and the demo detector."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = encoder_config("resnet_demo")
         encoder = config.build()
         decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
     with torch.no_grad():
-        for mlp in decoder.mask_decoder.output_hypernetworks_mlps:  # logits as far from 0 as trained ones
+        for mlp in decoder.mask_decoder.output_hypernetworks_mlps:  # spreads the logits as in a trained model
             mlp.layers[-1].weight *= 100
-        decoder.mask_decoder.iou_prediction_head.layers[-1].bias[1] -= 5  # the first of three masks is never the best
+        decoder.mask_decoder.iou_prediction_head.layers[-1].bias[1] -= (
+            5  # so that the first of three masks is never the best
+        )
     detector = load_detector(PACKAGED_WEIGHTS / "demo_detector.safetensors")
     return MobileSAMv2(encoder, decoder, config, ObjectDiscovery(detector, 320), "cpu")
 
@@ -47,7 +49,7 @@ def assert_same(found: Segmentation, expected: Segmentation) -> None:
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(found.masks, expected.masks))
 
 
-# One image, whatever comes with it ----------------------------------------------------------------------------------
+# Independence of the batch ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,10 @@ def alone(model, images) -> list[Segmentation]:
     return [model.segment_everything([image], **FEW)[0] for image in images]
 
 
-def test_alone(alone):
-    assert [found.size for found in alone] == SIZES
-    # Results that can be told apart, or the tests of batches would prove nothing. Empty masks are left out.
-    shown = [found.predicted_iou.tobytes() for found in alone if len(found)]
+def test_results_of_single_images_differ(alone):
+    assert [segmentation.size for segmentation in alone] == SIZES
+    # The tests of batches below prove nothing unless results differ. Images without masks don't count.
+    shown = [segmentation.predicted_iou.tobytes() for segmentation in alone if len(segmentation)]
     assert len(set(shown)) == len(shown) >= 2
 
 
@@ -75,8 +77,8 @@ def test_grid_does_not_depend_on_the_batch(model, images):
         assert_same(found, model.segment_everything([image], prompting="grid", points_per_side=2)[0])
 
 
-def test_confidence_is_the_detectors(model, images, alone):
-    """One mask a box, most confident first, less the empty ones."""
+def test_confidence_comes_from_the_detector(model, images, alone):
+    """There is one mask per box, most confident first, without the empty ones."""
     for image, found in zip(images, alone):
         (prompts,) = model.discover([image], **FEW)
         whole = model.segment_anything([image], boxes=[prompts.boxes])[0]
@@ -86,7 +88,7 @@ def test_confidence_is_the_detectors(model, images, alone):
         np.testing.assert_array_equal(found.boxes, whole.boxes[kept])
 
 
-def test_nothing_found(model, images):
+def test_no_objects_found(model, images):
     found = model.segment_everything([images[0], images[1]], conf=1.0)
     for segmentation, image in zip(found, images):
         assert len(segmentation) == 0 and segmentation.size == image.shape[:2]
@@ -105,8 +107,10 @@ def test_no_images(model):
 # SegAny -------------------------------------------------------------------------------------------------------------
 
 
-def plainly(model, image, box=None, points=None, labels=None, multimask=False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full-size logits [M, H, W] and predicted IoU [M] of one prompt, by SAM's own modules."""
+def decode_with_sam(
+    model, image, box=None, points=None, labels=None, multimask=False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full-size logits [M, H, W] and predicted IoU [M] of one prompt, computed with SAM's own modules."""
     _, input_size = preprocess(image, 256)
     scale = np.array([input_size[1] / image.shape[1], input_size[0] / image.shape[0]], np.float32)
     prompt_encoder = model.decoder.prompt_encoder
@@ -126,13 +130,13 @@ def assert_mask(found: Segmentation, index: int, logits: torch.Tensor, iou: torc
     logits = logits.numpy()
     assert abs(found.predicted_iou[index] - float(iou)) < 1e-4
     assert found.confidence[index] == found.predicted_iou[index]
-    certain = np.abs(logits) > 1e-4 * np.abs(logits).max()  # the order of float additions decides the others
+    certain = np.abs(logits) > 1e-4 * np.abs(logits).max()  # the others depend on the order of float additions
     assert certain.mean() > 0.95
     np.testing.assert_array_equal(found.full_mask(index)[certain], (logits > 0)[certain])
 
 
 def prompts_in(image: np.ndarray, seed: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Five boxes, and ragged points of both kinds for five prompts."""
+    """Five boxes, and five prompts with varying numbers of foreground and background points."""
     generator = np.random.default_rng(seed)
     size = np.array(image.shape[1::-1], np.float32)
     corners = np.sort(generator.random((5, 2, 2), np.float32), axis=1) * size
@@ -141,52 +145,52 @@ def prompts_in(image: np.ndarray, seed: int) -> tuple[np.ndarray, list[np.ndarra
     return corners.reshape(5, 4), points, labels
 
 
-def test_boxes_take_the_single_mask(model, images):
+def test_boxes_give_the_single_mask(model, images):
     boxes = [prompts_in(image, seed)[0] for seed, image in enumerate(images)]
     boxes[1] = boxes[1][:0]
     for image, image_boxes, found in zip(images, boxes, model.segment_anything(images, boxes=boxes), strict=True):
         assert len(found) == len(image_boxes)
         for i, box in enumerate(image_boxes):
-            logits, iou = plainly(model, image, box)
+            logits, iou = decode_with_sam(model, image, box)
             assert_mask(found, i, logits[0], iou[0])
 
 
-def test_ragged_points(model, images):
-    """A lone point takes the best of its three masks, several points the single one; in the order of the prompts."""
+def test_prompts_may_differ_in_their_number_of_points(model, images):
+    """A single point gives the best of three masks, several points give the single mask; prompts keep their order."""
     few = images[:2]
     _, points, labels = zip(*(prompts_in(image, seed) for seed, image in enumerate(few)))
     for image, p, v, found in zip(few, points, labels, model.segment_anything(few, points=points, point_labels=labels)):
         assert len(found) == len(p)
         for i in range(len(p)):
-            logits, iou = plainly(model, image, points=p[i], labels=v[i], multimask=len(p[i]) == 1)
+            logits, iou = decode_with_sam(model, image, points=p[i], labels=v[i], multimask=len(p[i]) == 1)
             best = int(iou.argmax())
             assert_mask(found, i, logits[best], iou[best])
 
 
-def test_labels_count(model, images):
+def test_point_labels_change_the_mask(model, images):
     image, points = images[0], [np.float32([[20, 20], [40, 40]])]
     inside = model.segment_anything([image], points=[points])[0]
-    said = model.segment_anything([image], points=[points], point_labels=[[np.array([1, 1])]])[0]
+    explicit = model.segment_anything([image], points=[points], point_labels=[[np.array([1, 1])]])[0]
     outside = model.segment_anything([image], points=[points], point_labels=[[np.array([1, 0])]])[0]
-    assert_same(inside, said)
+    assert_same(inside, explicit)
     assert_same(inside, model.segment_anything([image], points=[points], point_labels=[[np.array([True, True])]])[0])
     assert inside.predicted_iou[0] != outside.predicted_iou[0]
 
 
-def test_boxes_and_points(model, images):
-    """With a box, even a lone point takes the single mask; a box may come without a point."""
+def test_boxes_combined_with_points(model, images):
+    """With a box, even a single point gives the single mask; a box needs no point."""
     image = images[1]
     boxes, points, labels = prompts_in(image, 3)
     points[2], labels[2] = points[2][:0], labels[2][:0]
     (found,) = model.segment_anything([image], boxes=[boxes], points=[points], point_labels=[labels])
     assert len(found) == 5
     for i in range(5):
-        logits, iou = plainly(model, image, boxes[i], points[i] if i != 2 else None, labels[i])
+        logits, iou = decode_with_sam(model, image, boxes[i], points[i] if i != 2 else None, labels[i])
         assert_mask(found, i, logits[0], iou[0])
 
 
 def test_many_prompts_keep_their_order(model, images):
-    """More than are decoded in one pass."""
+    """There are more prompts than one pass decodes."""
     generator = np.random.default_rng(0)
     points = [point[None] for point in generator.random((70, 2), np.float32) * 64]
     (found,) = model.segment_anything([images[0]], points=[points])
@@ -196,7 +200,7 @@ def test_many_prompts_keep_their_order(model, images):
     assert len(set(found.predicted_iou.round(4))) > 5
 
 
-def test_decode_is_the_low_res_side_of_it(model, images):
+def test_decode_returns_the_low_res_logits_of_segment_anything(model, images):
     boxes = [prompts_in(image, seed)[0] for seed, image in enumerate(images[:2])]
     embeddings = model.encode(images[:2])
     logits, iou = model.decode(embeddings, boxes)
@@ -209,13 +213,13 @@ def test_decode_is_the_low_res_side_of_it(model, images):
             np.testing.assert_array_equal(found[i].full_mask(j), whole[j])
 
 
-# What is wrong with the input ---------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------------------------
 
 GOOD = np.zeros((32, 32, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    "image, found",
+    "image, message",
     [
         (GOOD.astype(np.float32), r"not float32 \(32, 32, 3\)"),
         (GOOD[..., 0], r"not uint8 \(32, 32\)"),
@@ -226,14 +230,14 @@ GOOD = np.zeros((32, 32, 3), np.uint8)
     ],
     ids=["float", "grey", "RGBA", "list", "tensor", "empty"],
 )
-def test_wrong_image_is_named(model, image, found):
+def test_errors_name_the_wrong_image(model, image, message):
     for call in (
         model.encode,
         model.discover,
         model.segment_everything,
         lambda images: model.segment_anything(images, boxes=[np.zeros((0, 4))] * 2),
     ):
-        with pytest.raises(ValueError, match=f"Image 1 .*{found}"):
+        with pytest.raises(ValueError, match=f"Image 1 .*{message}"):
             call([GOOD, image])
 
 
@@ -257,7 +261,7 @@ POINT, BOX = np.float32([[5, 5]]), np.float32([[2, 2, 9, 9]])
         ({"points": [[POINT], [POINT, POINT[:0]]]}, "Image 1: prompt 1 has neither a box nor a point"),
     ],
 )
-def test_wrong_prompts_are_named(model, prompts, words):
+def test_errors_name_the_image_with_wrong_prompts(model, prompts, words):
     with pytest.raises(ValueError, match=words):
         model.segment_anything([GOOD, GOOD], **prompts)
 
@@ -270,14 +274,14 @@ def test_decode_checks_its_boxes(model):
         model.decode(embeddings, [BOX, np.zeros((4, 5))])
 
 
-def test_unknown_names(model):
+def test_unknown_names_are_refused(model):
     with pytest.raises(ValueError, match="Unknown prompting 'Grid'; choose one of object_aware, grid"):
         model.segment_everything([GOOD], prompting="Grid")
     with pytest.raises(ValueError, match="Unknown image encoder 'vit'; choose one of tiny_vit, "):
         MobileSAMv2.from_checkpoints("vit", "a", "b")
 
 
-def test_without_a_detector(model):
+def test_model_without_a_detector(model):
     bare = MobileSAMv2(model.image_encoder, model.decoder, model.config, device="cpu")
     for call in (bare.discover, bare.segment_everything):
         with pytest.raises(RuntimeError, match=r'detector_checkpoint=\.\.\., or use prompting="grid"'):
@@ -286,7 +290,7 @@ def test_without_a_detector(model):
     assert isinstance(bare.segment_everything([GOOD], prompting="grid", points_per_side=1)[0], Segmentation)
 
 
-# What an import costs -----------------------------------------------------------------------------------------------
+# Imports ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,7 +300,7 @@ def test_without_a_detector(model):
         ("fiftyone_mobilesamv2.modeling.mobilesamv2", ["fiftyone"]),
     ],
 )
-def test_imports(module, not_loaded):
+def test_imports_are_light(module, not_loaded):
     program = f"import sys, {module}; print(*[name for name in {not_loaded} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr

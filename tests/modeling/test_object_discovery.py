@@ -1,4 +1,4 @@
-"""Letterboxing, NMS, border snapping and scaling back, by cases computed by hand."""
+"""Letterboxing, NMS, border snapping and scaling back to the image, on cases computed by hand."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from fiftyone_mobilesamv2.modeling.object_discovery import (
 
 
 class FixedDetector(nn.Module):
-    """A detector that answers with the same raw boxes whatever it sees, and keeps what it saw."""
+    """A detector that returns the same raw boxes for every input, and records its inputs."""
 
     def __init__(self, raw: torch.Tensor) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class FixedDetector(nn.Module):
 
 
 def raw_output(*boxes: tuple[float, float, float, float, float]) -> torch.Tensor:
-    """(x0, y0, x1, y1, score) in network pixels -> [5, anchors] as the detector gives it."""
+    """(x0, y0, x1, y1, score) in network pixels -> the detector's output [5, anchors]."""
     x0, y0, x1, y1, score = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 5).T
     return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, score])
 
@@ -37,7 +37,7 @@ def raw_output(*boxes: tuple[float, float, float, float, float]) -> torch.Tensor
 @pytest.mark.parametrize(
     "size, expected",
     [
-        ((480, 640), (256, 320)),  # 240 rows and two times 8 of padding
+        ((480, 640), (256, 320)),  # 240 rows, and 8 rows of padding on either side
         ((640, 480), (320, 256)),
         ((320, 320), (320, 320)),
         ((100, 100), (320, 320)),
@@ -47,11 +47,11 @@ def raw_output(*boxes: tuple[float, float, float, float, float]) -> torch.Tensor
     ],
     ids=str,
 )
-def test_letterbox_depends_on_the_image_alone(size, expected):
+def test_letterbox_size_and_padding(size, expected):
     pixels = letterbox(np.full((*size, 3), 255, np.uint8), 320)
     assert pixels.shape == (1, 3, *expected) and pixels.dtype == torch.float32
     assert pixels.max() == 1
-    # Padding is grey, 114 of 255, as the detectors were trained with; half of it on either side.
+    # As in the detectors' training, the padding is grey (114 of 255) and split evenly between both sides.
     seen = pixels[0, 0] == 1
     for axis in (0, 1):
         rows = torch.nonzero(seen.any(1 - axis)).flatten()
@@ -63,7 +63,7 @@ def test_letterbox_depends_on_the_image_alone(size, expected):
             )
 
 
-def test_letterbox_keeps_the_channels_in_order():
+def test_letterbox_keeps_the_order_of_channels():
     image = np.zeros((32, 32, 3), np.uint8)
     image[:] = (255, 51, 0)
     torch.testing.assert_close(letterbox(image, 32)[0, :, 5, 5], torch.tensor([1, 0.2, 0]))
@@ -73,11 +73,11 @@ def test_letterbox_keeps_the_channels_in_order():
     "box, expected",
     [
         ((19.9, 19.9, 300, 150), (0, 0, 300, 150)),
-        ((20, 20, 300, 150), (20, 20, 300, 150)),  # exactly 20 px away stays
+        ((20, 20, 300, 150), (20, 20, 300, 150)),  # exactly 20 px from the border: not moved
         ((50, 60, 380, 180), (50, 60, 380, 180)),
         ((50, 60, 380.1, 180.1), (50, 60, 400, 200)),
         ((-5, -7, 410, 205), (0, 0, 400, 200)),
-        ((5, 50, 10, 60), (0, 50, 10, 60)),  # only the end that faces its border moves
+        ((5, 50, 10, 60), (0, 50, 10, 60)),  # only the side next to its border moves
         ((390, 190, 395, 195), (390, 190, 400, 200)),
         ((30, 30, 30, 30), (30, 30, 30, 30)),  # a point
         ((300, 150, 50, 60), (300, 150, 50, 60)),  # inverted
@@ -85,7 +85,7 @@ def test_letterbox_keeps_the_channels_in_order():
     ],
     ids=str,
 )
-def test_snapping(box, expected):
+def test_boxes_near_the_border_snap_to_it(box, expected):
     boxes = torch.tensor([box], dtype=torch.float32)
     before = boxes.clone()
     assert snap_to_border(boxes, (200, 400)).tolist() == [list(expected)]
@@ -93,34 +93,34 @@ def test_snapping(box, expected):
     assert BORDER_SNAPPING == 20
 
 
-def test_snapping_of_nothing():
+def test_snapping_of_no_boxes():
     assert snap_to_border(torch.zeros(0, 4), (200, 400)).shape == (0, 4)
 
 
 @pytest.mark.parametrize(
     "size, box, expected",
     [
-        # 480 x 640 -> 240 x 320 and 8 rows of padding above: half the pixels.
+        # 480x640 is scaled by 0.5 to 240x320, with 8 rows of padding above.
         ((480, 640), (10, 18, 110, 68), (20, 20, 220, 120)),
-        ((480, 640), (0, 0, 320, 256), (0, 0, 640, 480)),  # the padding is cut off
+        ((480, 640), (0, 0, 320, 256), (0, 0, 640, 480)),  # padding is clipped
         ((480, 640), (-9, 2, 400, 300), (0, 0, 640, 480)),
-        ((480, 640), (50, 0, 60, 6), (100, 0, 120, 0)),  # all in the padding: nothing of the image
-        # 640 x 480: padding left and right.
+        ((480, 640), (50, 0, 60, 6), (100, 0, 120, 0)),  # entirely in the padding
+        # 640x480 has padding on the left and right.
         ((640, 480), (18, 10, 68, 110), (20, 20, 120, 220)),
     ],
     ids=str,
 )
-def test_scaling_back(size, box, expected):
+def test_boxes_are_scaled_back_to_the_image(size, box, expected):
     network_size = (256, 320) if size == (480, 640) else (320, 256)
-    found = to_image(torch.tensor([box], dtype=torch.float32), network_size, size)
-    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
+    scaled = to_image(torch.tensor([box], dtype=torch.float32), network_size, size)
+    torch.testing.assert_close(scaled, torch.tensor([expected], dtype=torch.float32))
 
 
-def test_confidence_order_nms_and_limit():
+def test_threshold_nms_order_and_limit():
     raw = raw_output(
         (100, 100, 140, 140, 0.5),
         (30, 30, 70, 70, 0.9),
-        (30, 30, 70, 71, 0.8),  # IoU 40 / 41 with the one above
+        (30, 30, 70, 71, 0.8),  # IoU 40/41 with the box above
         (30, 30, 70, 50, 0.7),  # IoU 0.5
         (100, 30, 140, 70, 0.4),  # not above the threshold
     )
@@ -141,36 +141,36 @@ def test_confidence_order_nms_and_limit():
 
 
 @pytest.mark.parametrize("raw", [raw_output((30, 30, 70, 70, 0.2)), raw_output()], ids=["unsure", "no anchors"])
-def test_nothing_found(raw):
-    found = ObjectDiscovery(FixedDetector(raw), 320)(np.zeros((480, 640, 3), np.uint8))
-    assert len(found) == 0 and found.boxes.shape == (0, 4) and found.scores.shape == (0,)
+def test_no_detections(raw):
+    discovered = ObjectDiscovery(FixedDetector(raw), 320)(np.zeros((480, 640, 3), np.uint8))
+    assert len(discovered) == 0 and discovered.boxes.shape == (0, 4) and discovered.scores.shape == (0,)
 
 
 @pytest.mark.parametrize(
     "size, expected",
     [
-        ((480, 640), (200, 144, 400, 304)),  # 8 rows of padding, half the pixels
+        ((480, 640), (200, 144, 400, 304)),  # scaled by 0.5, 8 rows of padding
         ((1, 640), (200, 1, 400, 1)),  # the box lies below the image's only row
         ((640, 1), (1, 160, 1, 320)),
     ],
     ids=str,
 )
-def test_image_to_boxes(size, expected):
-    """The network's output for another size of image is scaled by that image alone."""
+def test_boxes_do_not_depend_on_earlier_images(size, expected):
+    """Each image's boxes are scaled by that image's own size."""
     detector = FixedDetector(raw_output((100, 80, 200, 160, 0.9)))
     discovery = ObjectDiscovery(detector, 320)
     image = np.zeros((*size, 3), np.uint8)
-    found = discovery(image)
+    discovered = discovery(image)
     torch.testing.assert_close(detector.seen[0], letterbox(image, 320))
     height, width = size
-    assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([width, height, width, height])).all()
-    torch.testing.assert_close(found.boxes, torch.tensor([expected], dtype=torch.float32))
+    assert (discovered.boxes >= 0).all() and (discovered.boxes <= torch.tensor([width, height, width, height])).all()
+    torch.testing.assert_close(discovered.boxes, torch.tensor([expected], dtype=torch.float32))
     discovery(np.zeros((50, 70, 3), np.uint8))
-    assert torch.equal(discovery(image).boxes, found.boxes)
+    assert torch.equal(discovery(image).boxes, discovered.boxes)
 
 
 def test_mask_branch_is_ignored():
-    """A segmentation model answers with more rows (mask coefficients) and a tuple."""
+    """A segmentation model returns additional rows (mask coefficients), in a tuple."""
 
     class Segmenter(FixedDetector):
         def forward(self, pixels):
@@ -178,5 +178,5 @@ def test_mask_branch_is_ignored():
 
     raw = raw_output((100, 80, 200, 160, 0.9))
     image = np.zeros((480, 640, 3), np.uint8)
-    found = ObjectDiscovery(Segmenter(raw), 320)(image)
-    assert torch.equal(found.boxes, ObjectDiscovery(FixedDetector(raw), 320)(image).boxes)
+    discovered = ObjectDiscovery(Segmenter(raw), 320)(image)
+    assert torch.equal(discovered.boxes, ObjectDiscovery(FixedDetector(raw), 320)(image).boxes)

@@ -1,4 +1,4 @@
-"""Decoding prompts of one image together gives what SAM's modules give, called plainly."""
+"""Decoding the prompts of one image together gives the results of SAM's own modules."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import (
     prompts_per_chunk,
 )
 
-GEOMETRIES = {"release": (256, 64, 1024), "demo": (128, 32, 256)}  # channels and side of the embedding, network input
+# name -> (channels of the embedding, side of the embedding, side of the network input)
+GEOMETRIES = {"release": (256, 64, 1024), "demo": (128, 32, 256)}
 
 
 def decoder_and_features(geometry: str) -> tuple[PromptGuidedDecoder, torch.Tensor]:
@@ -19,7 +20,7 @@ def decoder_and_features(geometry: str) -> tuple[PromptGuidedDecoder, torch.Tens
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     decoder = PromptGuidedDecoder(channels, side, image_size).eval().requires_grad_(False)
-    for parameter in decoder.parameters():  # norms start as the identity, which would hide one left out
+    for parameter in decoder.parameters():  # norms are initialized to the identity, which would hide a missing one
         parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return decoder, torch.randn(channels, side, side, generator=generator)
 
@@ -34,8 +35,8 @@ def some_prompts(count: int, points: int, image_size: int) -> dict[str, torch.Te
     }
 
 
-def plainly(decoder, features, multimask, boxes=None, points=None, point_labels=None):
-    """The released way: a copy of the embedding for every prompt."""
+def decode_with_sam(decoder, features, multimask, boxes=None, points=None, point_labels=None):
+    """The release's computation, with a copy of the embedding for every prompt."""
     with_points = None if points is None else (points, point_labels)
     sparse, dense = decoder.prompt_encoder(points=with_points, boxes=boxes, masks=None)
     return decoder.mask_decoder(features[None], decoder.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
@@ -57,11 +58,11 @@ PROMPTS = {
 @pytest.mark.parametrize("masks", [SINGLE_MASK, MULTIMASK])
 @pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_same_as_sams_modules(geometry, prompts, masks):
+def test_results_equal_those_of_sam(geometry, prompts, masks):
     decoder, features = decoder_and_features(geometry)
     names, points = PROMPTS[prompts]
     given = {key: value for key, value in some_prompts(3, points, GEOMETRIES[geometry][2]).items() if key in names}
-    expected_logits, expected_iou = plainly(decoder, features, masks == MULTIMASK, **given)
+    expected_logits, expected_iou = decode_with_sam(decoder, features, masks == MULTIMASK, **given)
     logits, iou = decoder(decoder.image_side(features, decoder.positions()), decoder.embed_prompts(**given), masks)
     assert logits.shape[:2] == iou.shape == (3, len(range(4)[masks]))
     assert_close(logits, expected_logits)
@@ -82,8 +83,8 @@ def test_bfloat16_is_close(geometry):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_chunks_do_not_show(count, monkeypatch):
-    """Prompts decoded together and one by one."""
+def test_chunking_does_not_change_results(count, monkeypatch):
+    """Prompts are decoded together and one by one."""
     decoder, features = decoder_and_features("demo")
     side = decoder.image_side(features, decoder.positions())
     prompts = decoder.embed_prompts(boxes=some_prompts(count, 1, 256)["boxes"])
@@ -108,7 +109,7 @@ def test_no_prompts(masks):
     assert logits.shape == (0, count, 128, 128) and iou.shape == (0, count)
 
 
-def test_gradients_are_those_of_sams_modules():
+def test_gradients_equal_those_of_sam():
     decoder, features = decoder_and_features("demo")
     decoder.mask_decoder.requires_grad_(True)
     features.requires_grad_()
@@ -119,8 +120,8 @@ def test_gradients_are_those_of_sams_modules():
     def gradients(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad((logits * target).mean() + iou.sum(), learned, materialize_grads=True)
 
-    found = gradients(*decoder(decoder.image_side(features, decoder.positions()), decoder.embed_prompts(boxes)))
-    expected = gradients(*plainly(decoder, features, False, boxes))
-    for mine, theirs in zip(found, expected):
+    computed = gradients(*decoder(decoder.image_side(features, decoder.positions()), decoder.embed_prompts(boxes)))
+    expected = gradients(*decode_with_sam(decoder, features, False, boxes))
+    for mine, theirs in zip(computed, expected):
         assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7
-    assert found[0].abs().max() > 0
+    assert computed[0].abs().max() > 0

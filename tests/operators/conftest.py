@@ -1,4 +1,4 @@
-"""The plugin as the App has it: registered by its fiftyone.yml; forms and runs as the App asks for them."""
+"""The plugin as the App uses it: registered through fiftyone.yml, with forms and runs requested as the App does."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ PLUGIN = "@mobilesamv2/fiftyone_mobilesamv2"
 
 @dataclass
 class ResolvedForm:
-    """What the App gets of a form.
+    """A form as the App receives it.
 
     Attributes:
-        inputs: FiftyOne's properties by name.
-        errors: what keeps it from being executed, in words.
-        messages: notes, warnings and errors that are shown.
+        inputs: name -> FiftyOne property.
+        errors: the messages that prevent execution.
+        messages: the notices, warnings and errors that are shown.
     """
 
     inputs: dict
@@ -31,7 +31,7 @@ class ResolvedForm:
 
 
 class Plugin:
-    """The operators, asked as the App asks."""
+    """The plugin's operators, called as the App calls them."""
 
     def __init__(self, folder):
         import fiftyone.plugins.context as fopc
@@ -65,20 +65,20 @@ class Plugin:
         return ResolvedForm(inputs, errors, shown)
 
     def run_to_the_end(self, name, samples, params=None, **request):
-        """In the App. Returns the text of its last dialog, and all that the App is told to do by operator."""
-        told = {}
-        for operator, params_told in self.run_in_app(name, samples, params, **request):
-            told[operator] = params_told
-        return str(told["show_output"]["results"]["text"]), told
+        """Runs in the App. Returns the text of the last dialog, and {operator: parameters} triggered in the App."""
+        calls = {}
+        for operator, call_params in self.run_in_app(name, samples, params, **request):
+            calls[operator] = call_params
+        return str(calls["show_output"]["results"]["text"]), calls
 
     def call(self, name, samples, **params):
-        """From Python. Returns the summary."""
+        """Runs from Python. Returns the summary."""
         import fiftyone.operators as foo
 
         return foo.get_operator(f"{PLUGIN}/{name}")(samples, **params).result
 
     def run_in_app(self, name, samples, params=None, **request):
-        """Yields (operator, parameters) of what the App is told to do, while it runs."""
+        """Runs in the App. Yields the (operator, parameters) that it triggers there."""
         ctx = self.context(name, samples, params, spaces={}, **request)
         for message in self.operators[name].execute(ctx):
             yield message.body.operator_uri.split("/")[-1], message.body.params
@@ -86,7 +86,7 @@ class Plugin:
 
 @pytest.fixture(scope="session")
 def plugin(mongod):
-    """The plugin in an otherwise empty folder of plugins."""
+    """The plugin, alone in the plugins folder."""
     import fiftyone as fo
 
     return Plugin(Path(fo.config.plugins_dir))
@@ -94,7 +94,7 @@ def plugin(mongod):
 
 @pytest.fixture(scope="session")
 def scene_files(tmp_path_factory):
-    """Four scenes with known masks, as COCO data: the folder of images and the annotations."""
+    """Four scenes with known masks in COCO format: the image folder and the annotation file."""
     from fiftyone_mobilesamv2.training.scenes import write_coco
 
     return write_coco(tmp_path_factory.mktemp("scenes"), 4)
@@ -102,7 +102,7 @@ def scene_files(tmp_path_factory):
 
 @pytest.fixture
 def scenes(mongod, scene_files):
-    """A dataset of these, in `ground_truth`."""
+    """A dataset of these scenes with their objects in `ground_truth`."""
     from fiftyone_mobilesamv2 import load_coco
 
     dataset = load_coco(*scene_files)

@@ -1,4 +1,4 @@
-"""Any JSON for any input of a form: the form stays, and says what is wrong."""
+"""With any JSON value for any input, the form is still shown and names the problem."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fiftyone_mobilesamv2.operators import OPERATORS
 
 FORMS = [operator.identifier for operator in OPERATORS if operator.identifier != "cancel"]
-STATES = [  # that show other inputs
+STATES = [  # parameters that make other inputs appear
     {},
     {"prompting": "grid", "label_field": "segmentations", "existing": "replace"},
     {"look_for": "labels", "place": "new", "prompts": "field", "verdict": "dismiss"},
@@ -29,7 +29,7 @@ def is_number(value, whole):
     return isinstance(value, int) or (math.isfinite(value) and not (whole and value % 1))
 
 
-FITS = {  # by FiftyOne's name for the type of an input
+FITS = {  # FiftyOne's input type -> whether a value fits
     "String": lambda value, kind: isinstance(value, str),
     "Number": lambda value, kind: is_number(value, kind.int),
     "Boolean": lambda value, kind: isinstance(value, bool),
@@ -39,7 +39,7 @@ FITS = {  # by FiftyOne's name for the type of an input
 
 @pytest.fixture
 def requests(scenes):
-    """Scenes with ground truth and proposals; and as arguments, none or one of these as if it were selected."""
+    """(samples, request arguments): scenes with ground truth and proposals, with no label or one label selected."""
     scenes.clone_sample_field("ground_truth", "segmentations")
     first = scenes.first()
     label = {"label_id": first.segmentations.detections[0].id, "sample_id": first.id, "field": "segmentations"}
@@ -49,11 +49,11 @@ def requests(scenes):
 @pytest.mark.parametrize("name", FORMS)
 @given(data=st.data())
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value(plugin, requests, name, data):
+def test_form_survives_any_value(plugin, requests, name, data):
     samples, request = data.draw(st.sampled_from(requests)) if name != "promote_to_labels" else requests[1]
     state = data.draw(st.sampled_from(STATES))
     inputs = plugin.form(name, samples, state, **request).inputs
-    # The target is an input of FiftyOne's own.
+    # The target is FiftyOne's own input.
     names = [key for key, each in inputs.items() if type(each.type).__name__ in FITS and key != "view_target"]
     given_values = data.draw(st.dictionaries(st.sampled_from(names), values, min_size=1, max_size=3))
     form = plugin.form(name, samples, state | given_values, **request)

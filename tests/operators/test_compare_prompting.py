@@ -10,18 +10,18 @@ KEPT = ["compare_object_aware", "compare_grid_16"]
 
 
 def table(text):
-    """The cells of a Markdown table: row -> column -> text."""
+    """The cells of a Markdown table: {row: {column: text}}."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}
 
 
-def buttons(told):
-    properties = told["show_output"]["outputs"]["type"]["properties"]
+def buttons(calls):
+    properties = calls["show_output"]["outputs"]["type"]["properties"]
     views = [each["view"] for each in properties.values() if each["view"].get("operator")]
     return {view["label"]: (view["operator"], view["params"]) for view in views}
 
 
-def test_form(plugin, scenes):
+def test_form_has_defaults(plugin, scenes):
     form = plugin.form(NAME, scenes)
     assert form.errors == []
     assert (form.default("images"), form.default("grid"), form.default("filters")) == (16, "32", True)
@@ -42,8 +42,8 @@ def test_form(plugin, scenes):
     ],
 )
 def test_form_says_what_is_wrong(plugin, scenes, params, error):
-    (found,) = plugin.form(NAME, scenes, params).errors
-    assert error in found
+    (message,) = plugin.form(NAME, scenes, params).errors
+    assert error in message
 
 
 def test_form_needs_images(plugin, scenes, dataset):
@@ -72,9 +72,9 @@ def test_ground_truth_without_masks(plugin, scenes):
     assert result["measurements"]["object_aware"]["metrics"]["AR@1000"] > 0
 
 
-def test_comparison_leaves_nothing(plugin, scenes):
+def test_comparison_leaves_nothing_behind(plugin, scenes):
     datasets, fields = fo.list_datasets(), set(scenes.get_field_schema(flat=True))
-    text, told = plugin.run_to_the_end(NAME, scenes, DEMO)
+    text, calls = plugin.run_to_the_end(NAME, scenes, DEMO)
     prompts, seconds, grid_seconds, times = re.search(
         r"\*\*Object-aware prompting decoded (\d+) prompts an image in ([\d.]+) s; the 16x16 grid 256 in ([\d.]+) s: "
         r"([\d.]+) times as long\.\*\*",
@@ -82,22 +82,22 @@ def test_comparison_leaves_nothing(plugin, scenes):
     ).groups()
     cells = table(text)
     aware, grid = cells["object-aware"], cells["grid 16x16"]
-    assert float(aware["prompts"]) == int(prompts) > 1 and grid["prompts"] == "256.0"  # of one image
+    assert float(aware["prompts"]) == int(prompts) > 1 and grid["prompts"] == "256.0"  # for one image
     assert (aware["decoder, s"], grid["decoder, s"]) == (seconds, grid_seconds)
-    assert float(times) == pytest.approx(float(grid_seconds) / float(seconds), rel=0.2)  # of rounded figures
+    assert float(times) == pytest.approx(float(grid_seconds) / float(seconds), rel=0.2)  # computed from rounded figures
     assert 0 < float(aware["AR@10"]) <= float(aware["AR@1000"]) <= 1
     assert "1 image by `mobilesamv2-demo-torch` on cpu" in text
     scenes.reload()
     assert fo.list_datasets() == datasets and set(scenes.get_field_schema(flat=True)) == fields
-    assert scenes.list_evaluations() == [] and "set_view" not in told
-    operator, params = buttons(told)["Show these images"]
+    assert scenes.list_evaluations() == [] and "set_view" not in calls
+    operator, params = buttons(calls)["Show these images"]
     assert operator == "@voxel51/operators/show_samples"
     assert len(params["samples"]) == 1 and params["samples"][0] in scenes.values("id")
 
 
 @pytest.mark.slow
-def test_kept(plugin, scenes):
-    text, told = plugin.run_to_the_end(NAME, scenes, {**DEMO, "keep": True})
+def test_kept_results_are_stored_and_shown(plugin, scenes):
+    text, calls = plugin.run_to_the_end(NAME, scenes, {**DEMO, "keep": True})
     scenes.reload()
     assert scenes.list_evaluations() == sorted(f"ar_{name}" for name in KEPT)
     cells = table(text)
@@ -105,7 +105,7 @@ def test_kept(plugin, scenes):
         assert scenes.count(f"{name}.detections") == float(cells[row]["objects"]) > 1
         stored = scenes.load_evaluation_results(f"ar_{name}").metrics()["AR@1000"]
         assert cells[row]["AR@1000"] == f"{stored:.3f}"
-    view = fo.DatasetView._build(scenes, told["set_view"]["view"])
+    view = fo.DatasetView._build(scenes, calls["set_view"]["view"])
     assert view.values("id") == scenes.exists(KEPT[0]).values("id")
 
     form = plugin.form(NAME, scenes, {**DEMO, "keep": True})
@@ -116,7 +116,7 @@ def test_kept(plugin, scenes):
     assert not any("replaced" in message for message in plugin.form(NAME, scenes, DEMO).messages)
 
 
-def test_fields_of_the_user_are_left_alone(plugin, scenes):
+def test_field_of_the_user_is_not_overwritten(plugin, scenes):
     scenes.add_sample_field("compare_grid_16", fo.StringField)
     (error,) = plugin.form(NAME, scenes, {**DEMO, "keep": True}).errors
     assert "'compare_grid_16' contains StringField, not Detections" in error
@@ -124,7 +124,7 @@ def test_fields_of_the_user_are_left_alone(plugin, scenes):
 
 
 @pytest.mark.slow
-def test_image_in_which_nothing_is_found(plugin, dataset, tmp_path):
+def test_image_without_objects(plugin, dataset, tmp_path):
     Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / "grey.png")
     dataset.add_sample(fo.Sample(str(tmp_path / "grey.png")))
     text, _ = plugin.run_to_the_end(NAME, dataset, {**DEMO, "filters": True})
@@ -138,19 +138,19 @@ def test_image_in_which_nothing_is_found(plugin, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_that_fail(plugin, scenes, tmp_path):
+def test_failed_images_are_reported(plugin, scenes, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     scenes.add_sample(fo.Sample(str(bad)))
     target = scenes.select([scenes.first().id, scenes.last().id])
-    text, told = plugin.run_to_the_end(NAME, target, {**DEMO, "images": 2})
+    text, calls = plugin.run_to_the_end(NAME, target, {**DEMO, "images": 2})
     assert "**1 image failed**" in text and "bad.png" in text
-    _, params = buttons(told)["Show failed samples"]
+    _, params = buttons(calls)["Show failed samples"]
     assert params == {"samples": [scenes.last().id]}
 
 
 @pytest.mark.slow
-def test_cancel(plugin, scenes):
+def test_cancelled_comparison_leaves_nothing_behind(plugin, scenes):
     datasets, cancelled = fo.list_datasets(), False
     for operator, params in plugin.run_in_app(NAME, scenes, {**DEMO, "images": 4}):
         if operator != "show_output":

@@ -14,7 +14,7 @@ NAME = "evaluate_proposals"
 
 @pytest.fixture
 def proposed(scenes):
-    """Scenes whose `segmentations` are copies of the first two objects of each, so that AR is known."""
+    """Scenes whose `segmentations` are copies of each scene's first two objects, so the AR is known."""
     for sample in scenes:
         objects = sample.ground_truth.detections[:2]
         sample["segmentations"] = fo.Detections(
@@ -29,7 +29,7 @@ def proposed(scenes):
 
 @pytest.fixture
 def boxed(proposed):
-    """These, with ground truth that is boxes alone."""
+    """The same scenes with only boxes in the ground truth."""
     for sample in proposed:
         for detection in sample.ground_truth.detections:
             detection.mask = None
@@ -38,12 +38,12 @@ def boxed(proposed):
 
 
 def table(text):
-    """The figures of a Markdown table: column -> row -> text."""
+    """The figures of a Markdown table: {column: {row: text}}."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {column: {row[0]: row[i] for row in rows[2:]} for i, column in enumerate(rows[0]) if i}
 
 
-def test_form(plugin, proposed):
+def test_form_has_defaults(plugin, proposed):
     form = plugin.form(NAME, proposed)
     assert form.errors == [] and form.messages == []
     assert (form.default("pred_field"), form.default("gt_field")) == ("segmentations", "ground_truth")
@@ -52,7 +52,7 @@ def test_form(plugin, proposed):
     assert form.choices("gt_field") == ["ground_truth"]
 
 
-def test_proposals_that_were_made_here_come_first(plugin, proposed):
+def test_recorded_proposals_are_the_default(plugin, proposed):
     proposed.clone_sample_field("segmentations", "another")
     assert plugin.form(NAME, proposed).default("pred_field") == "segmentations"
     proposed.clone_sample_field("segmentations", "masks")
@@ -79,12 +79,12 @@ def test_proposals_that_were_made_here_come_first(plugin, proposed):
 )
 def test_form_says_what_is_wrong(plugin, proposed, params, error):
     proposed.evaluate_detections("segmentations", "ground_truth", eval_key="other", progress=False)
-    (found,) = plugin.form(NAME, proposed, params).errors
-    assert error in found
+    (message,) = plugin.form(NAME, proposed, params).errors
+    assert error in message
 
 
 @pytest.mark.parametrize("text", ["1000, 10,100", "10 100 1000", "1000;100;10;10", " 100,10,1000, "])
-def test_numbers_are_put_in_order(text):
+def test_numbers_are_sorted_and_deduplicated(text):
     assert whole_numbers(text) == [10, 100, 1000]
 
 
@@ -100,7 +100,7 @@ def test_form_without_fields(plugin, scenes, dataset):
     assert "no field of proposals yet" in plugin.form(NAME, scenes).errors[0]
 
 
-def test_groups_are_measured_by_their_slice(plugin, dataset):
+def test_form_accepts_grouped_datasets(plugin, dataset):
     dataset.add_group_field("group", default="left")
     dataset.add_sample(fo.Sample("a.png", group=fo.Group().element("left")))
     for name in ("ground_truth", "segmentations"):
@@ -108,9 +108,9 @@ def test_groups_are_measured_by_their_slice(plugin, dataset):
     assert plugin.form(NAME, dataset).errors == []
 
 
-def test_figures(plugin, proposed):
+def test_summary_shows_the_figures(plugin, proposed):
     objects = proposed.count("ground_truth.detections")
-    text, told = plugin.run_to_the_end(NAME, proposed, {"ks": "10, 1"})
+    text, calls = plugin.run_to_the_end(NAME, proposed, {"ks": "10, 1"})
     figures = table(text)["all"]
     assert figures == {
         "AR@1": f"{4 / objects:.3f}",
@@ -119,14 +119,14 @@ def test_figures(plugin, proposed):
         "objects": str(objects),
     }
     assert f"**AR@10 is {8 / objects:.3f}" in text and f"{objects} objects of `ground_truth` in 4 images" in text
-    assert told["open_panel"]["name"] == "segevery"
+    assert calls["open_panel"]["name"] == "segevery"
     proposed.reload()
     assert proposed.load_evaluation_results("ar").metrics()["AR@1"] == pytest.approx(4 / objects)
     assert proposed.count_values("ground_truth.detections.ar") == {"tp": 8, "fn": objects - 8}
     assert "skipped" not in text
 
 
-def test_result_is_that_of_the_function(plugin, proposed):
+def test_result_equals_that_of_evaluate_proposals(plugin, proposed):
     params = {"ks": "2", "rank_by": "confidence", "eval_key": "mine"}
     result = plugin.call(NAME, proposed, **params)
     expected = evaluate_proposals(proposed, "segmentations", ks=[2])
@@ -138,8 +138,8 @@ def test_result_is_that_of_the_function(plugin, proposed):
     assert (info.ks, info.use_masks, info.rank_by) == ([2], True, "confidence")
 
 
-def test_groups_without_objects_have_no_figure(plugin, proposed):
-    for sample in proposed:  # the largest object of all is medium then
+def test_size_groups_without_objects_show_no_figure(plugin, proposed):
+    for sample in proposed:  # leaves no large objects
         objects = sample.ground_truth.detections
         sample.ground_truth.detections = [d for d in objects if d.mask.sum() <= 96**2]
         sample.save()
@@ -150,7 +150,7 @@ def test_groups_without_objects_have_no_figure(plugin, proposed):
     assert "**No objects in `ground_truth`" in text
 
 
-def test_target(plugin, proposed):
+def test_only_selected_samples_are_measured(plugin, proposed):
     ids = proposed.values("id")
     params = {"view_target": "SELECTED_SAMPLES", "ks": "1"}
     result = plugin.call(NAME, proposed, selected=ids[:1], **params)
@@ -167,7 +167,7 @@ def test_earlier_evaluation_is_replaced(plugin, proposed):
     assert proposed.get_evaluation_info("ar").config.ks == [2]
 
 
-def test_fields_of_the_user_are_left_alone(plugin, proposed):
+def test_field_of_the_user_is_not_overwritten(plugin, proposed):
     proposed.set_values("ar_tp", [7] * 4)
     *_, (operator, params) = plugin.run_in_app(NAME, proposed)
     view = params["outputs"]["type"]["properties"]["error"]["view"]
@@ -200,14 +200,14 @@ def test_polylines_need_no_masks(plugin, proposed):
     assert form.errors == [] and form.default("use_masks") is True and form.messages == []
 
 
-def test_labels_that_cannot_be_used_cost_their_image(plugin, proposed, tmp_path):
+def test_unusable_label_skips_only_its_image(plugin, proposed, tmp_path):
     bad = proposed.first()
     bad.ground_truth.detections[0].mask = None
     bad.ground_truth.detections[0].mask_path = str(tmp_path / "gone.png")
     bad.save()
-    text, told = plugin.run_to_the_end(NAME, proposed)
+    text, calls = plugin.run_to_the_end(NAME, proposed)
     assert "1 image skipped" in text and bad.filepath in text and "gone.png" in text
-    properties = told["show_output"]["outputs"]["type"]["properties"]
+    properties = calls["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show skipped samples"]
     assert button["view"]["operator"] == "@voxel51/operators/show_samples"
     assert button["view"]["params"] == {"samples": [bad.id]}
@@ -230,7 +230,7 @@ def test_cancel_stores_nothing(plugin, proposed):
     assert proposed.list_evaluations() == [] and not proposed.has_field("ar_tp")
 
 
-def test_videos(plugin, proposed, tmp_path):
+def test_video_frames_are_measured(plugin, proposed, tmp_path):
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs ffmpeg")
     for i in range(2):
@@ -243,9 +243,9 @@ def test_videos(plugin, proposed, tmp_path):
         for number in (1, 2):
             boxes = [[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.3, 0.3]]
             objects = [fo.Detection(label="thing", bounding_box=box) for box in boxes]
-            found = [fo.Detection(label="object", bounding_box=boxes[0], confidence=0.5)]
+            proposals = [fo.Detection(label="object", bounding_box=boxes[0], confidence=0.5)]
             sample.frames[number] = fo.Frame(
-                ground_truth=fo.Detections(detections=objects), segmentations=fo.Detections(detections=found)
+                ground_truth=fo.Detections(detections=objects), segmentations=fo.Detections(detections=proposals)
             )
         sample.frames[2].segmentations.detections[0].confidence = float("nan")
         dataset.add_sample(sample)
@@ -255,9 +255,9 @@ def test_videos(plugin, proposed, tmp_path):
             "frames.segmentations",
             "frames.ground_truth",
         )
-        text, told = plugin.run_to_the_end(NAME, dataset, {"use_masks": False})
+        text, calls = plugin.run_to_the_end(NAME, dataset, {"use_masks": False})
         assert table(text)["all"]["AR@10"] == "0.500"
-        buttons = [each["view"] for each in told["show_output"]["outputs"]["type"]["properties"].values()]
+        buttons = [each["view"] for each in calls["show_output"]["outputs"]["type"]["properties"].values()]
         (button,) = [view for view in buttons if view.get("label") == "Show skipped samples"]
         assert button["params"] == {"samples": [dataset.first().id]}
     finally:

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 NAME = "export_masks"
 
 
-def test_form_of_defaults(plugin, scenes):
+def test_form_has_defaults(plugin, scenes):
     form = plugin.form(NAME, scenes)
     assert form.errors == [] and "overwrite" not in form.inputs
     assert form.default("field") == "ground_truth"
@@ -34,7 +34,7 @@ def test_form_says_what_is_wrong(plugin, scenes, dataset, tmp_path):
     assert "has no field of Detections or Polylines" in plugin.form(NAME, dataset).errors[0]
 
 
-def test_existing_file(plugin, scenes, tmp_path):
+def test_existing_file_needs_overwrite(plugin, scenes, tmp_path):
     path = tmp_path / "masks.json"
     path.write_text("mine")
     form = plugin.form(NAME, scenes, {"path": str(path)})
@@ -44,12 +44,12 @@ def test_existing_file(plugin, scenes, tmp_path):
     assert len(json.loads(path.read_text())["images"]) == 4
 
 
-def test_home_folder(plugin, scenes, tmp_path, monkeypatch):
+def test_home_folder_is_expanded(plugin, scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert plugin.call(NAME, scenes, path="~/masks.json")["path"] == str(tmp_path / "masks.json")
 
 
-def test_masks(plugin, scenes, tmp_path):
+def test_exported_masks_equal_the_stored_ones(plugin, scenes, tmp_path):
     path = tmp_path / "new" / "masks.json"
     text, _ = plugin.run_to_the_end(NAME, scenes, {"path": str(path)})
     objects = scenes.count("ground_truth.detections")
@@ -64,13 +64,13 @@ def test_masks(plugin, scenes, tmp_path):
     assert len(coco.anns) == objects
 
 
-def test_target(plugin, scenes, tmp_path):
+def test_only_the_view_is_exported(plugin, scenes, tmp_path):
     result = plugin.call(NAME, scenes.limit(1), path=str(tmp_path / "masks.json"))
     assert result["images"] == 1 and result["annotations"] == len(scenes.first().ground_truth.detections)
     json.dumps(result)
 
 
-def test_skipped(plugin, scenes, tmp_path):
+def test_skipped_images_are_reported(plugin, scenes, tmp_path):
     first = scenes.first()
     first.ground_truth.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     first.save()

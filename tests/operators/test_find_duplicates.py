@@ -8,7 +8,7 @@ NAME = "find_duplicates"
 
 @pytest.fixture
 def doubled(scenes):
-    """Each scene's first object twice, the second a little less sure, and a part of it: its left half."""
+    """Each scene's first object twice, the first time with lower confidence, and its left half as a part."""
     for sample in scenes:
         first = sample.ground_truth.detections[0]
         x, y, w, h = first.bounding_box
@@ -26,14 +26,14 @@ def doubled(scenes):
     return scenes
 
 
-def test_defaults(plugin, doubled):
+def test_form_has_defaults(plugin, doubled):
     form = plugin.form(NAME, doubled)
     assert form.errors == [] and form.messages == []
     names = ("field", "iou", "containment", "rank_by", "use_masks", "show")
     assert [form.default(name) for name in names] == ["segmentations", 0.8, 0.9, "confidence", True, "duplicate"]
 
 
-def test_one_field(plugin, scenes):
+def test_only_field_is_the_default(plugin, scenes):
     form = plugin.form(NAME, scenes)
     assert form.errors == [] and form.default("field") == "ground_truth"
 
@@ -49,11 +49,11 @@ def test_one_field(plugin, scenes):
     ],
 )
 def test_form_says_what_is_wrong(plugin, doubled, params, error):
-    (found,) = plugin.form(NAME, doubled, params).errors
-    assert error in found
+    (message,) = plugin.form(NAME, doubled, params).errors
+    assert error in message
 
 
-def test_forms_of_what_can_not_be_looked_at(plugin, doubled, dataset):
+def test_form_refuses_unusable_data(plugin, doubled, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "view has no samples" in plugin.form(NAME, doubled.limit(0)).errors[0]
     assert "works on the whole dataset" in plugin.form(NAME, doubled.to_patches("segmentations")).messages[0]
@@ -66,7 +66,7 @@ def test_forms_of_what_can_not_be_looked_at(plugin, doubled, dataset):
     assert plugin.form(NAME, doubled, {"field": "ground_truth"}).errors == []
 
 
-def test_without_masks(plugin, doubled):
+def test_boxes_are_compared_without_masks(plugin, doubled):
     doubled.set_values("segmentations.detections.mask", [[None] * 3] * 4)
     form = plugin.form(NAME, doubled)
     assert form.errors == [] and form.default("use_masks") is False
@@ -75,10 +75,10 @@ def test_without_masks(plugin, doubled):
 
 
 @pytest.mark.parametrize(("show", "label"), [("duplicate", "again"), ("part", "half"), ("whole", "object")])
-def test_each_is_shown(plugin, doubled, show, label):
-    text, told = plugin.run_to_the_end(NAME, doubled, {"show": show})
+def test_each_relation_can_be_shown(plugin, doubled, show, label):
+    text, calls = plugin.run_to_the_end(NAME, doubled, {"show": show})
     assert text.startswith("**4 duplicates, 4 parts of 4 labels**\n\nTagged in `segmentations`")
-    view = DatasetView._build(doubled, told["set_view"]["view"])
+    view = DatasetView._build(doubled, calls["set_view"]["view"])
     assert view.values("segmentations.label") == [label] * 4
     for sample in doubled:
         again, kept, half = sample.segmentations.detections
@@ -86,13 +86,13 @@ def test_each_is_shown(plugin, doubled, show, label):
         assert (again.tags, kept.tags, half.tags) == (["duplicate"], ["whole"], ["part"])
 
 
-def test_nothing_found(plugin, doubled):
+def test_no_duplicates_found(plugin, doubled):
     view = doubled.filter_labels("segmentations", fo.ViewField("label") == "half")
-    text, told = plugin.run_to_the_end(NAME, view)
-    assert "**0 duplicates, 0 parts of 0 labels**" in text and "set_view" not in told
+    text, calls = plugin.run_to_the_end(NAME, view)
+    assert "**0 duplicates, 0 parts of 0 labels**" in text and "set_view" not in calls
 
 
-def test_skipped_images(plugin, doubled):
+def test_skipped_images_are_reported(plugin, doubled):
     sample = doubled.first()
     sample.segmentations.detections[0].bounding_box = [0, 0, 0, 0]
     sample.save()

@@ -7,9 +7,9 @@ NAME = "find_unlabeled_objects"
 
 @pytest.fixture
 def curated(scenes):
-    """The scenes' own objects as proposals, but for the last; the labels of the first two of each scene are gone.
+    """Each scene's objects except the last are proposals, and its first two objects have no labels.
 
-    The smaller an object's place in the list, the surer it is of.
+    Confidence decreases in the order of the list.
     """
     for sample in scenes:
         objects = sample.ground_truth.detections
@@ -26,7 +26,7 @@ def ids(samples, field):
     return [[label.id for label in sample[field].detections] for sample in samples]
 
 
-def test_defaults(plugin, curated):
+def test_form_has_defaults(plugin, curated):
     form = plugin.form(NAME, curated)
     assert form.errors == [] and form.messages == []
     names = ("look_for", "pred_field", "gt_field", "iou", "max_inside", "rank_by", "min_score", "min_area", "use_masks")
@@ -34,7 +34,7 @@ def test_defaults(plugin, curated):
     assert [form.default(name) for name in names] == values
 
 
-def test_form_of_labels_without_an_object(plugin, curated):
+def test_form_for_labels_has_fewer_inputs(plugin, curated):
     form = plugin.form(NAME, curated, {"look_for": "labels"})
     assert form.errors == [] and not {"max_inside", "rank_by", "min_score", "min_area"} & set(form.inputs)
 
@@ -53,15 +53,15 @@ def test_form_of_labels_without_an_object(plugin, curated):
     ],
 )
 def test_form_says_what_is_wrong(plugin, curated, params, error):
-    (found,) = plugin.form(NAME, curated, params).errors
-    assert error in found
+    (message,) = plugin.form(NAME, curated, params).errors
+    assert error in message
 
 
-def test_forms_of_datasets_that_lack_something(plugin, scenes, dataset):
+def test_form_names_missing_data(plugin, scenes, dataset):
     assert "no samples" in plugin.form(NAME, dataset).errors[0]
     assert "view has no samples" in plugin.form(NAME, scenes.limit(0)).errors[0]
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
-    assert "Run 'Segment everything' first" in plugin.form(NAME, scenes).errors[0]  # ground_truth alone
+    assert "Run 'Segment everything' first" in plugin.form(NAME, scenes).errors[0]  # only ground_truth
     scenes.rename_sample_field("ground_truth", "segmentations")
     assert "no field of Detections or Polylines beside 'segmentations'" in plugin.form(NAME, scenes).errors[0]
     dataset.add_sample(fo.Sample("/nowhere/0.png"))
@@ -69,17 +69,17 @@ def test_forms_of_datasets_that_lack_something(plugin, scenes, dataset):
     assert "no field of proposals" in plugin.form(NAME, dataset).errors[0]
 
 
-def test_forms_of_what_can_not_be_tagged(plugin, curated):
+def test_form_refuses_read_only_fields(plugin, curated):
     patches = curated.to_patches("segmentations")
     assert "works on the whole dataset" in plugin.form(NAME, patches).messages[0]
     field = curated.get_field("segmentations")
     field.read_only = True
     field.save()
     assert "'segmentations' is read-only" in plugin.form(NAME, curated).errors[0]
-    assert plugin.form(NAME, curated, {"look_for": "labels"}).errors == []  # tags the other field
+    assert plugin.form(NAME, curated, {"look_for": "labels"}).errors == []  # tags are written to the other field
 
 
-def test_labels_without_masks(plugin, curated):
+def test_boxes_are_compared_without_masks(plugin, curated):
     for sample in curated:
         for label in sample.ground_truth.detections:
             label.mask = None
@@ -91,44 +91,44 @@ def test_labels_without_masks(plugin, curated):
     assert plugin.call(NAME, curated, max_inside=1.0)["found"] == 8
 
 
-def test_objects_without_a_label(plugin, curated):
-    found = ids(curated, "segmentations")
-    text, told = plugin.run_to_the_end(NAME, curated)
+def test_objects_without_labels_are_found(plugin, curated):
+    label_ids = ids(curated, "segmentations")
+    text, calls = plugin.run_to_the_end(NAME, curated)
     assert text.startswith("**8 objects without a label**\n\nIn 4 of 4 images, tagged `unlabeled` in `segmentations`")
-    view = DatasetView._build(curated, told["set_view"]["view"])
-    assert view.values("id") == [labels[0] for labels in found] + [labels[1] for labels in found]
+    view = DatasetView._build(curated, calls["set_view"]["view"])
+    assert view.values("id") == [labels[0] for labels in label_ids] + [labels[1] for labels in label_ids]
     assert curated.count_label_tags("segmentations") == {"unlabeled": 8}
 
 
-def test_labels_without_an_object(plugin, curated):
-    found = ids(curated, "ground_truth")
+def test_labels_without_objects_are_found(plugin, curated):
+    label_ids = ids(curated, "ground_truth")
     result = plugin.call(NAME, curated, look_for="labels")
     assert (result["found"], result["samples"], result["tag"], result["field"]) == (4, 4, "unsupported", "ground_truth")
     tagged = curated.select_labels(tags="unsupported", fields="ground_truth")
-    assert ids(tagged, "ground_truth") == [labels[-1:] for labels in found]
+    assert ids(tagged, "ground_truth") == [labels[-1:] for labels in label_ids]
 
     curated.set_values("segmentations", [None, *curated.values("segmentations")[1:]])
     text, _ = plugin.run_to_the_end(NAME, curated, {"look_for": "labels"})
     assert "**3 labels without an object**" in text and "1 image left out" in text
 
 
-def test_nothing_found(plugin, curated):
-    text, told = plugin.run_to_the_end(NAME, curated, {"min_score": 2})
+def test_no_objects_found(plugin, curated):
+    text, calls = plugin.run_to_the_end(NAME, curated, {"min_score": 2})
     assert text == "**0 objects without a label**"
-    assert "set_view" not in told
+    assert "set_view" not in calls
 
 
-def test_skipped_images(plugin, curated):
+def test_skipped_images_are_reported(plugin, curated):
     sample = curated.first()
     sample.segmentations.detections[0].bounding_box = [0, 0, 0, 0]
     sample.save()
-    text, told = plugin.run_to_the_end(NAME, curated)
+    text, calls = plugin.run_to_the_end(NAME, curated)
     assert "**6 objects" in text and f"**1 image skipped.** The first: `{sample.filepath}`" in text
-    button = told["show_output"]["outputs"]["type"]["properties"]["button_0"]["view"]
+    button = calls["show_output"]["outputs"]["type"]["properties"]["button_0"]["view"]
     assert button["params"] == {"samples": [sample.id]}
 
 
-def test_a_view_or_a_selection(plugin, curated):
+def test_only_the_view_or_selection_is_searched(plugin, curated):
     assert plugin.call(NAME, curated.limit(1))["found"] == 2
     selected = curated.values("id")[1:3]
     result = plugin.call(NAME, curated, selected=selected, view_target="SELECTED_SAMPLES")

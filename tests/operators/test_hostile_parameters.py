@@ -1,4 +1,4 @@
-"""Whatever a form is given reaches no shell, no import, no file but the chosen one, and no operator of MongoDB."""
+"""No input reaches a shell, an import, a file other than the chosen one, or an operator of MongoDB."""
 
 import contextlib
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 import fiftyone.core.odm as foo
 import pytest
 
-import fiftyone_mobilesamv2.modeling.mobilesamv2  # noqa: F401  what it imports runs and writes things of its own
+import fiftyone_mobilesamv2.modeling.mobilesamv2  # noqa: F401  its imports run processes and write files
 from fiftyone_mobilesamv2.operators import OPERATORS
 
 FORMS = [operator.identifier for operator in OPERATORS if operator.identifier != "cancel"]
-MARK = "HOSTILE"  # in every text, so that it is found wherever it goes
+MARK = "HOSTILE"  # part of every text, to trace it
 
 TEXTS = [
     f"; touch {MARK}",
@@ -40,88 +40,88 @@ TEXTS = [
 ]
 OTHERS = [{"$where": MARK}, {"$gt": ""}, [f"${MARK}"], {"a": {"b": [MARK] * 1000}}, 5, True, 10**30]
 
-CHOICES = [TEXTS[0], f"${MARK}", {"$gt": ""}]  # of which there is one check
+CHOICES = [TEXTS[0], f"${MARK}", {"$gt": ""}]  # all go through the same check
 
-TABLES = ("models", "files")  # texts that are shown
-# Texts that are anything a user likes.
+TABLES = ("models", "files")  # display-only texts
+# Inputs that accept any text.
 FREE = {("promote_to_labels", "label")}
 
-# What Python tells its audit hooks before it does it: https://docs.python.org/3/library/audit_events.html
+# Audit events that Python raises before these actions: https://docs.python.org/3/library/audit_events.html
 PROCESSES = {"os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"}
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
-_heard = None
+_actions = None
 
 
-def listen(event, arguments):
-    if _heard is None:
+def record_action(event, arguments):
+    if _actions is None:
         return
     if event in PROCESSES or (event == "import" and "antigravity" in str(arguments[0])):
-        _heard.append((event, arguments))
+        _actions.append((event, arguments))
     elif event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
         if isinstance(arguments[0], (str, bytes)) and not os.fsdecode(arguments[0]).startswith(("/dev/", "/proc/")):
-            _heard.append((event, os.fsdecode(arguments[0])))
+            _actions.append((event, os.fsdecode(arguments[0])))
 
 
-sys.addaudithook(listen)
+sys.addaudithook(record_action)
 
 
 @contextlib.contextmanager
-def heard():
-    """What is done meanwhile: processes, imports, and changes of files, as (event, path or arguments)."""
-    global _heard
-    _heard = found = []
+def recorded_actions():
+    """Records processes, imports and changes of files as (event, path or arguments)."""
+    global _actions
+    _actions = actions = []
     try:
-        yield found
+        yield actions
     finally:
-        _heard = None
+        _actions = None
 
 
 @contextlib.contextmanager
-def commands():
-    """What the server is told meanwhile, as it has understood it."""
-    database, found = foo.get_db_conn(), []
+def recorded_commands():
+    """Records the commands to the database, as parsed by the server."""
+    database, commands = foo.get_db_conn(), []
     database.create_collection("system.profile", capped=True, size=100 * 2**20)
     database.command("profile", 2)
     try:
-        yield found
+        yield commands
     finally:
         database.command("profile", 0)
-        found += database["system.profile"].find()
+        commands += database["system.profile"].find()
         database.drop_collection("system.profile")
 
 
-def reached(command, in_pipeline=False):
-    """The hostile texts that a command has as names of fields or operators, or as expressions."""
+def hostile_parts(command, in_pipeline=False):
+    """The hostile texts that a command contains as names of fields or operators, or as expressions."""
     if isinstance(command, dict):
         for key, value in command.items():
             if MARK in key or key in ("$where", "$function", "$accumulator"):
                 yield key
             if key != "$literal":
-                yield from reached(value, in_pipeline or key in ("pipeline", "$expr"))
+                yield from hostile_parts(value, in_pipeline or key in ("pipeline", "$expr"))
     elif isinstance(command, list):
         for value in command:
-            yield from reached(value, in_pipeline)
+            yield from hostile_parts(value, in_pipeline)
     elif isinstance(command, str) and in_pipeline and command.startswith("$") and MARK in command:
         yield command
 
 
-def test_what_the_tests_below_watch(dataset, tmp_path):
-    """They would see it."""
+def test_recorders_see_hostile_commands_and_actions(dataset, tmp_path):
+    """The tests below rely on this."""
     collection = dataset._sample_collection
-    with commands() as told, heard() as done:
+    with recorded_commands() as commands, recorded_actions() as actions:
         collection.find_one({f"{MARK}.x": 1})
         list(collection.aggregate([{"$match": {"$expr": {"$eq": [f"${MARK}", 1]}}}]))
-        collection.update_one({"label": f"${MARK}"}, {"$set": {"label": f"${MARK}"}})  # a text
+        collection.update_one({"label": f"${MARK}"}, {"$set": {"label": f"${MARK}"}})  # a plain value
         os.system("true")
         (tmp_path / "file").touch()
         (tmp_path / "file").read_text()
-    assert sorted(reached([command["command"] for command in told])) == [f"${MARK}", f"{MARK}.x"]
-    assert done == [("os.system", (b"true",)), ("open", str(tmp_path / "file"))]
+    assert sorted(hostile_parts([command["command"] for command in commands])) == [f"${MARK}", f"{MARK}.x"]
+    assert actions == [("os.system", (b"true",)), ("open", str(tmp_path / "file"))]
 
 
 @pytest.fixture
 def proposed(scenes):
-    """The scenes, with proposals; and three ways in which the App shows them, as arguments of its requests."""
+    """Scenes with proposals, a selected label as the App sends it, and a view of patches."""
     scenes.clone_sample_field("ground_truth", "segmentations")
     first = scenes.first()
     label = {"label_id": first.segmentations.detections[0].id, "sample_id": first.id, "field": "segmentations"}
@@ -129,8 +129,8 @@ def proposed(scenes):
     return scenes, label, patches
 
 
-def shown(name, proposed):
-    """(samples, arguments) that this operator's form is open for."""
+def requests_for(name, proposed):
+    """Yields (samples, request arguments) that this operator accepts."""
     scenes, label, patches = proposed
     yield scenes, {"selected_labels": [label] if name == "promote_to_labels" else []}
     if name == "promote_to_labels":
@@ -139,16 +139,16 @@ def shown(name, proposed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_texts_are_refused_in_words_or_taken_as_texts(plugin, proposed, name):
+def test_texts_are_refused_or_treated_as_plain_text(plugin, proposed, name):
     state = {
         "segment_everything": {"existing": "replace", "label_field": "segmentations"},
         "segment_anything": {"place": "new", "replace": True},
         "promote_to_labels": {"label": "cat"},
     }.get(name, {})
-    with commands() as told, heard() as done:
-        for samples, request in shown(name, proposed):
+    with recorded_commands() as commands, recorded_actions() as actions:
+        for samples, request in requests_for(name, proposed):
             inputs = plugin.form(name, samples, state, **request).inputs
-            kinds = {key: type(found.type).__name__ for key, found in inputs.items() if key not in TABLES}
+            kinds = {key: type(each.type).__name__ for key, each in inputs.items() if key not in TABLES}
             texts = [key for key, kind in kinds.items() if kind in ("String", "Enum")]
             assert texts
             for key in texts:
@@ -162,15 +162,15 @@ def test_texts_are_refused_in_words_or_taken_as_texts(plugin, proposed, name):
             refused = state | {texts[0]: f"{MARK}.$[]"}
             with pytest.raises(ValueError, match=re.escape(MARK)):
                 list(plugin.run_in_app(name, samples, refused, **request))
-    assert list(reached([command.get("command", {}) for command in told])) == []
-    assert done == []
+    assert list(hostile_parts([command.get("command", {}) for command in commands])) == []
+    assert actions == []
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "manage_models"])
-def test_ids_that_are_none(plugin, proposed, name):
-    """Of samples and labels that are said to be selected."""
+def test_invalid_ids_are_refused(plugin, proposed, name):
+    """The IDs are those of selected samples and labels."""
     scenes, label, patches = proposed
-    with commands() as told:
+    with recorded_commands() as commands:
         for bad in ("; touch x", "$where", {"$where": "1"}, {"$gt": ""}, None, "../x"):
             requests = [(scenes, {"params": {"view_target": "SELECTED_SAMPLES"}, "selected": [bad]})]
             if name in ("promote_to_labels", "segment_anything"):
@@ -182,21 +182,21 @@ def test_ids_that_are_none(plugin, proposed, name):
                 params = {"label": "cat", **request.pop("params", {})}
                 errors = plugin.form(name, samples, params, **request).errors
                 assert errors and all(len(error) > 10 for error in errors), (bad, request)
-    assert list(reached([command.get("command", {}) for command in told])) == []
+    assert list(hostile_parts([command.get("command", {}) for command in commands])) == []
 
 
-def test_cancelling_what_is_not_there(plugin, proposed):
+def test_cancelling_unknown_work_does_nothing(plugin, proposed):
     for work in ("; touch x", {"$where": "1"}, ["x"], None, 5):
         context = plugin.context("cancel", proposed[0], {"work": work})
         assert plugin.operators["cancel"].execute(context) == {"cancelled": False}
 
 
-def test_classes_are_stored_and_shown_as_they_are(plugin, proposed):
+def test_class_names_are_stored_and_shown_verbatim(plugin, proposed):
     scenes, _, _ = proposed
     labels = [(sample.id, label.id) for sample in scenes for label in sample.segmentations.detections]
     texts = [text for text in TEXTS if text.isprintable() and len(text) < 1000]
     assert len(texts) > 10
-    with commands() as told, heard() as done:
+    with recorded_commands() as commands, recorded_actions() as actions:
         for text, (sample_id, label_id) in zip(texts, labels):
             selected = [{"label_id": label_id, "sample_id": sample_id, "field": "segmentations"}]
             params = {"label": text, "gt_field": "found"}
@@ -205,12 +205,12 @@ def test_classes_are_stored_and_shown_as_they_are(plugin, proposed):
     assert sorted(label for labels in scenes.values("found.detections.label") if labels for label in labels) == sorted(
         texts
     )
-    assert list(reached([command.get("command", {}) for command in told])) == []
-    assert done == []
+    assert list(hostile_parts([command.get("command", {}) for command in commands])) == []
+    assert actions == []
 
 
-def test_what_files_are_called_is_shown_as_it_is(plugin, proposed):
-    """Paths and causes in a summary come from whoever has made the dataset."""
+def test_file_names_are_shown_verbatim(plugin, proposed):
+    """The creator of a dataset controls the paths and causes in a summary."""
     scenes, _, _ = proposed
     name = f"/tmp/`![](http://127.0.0.1:9/{MARK})`\n# {MARK}<img src=x>.png"
     for sample in scenes.limit(1):
@@ -230,21 +230,21 @@ def test_what_files_are_called_is_shown_as_it_is(plugin, proposed):
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_writes_the_chosen_file_alone(plugin, proposed, tmp_path, monkeypatch):
+def test_export_writes_only_the_chosen_file(plugin, proposed, tmp_path, monkeypatch):
     scenes, _, _ = proposed
     folder = tmp_path / "a" / "chosen"
     monkeypatch.chdir(tmp_path)
     names = [f"; touch {MARK}.json", f"$(touch {MARK}).json", f"`{MARK}`.json", f"-{MARK}.json", f"{MARK}|x.json"]
-    with heard() as done:
+    with recorded_actions() as actions:
         for name in names:
             result = plugin.call("export_masks", scenes, field="segmentations", path=str(folder / name))
             assert result["path"] == str(folder / name)
             assert json.loads((folder / name).read_text())["annotations"]
     assert {path for path in tmp_path.rglob("*")} == {tmp_path / "a", folder, *(folder / name for name in names)}
-    assert all(event not in PROCESSES and Path(path).is_relative_to(tmp_path) for event, path in done)
+    assert all(event not in PROCESSES and Path(path).is_relative_to(tmp_path) for event, path in actions)
 
 
-def test_an_export_replaces_a_link_and_not_what_it_leads_to(plugin, proposed, tmp_path):
+def test_export_replaces_a_link_but_not_its_target(plugin, proposed, tmp_path):
     scenes, _, _ = proposed
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "masks.json").symlink_to(tmp_path / "secret")
@@ -254,25 +254,25 @@ def test_an_export_replaces_a_link_and_not_what_it_leads_to(plugin, proposed, tm
     assert (tmp_path / "secret").read_text() == "mine" and not (tmp_path / "masks.json").is_symlink()
 
 
-def test_exports_that_go_nowhere(plugin, proposed):
+def test_export_to_forbidden_paths_is_refused(plugin, proposed):
     scenes, _, _ = proposed
-    with heard() as done:
+    with recorded_actions() as actions:
         for path in ("/etc/passwd", "/dev/null", "/proc/self/mem", "~nobody-here/x.json", "x.json", "//"):
             assert plugin.form("export_masks", scenes, {"field": "segmentations", "path": path}).errors
             with pytest.raises(Exception, match="File: "):
                 plugin.call("export_masks", scenes, field="segmentations", path=path)
-    assert done == []
+    assert actions == []
 
 
 @pytest.mark.parametrize("model", ["../victim", "/victim", "../../victim", "mobilesamv2-demo-torch/../../victim", "."])
 @pytest.mark.parametrize("action", ["delete", "download", "verify", "../victim"])
-def test_models_are_those_of_the_list(plugin, tmp_path, monkeypatch, model, action):
+def test_only_listed_models_are_accepted(plugin, tmp_path, monkeypatch, model, action):
     folder = tmp_path / "weights"
     folder.mkdir()
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(folder))
     for victim in (tmp_path / "victim", tmp_path.parent / "victim", folder / "mine.pt"):
         victim.touch()
-    with heard() as done, pytest.raises(Exception, match="is no longer available"):
+    with recorded_actions() as actions, pytest.raises(Exception, match="is no longer available"):
         plugin.call("manage_models", None, model=model, action=action, confirm=True)
-    assert done == [] and (tmp_path / "victim").exists() and (folder / "mine.pt").exists()
+    assert actions == [] and (tmp_path / "victim").exists() and (folder / "mine.pt").exists()
     assert {path.name for path in tmp_path.rglob("*")} == {"weights", "victim", "mine.pt"}

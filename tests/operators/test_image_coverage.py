@@ -5,7 +5,7 @@ import pytest
 NAME = "image_coverage"
 
 
-def test_form_of_defaults(plugin, scenes):
+def test_form_has_defaults(plugin, scenes):
     form = plugin.form(NAME, scenes)
     assert form.errors == []
     assert form.default("field") == "ground_truth" and form.default("use_masks") is True
@@ -28,7 +28,7 @@ def test_form_says_what_is_wrong(plugin, scenes, dataset):
     assert "has no field of Detections or Polylines" in plugin.form(NAME, dataset).errors[0]
 
 
-def test_form_of_boxes(plugin, scenes):
+def test_form_suggests_boxes_without_masks(plugin, scenes):
     for sample in scenes.iter_samples(autosave=True):
         for label in sample.ground_truth.detections:
             label.mask = None
@@ -39,9 +39,9 @@ def test_form_of_boxes(plugin, scenes):
     assert plugin.call(NAME, scenes)["images"] == 4
 
 
-def test_numbers(plugin, scenes):
+def test_figures_are_stored_and_summarized(plugin, scenes):
     scenes.add_sample(fo.Sample("/none/x.png", metadata=fo.ImageMetadata(height=10, width=10)))
-    text, told = plugin.run_to_the_end(NAME, scenes)
+    text, calls = plugin.run_to_the_end(NAME, scenes)
     covered, objects = [], []
     for sample in scenes.limit(4):
         union = np.zeros((sample.metadata.height, sample.metadata.width), bool)
@@ -53,28 +53,28 @@ def test_numbers(plugin, scenes):
         objects.append(len(sample.ground_truth.detections))
     assert scenes.values("ground_truth_coverage") == [*covered, None]
     assert scenes.values("ground_truth_objects") == [*objects, None]
-    assert "4 images measured" in text and "reload_dataset" in told
+    assert "4 images measured" in text and "reload_dataset" in calls
     assert f"{np.mean(covered):.1%} covered, by {np.mean(objects):.1f} objects" in text
     assert "1 have nothing in `ground_truth`" in text
 
 
-def test_target(plugin, scenes):
+def test_only_the_view_is_measured(plugin, scenes):
     plugin.call(NAME, scenes.limit(1))
     assert [value is None for value in scenes.values("ground_truth_objects")] == [False, True, True, True]
 
 
-def test_skipped(plugin, scenes):
+def test_skipped_images_are_reported(plugin, scenes):
     first = scenes.first()
     first.ground_truth.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     first.save()
-    text, told = plugin.run_to_the_end(NAME, scenes)
+    text, calls = plugin.run_to_the_end(NAME, scenes)
     assert "3 images measured" in text and "1 image skipped" in text and "bounding_box" in text
-    properties = told["show_output"]["outputs"]["type"]["properties"]
+    properties = calls["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show skipped samples"]
     assert button["view"]["params"] == {"samples": [first.id]}
 
 
-def test_nothing_usable(plugin, scenes):
+def test_error_if_no_image_is_usable(plugin, scenes):
     for sample in scenes.iter_samples(autosave=True):
         sample.ground_truth.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     with pytest.raises(Exception, match="No image could be used"):

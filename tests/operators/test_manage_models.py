@@ -1,4 +1,4 @@
-"""Models are managed without a dataset, against a server on the loopback."""
+"""Managing models, without a dataset and with a loopback server."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ BLOB = hashlib.sha1(b"blob %d\0" % len(REST) + REST).hexdigest()
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The weights folder; connections to the loopback go there directly."""
+    """The weights folder; connections to the loopback bypass any proxy."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def served(tmp_path):
-    """The folder of a server, and its address."""
+    """A server's folder and URL."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -47,7 +47,7 @@ def served(tmp_path):
 
 @pytest.fixture
 def models(served, monkeypatch):
-    """Two models of that server, "one" and "two", that share a file."""
+    """Two models on that server, "one" and "two", that share a file."""
     _, url = served
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_DOWNLOAD_HOSTS", url)
     rest = Weights("rest.pt", (f"{url}/rest.pt",), megabytes=1, git_blob=BLOB)
@@ -57,7 +57,7 @@ def models(served, monkeypatch):
 
 
 def rows(markdown):
-    """The cells of a Markdown table: first cell -> column -> text."""
+    """The cells of a Markdown table: {first cell: {column: text}}."""
     lines = [line for line in markdown.splitlines() if line[:1] == "|"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0].strip("`"): dict(zip(cells[0][1:], row[1:])) for row in cells[2:]}
@@ -67,7 +67,7 @@ def dialog(plugin, **params):
     return plugin.run_to_the_end(NAME, None, params)[0]
 
 
-def test_form_without_a_dataset(plugin, folder):
+def test_form_needs_no_dataset(plugin, folder):
     form = plugin.form(NAME, None)
     assert form.errors == []
     assert form.choices("model") == list(MODELS) and form.default("action") == "download"
@@ -75,7 +75,7 @@ def test_form_without_a_dataset(plugin, folder):
     assert "196 MB will be downloaded and verified." in form.messages
 
 
-def test_tables(plugin, folder):
+def test_form_lists_models_and_files(plugin, folder):
     folder.mkdir()
     (folder / "ObjectAwareModel.pt").touch()
     form = plugin.form(NAME, None)
@@ -108,11 +108,11 @@ def test_tables(plugin, folder):
     ],
 )
 def test_form_says_what_is_wrong(plugin, params, error):
-    (found,) = plugin.form(NAME, None, params).errors
-    assert error in found
+    (message,) = plugin.form(NAME, None, params).errors
+    assert error in message
 
 
-def test_demo_weights_stay(plugin):
+def test_demo_weights_are_never_deleted(plugin):
     form = plugin.form(NAME, None, {"model": "mobilesamv2-demo-torch", "action": "delete"})
     assert "demo_sam.safetensors stays: it comes with the package." in form.messages
     with pytest.raises(Exception, match="can be deleted"):
@@ -120,7 +120,7 @@ def test_demo_weights_stay(plugin):
     assert all(local_path(weights).is_file() for weights in model_files("mobilesamv2-demo-torch"))
 
 
-def test_download(plugin, models, folder):
+def test_download_stores_all_files(plugin, models, folder):
     assert "3 MB will be downloaded and verified." in plugin.form(NAME, None, {"model": "one"}).messages
     result = plugin.call(NAME, None, model="one")
     assert result["files"] == {"one.pt": str(folder / "one.pt"), "rest.pt": str(folder / "rest.pt")}
@@ -132,7 +132,7 @@ def test_download(plugin, models, folder):
     assert "two is downloaded" in text and str(folder / "two.pt") in text
 
 
-def test_download_that_fails_is_explained(plugin, models, served, folder):
+def test_failed_download_is_explained(plugin, models, served, folder):
     (served[0] / "rest.pt").write_bytes(b"something else")
     *_, (operator, params) = plugin.run_in_app(NAME, None, {"model": "one", "action": "download"})
     view = params["outputs"]["type"]["properties"]["error"]["view"]
@@ -141,13 +141,13 @@ def test_download_that_fails_is_explained(plugin, models, served, folder):
     assert not (folder / "rest.pt").exists()
 
 
-def test_verify(plugin, models, folder):
+def test_verify_reports_each_file(plugin, models, folder):
     plugin.call(NAME, None, model="one")
     text = dialog(plugin, model="one", action="verify")
     assert "All files of one are correct" in text
-    found = rows(text)
-    assert found["one.pt"]["sha256"] == f"`{SHA256}`"
-    assert found["rest.pt"] == {
+    files = rows(text)
+    assert files["one.pt"]["sha256"] == f"`{SHA256}`"
+    assert files["rest.pt"] == {
         "sha256": f"`{hashlib.sha256(REST).hexdigest()}`",
         "hash": f"git blob {BLOB[:12]}...",
     }
@@ -170,8 +170,8 @@ def test_verify_the_demo_model(plugin):
         assert result["files"][weights.filename] == {"sha256": expected, "problem": None}
 
 
-def test_check_sources(plugin, models, served, folder):
-    """Nothing is downloaded; a file that has changed at its host is told."""
+def test_check_sources_reports_each_source(plugin, models, served, folder):
+    """Nothing is downloaded, and missing files are reported."""
     params = {"model": "one", "action": "check_sources"}
     assert plugin.form(NAME, None, params).errors == []
     text = dialog(plugin, **params)
@@ -186,7 +186,7 @@ def test_check_sources(plugin, models, served, folder):
     assert "comes with the package" in problem
 
 
-def test_delete_asks_first(plugin, models, folder):
+def test_delete_needs_confirmation(plugin, models, folder):
     plugin.call(NAME, None, model="one")
     params = {"model": "one", "action": "delete"}
     assert plugin.form(NAME, None, params).errors == ["Confirm that one.pt, rest.pt should be deleted."]
@@ -199,7 +199,7 @@ def test_delete_asks_first(plugin, models, folder):
     assert not (folder / "one.pt").exists() and not (folder / "rest.pt").exists()
 
 
-def test_shared_file_stays(plugin, models, folder):
+def test_shared_file_is_not_deleted(plugin, models, folder):
     for name in ("one", "two"):
         plugin.call(NAME, None, model=name)
     params = {"model": "one", "action": "delete", "confirm": True}
@@ -211,6 +211,6 @@ def test_shared_file_stays(plugin, models, folder):
     assert plugin.call(NAME, None, model="two", action="verify")["files"]["rest.pt"]["problem"] is None
 
 
-def test_with_a_dataset_open(plugin, models, scenes, folder):
+def test_open_dataset_does_not_matter(plugin, models, scenes, folder):
     assert plugin.form(NAME, scenes, {"model": "one"}).errors == []
     assert plugin.call(NAME, scenes, model="one")["model"] == "one"

@@ -1,4 +1,4 @@
-"""What holds for all operators."""
+"""Requirements for all operators."""
 
 import re
 from pathlib import Path
@@ -15,13 +15,13 @@ FORMS = [name for name in NAMES if name != "cancel"]
 SKILL = (ROOT / "skills" / "segment-and-curate" / "SKILL.md").read_text()
 
 
-def test_the_manifest_lists_them_and_they_register(plugin):
+def test_operators_are_in_the_manifest_and_registered(plugin):
     assert yaml.safe_load((ROOT / "fiftyone.yml").read_text())["operators"] == NAMES
     assert {name for name in plugin.operators if name != "segevery"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_icons_titles_and_descriptions(plugin, name):
+def test_operators_have_icons_titles_and_descriptions(plugin, name):
     config = plugin.operators[name].config
     for icon in (config.icon, config.light_icon, config.dark_icon):
         assert icon.startswith("/") and (ROOT / icon.removeprefix("/")).is_file()
@@ -31,8 +31,8 @@ def test_icons_titles_and_descriptions(plugin, name):
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "manage_models"])
-def test_without_anything_to_work_on(plugin, scenes, dataset, name):
-    """No dataset, an empty one, an empty view: the form says so, and nothing can be executed."""
+def test_form_refuses_missing_and_empty_data(plugin, scenes, dataset, name):
+    """Without a dataset, or with an empty dataset or view, the form says so and execution is refused."""
     for samples in (None, dataset, scenes.limit(0)):
         form = plugin.form(name, samples)
         assert form.errors and all(isinstance(error, str) and len(error) > 10 for error in form.errors)
@@ -41,7 +41,7 @@ def test_without_anything_to_work_on(plugin, scenes, dataset, name):
             list(plugin.run_in_app(name, samples))
 
 
-def test_the_skill_tells_of_every_operator_and_input(plugin, scenes, tmp_path, monkeypatch):
+def test_skill_documents_every_operator_and_input(plugin, scenes, tmp_path, monkeypatch):
     import fiftyone.plugins.skills as fops
 
     (skill,) = fops.list_skills(plugin="@mobilesamv2/fiftyone_mobilesamv2")
@@ -63,10 +63,10 @@ def test_the_skill_tells_of_every_operator_and_input(plugin, scenes, tmp_path, m
         {"action": "delete", "model": "mobilesamv2-tinyvit-torch"},
     ]
     for name in FORMS:
-        found = set()
+        names = set()
         for params in states:
             for labels in ((), selected):
                 inputs = plugin.form(name, scenes, params, selected_labels=labels).inputs
-                found |= {key for key, value in inputs.items() if type(value.type).__name__ != "Void"}
-        found -= {"view_target"}
-        assert set(re.findall(r"`(\w+)`", rows[name])) == found, name
+                names |= {key for key, value in inputs.items() if type(value.type).__name__ != "Void"}
+        names -= {"view_target"}
+        assert set(re.findall(r"`(\w+)`", rows[name])) == names, name

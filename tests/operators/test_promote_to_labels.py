@@ -6,7 +6,7 @@ NAME = "promote_to_labels"
 
 @pytest.fixture
 def proposed(scenes):
-    """The scenes with their objects as proposals, and a ground truth that holds the first object of each."""
+    """Scenes whose objects are proposals and whose ground truth contains only the first object of each."""
     scenes.clone_sample_field("ground_truth", "proposals")
     for sample in scenes.iter_samples(autosave=True):
         sample.ground_truth.detections = sample.ground_truth.detections[:1]
@@ -17,7 +17,7 @@ def proposed(scenes):
 
 
 def selected_labels(samples, count=2):
-    """As the App sends them."""
+    """The selection as the App sends it."""
     return [
         {"label_id": label.id, "sample_id": sample.id, "field": "proposals"}
         for sample in samples
@@ -29,7 +29,7 @@ def test_form_says_how_to_select(plugin, proposed):
     for samples in (proposed, proposed.to_patches("proposals")):
         (error,) = plugin.form(NAME, samples).errors
         assert error.startswith("Select the proposals first")
-    (error,) = plugin.form(NAME, proposed, selected=proposed.values("id")[:1]).errors  # a sample is no proposal
+    (error,) = plugin.form(NAME, proposed, selected=proposed.values("id")[:1]).errors  # a sample is not a proposal
     assert error.startswith("Select the proposals first")
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
 
@@ -63,11 +63,13 @@ def test_form_suggests_declared_classes(plugin, proposed):
 )
 def test_form_says_what_is_wrong(plugin, proposed, params, error):
     proposed.add_sample_field("locked", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections, read_only=True)
-    (found,) = plugin.form(NAME, proposed, {"label": "cat", **params}, selected_labels=selected_labels(proposed)).errors
-    assert error in found
+    (message,) = plugin.form(
+        NAME, proposed, {"label": "cat", **params}, selected_labels=selected_labels(proposed)
+    ).errors
+    assert error in message
 
 
-def test_form_of_labels_that_are_no_proposals(plugin, proposed):
+def test_form_refuses_labels_that_are_not_proposals(plugin, proposed):
     labels = selected_labels(proposed, 1)
     labels[0] = {**labels[0], "field": "ground_truth"}
     assert "several fields, ground_truth, proposals" in plugin.form(NAME, proposed, selected_labels=labels).errors[0]
@@ -78,10 +80,10 @@ def test_form_of_labels_that_are_no_proposals(plugin, proposed):
     assert form.inputs["pred_field"].default == "ground_truth"
 
 
-def test_selected_labels(plugin, proposed):
+def test_selected_labels_are_promoted(plugin, proposed):
     labels = selected_labels(proposed)
-    text, told = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
-    assert "8 objects labeled `cat`" in text and "`ground_truth` of 4 images" in text and "reload_dataset" in told
+    text, calls = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
+    assert "8 objects labeled `cat`" in text and "`ground_truth` of 4 images" in text and "reload_dataset" in calls
     ids = [label["label_id"] for label in labels]
     assert [i for i in proposed.values("ground_truth.detections.promoted_from", unwind=True) if i] == ids
     assert proposed.count_values("ground_truth.detections.label") == {"dog": 4, "cat": 8}
@@ -90,7 +92,7 @@ def test_selected_labels(plugin, proposed):
     assert "0 objects labeled" in text and "left as they were: 8" in text
 
 
-def test_selected_patches(plugin, proposed):
+def test_selected_patches_are_promoted(plugin, proposed):
     patches = proposed.match_labels(tags="unlabeled").to_patches("proposals")
     ids = patches.values("id")[:3]
     params = {"label": "bird", "gt_field": "found"}
@@ -102,21 +104,21 @@ def test_selected_patches(plugin, proposed):
     assert proposed.select_labels(ids=ids).count_label_tags("proposals") == {"promoted": 3}
 
 
-def test_labels_selected_in_patches(plugin, proposed):
+def test_labels_selected_in_patches_are_promoted(plugin, proposed):
     patches = proposed.to_patches("proposals")
     labels = [{"label_id": id, "sample_id": id, "field": "proposals"} for id in patches.values("id")[1:3]]
     assert plugin.call(NAME, patches, selected_labels=labels, label="cat")["promoted"] == 2
     assert proposed.count("ground_truth.detections") == 6
 
 
-def test_proposals_that_are_gone(plugin, proposed):
+def test_deleted_proposals_are_reported(plugin, proposed):
     labels = selected_labels(proposed)
     proposed.delete_labels(ids=[labels[0]["label_id"]], fields="proposals")
     text, _ = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
     assert "7 objects labeled" in text and "Not there any more: 1" in text
 
 
-def test_no_class(plugin, proposed):
+def test_missing_class_is_refused(plugin, proposed):
     labels = selected_labels(proposed)
     for params, error in (({}, "label. Reason: Required property"), ({"label": " "}, "Class: a name was expected")):
         with pytest.raises(Exception, match=error):
@@ -124,14 +126,14 @@ def test_no_class(plugin, proposed):
     assert proposed.count("ground_truth.detections") == 4
 
 
-def test_unusable_proposal(plugin, proposed):
+def test_unusable_proposal_skips_only_its_image(plugin, proposed):
     labels = selected_labels(proposed)
     first = proposed.first()
     first.proposals.detections[0].bounding_box = [0.5, 0.5, -1, 0.1]
     first.save()
-    text, told = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
+    text, calls = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
     assert "6 objects labeled" in text and "1 image skipped" in text and "bounding_box" in text
-    properties = told["show_output"]["outputs"]["type"]["properties"]
+    properties = calls["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show skipped samples"]
     assert button["view"]["params"] == {"samples": [first.id]}
 
@@ -146,8 +148,8 @@ def test_dismissed_proposals_are_not_suggested_again(plugin, proposed):
     wrong = patches.limit(2).values("id")
     form = plugin.form(NAME, patches, {"verdict": "dismiss"}, selected=wrong)
     assert form.errors == [] and "label" not in form.inputs
-    text, told = plugin.run_to_the_end(NAME, patches, {"verdict": "dismiss"}, selected=wrong)
-    assert "2 objects dismissed" in text and {"set_view", "clear_selected_samples"} <= set(told)
+    text, calls = plugin.run_to_the_end(NAME, patches, {"verdict": "dismiss"}, selected=wrong)
+    assert "2 objects dismissed" in text and {"set_view", "clear_selected_samples"} <= set(calls)
     assert proposed.count_label_tags("proposals")["dismissed"] == 2
     assert plugin.call("find_unlabeled_objects", proposed)["found"] == found - 2
     assert proposed.count_label_tags("proposals")["unlabeled"] == found - 2

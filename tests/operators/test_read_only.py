@@ -1,4 +1,4 @@
-"""A database whose user may read only: every operator ends in a sentence, and nothing is half done."""
+"""With a read-only database user, every operator ends with a clear message and changes nothing."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 NAME = "fiftyone-read-only"
-# With the role `read` alone FiftyOne 1.22 opens no dataset: it makes sure of indexes, and notes when it was opened.
+# The role `read` is not enough: FiftyOne 1.22 creates indexes and stores the time when it opens a dataset.
 OPENING = [
     {"resource": {"db": NAME, "collection": "datasets"}, "actions": ["createIndex", "update"]},
     {"resource": {"db": NAME, "collection": ""}, "actions": ["find", "listIndexes", "listCollections", "collStats"]},
@@ -78,7 +78,7 @@ NUMBER = F("segmentations.detections").length()
 
 @pytest.fixture
 def database(tmp_path):
-    """The addresses of a database of its own, for a user who may do anything and for one who may not write."""
+    """The URIs of a separate database, for an owner and for a read-only user."""
     from pymongo import MongoClient
 
     folder = Path(importlib.util.find_spec("fiftyone").submodule_search_locations[0])
@@ -119,13 +119,13 @@ def samples_of(uri):
 
 
 @pytest.mark.slow
-def test_read_only_database(database, scene_files, tmp_path):
+def test_operators_report_read_only_access_and_change_nothing(database, scene_files, tmp_path):
     owner, reader = database
     run(MAKE, owner, tmp_path, *scene_files)
     before = samples_of(owner)
     path = tmp_path / "masks.json"
-    told = dict(run(RUN, reader, tmp_path, path))
-    assert told.pop("export_masks") is None and len(json.loads(path.read_text())["images"]) == 4
-    for name, error in told.items():
+    errors = dict(run(RUN, reader, tmp_path, path))
+    assert errors.pop("export_masks") is None and len(json.loads(path.read_text())["images"]) == 4
+    for name, error in errors.items():
         assert error and error.startswith("This database user has read-only access"), (name, error)
     assert samples_of(owner) == before

@@ -17,7 +17,7 @@ def sam():
 
 @pytest.fixture
 def boxed(scenes):
-    """Scenes with boxes alone, three an image, in `boxes`, and points at their middles in `points`."""
+    """Scenes with three boxes per image in `boxes`, and points at their centres in `points`."""
     for sample in scenes:
         boxes = [[round(v, 3) for v in d.bounding_box] for d in sample.ground_truth.detections[:3]]
         sample["boxes"] = fo.Detections(
@@ -41,11 +41,11 @@ def expected_masks(sam, sample, prompts):
     scale = np.array([image.shape[1], image.shape[0]] * 2)
     boxes = np.array([d.bounding_box for d in prompts], np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    (found,) = sam.segment_anything([image], boxes=[boxes * scale])
-    return [found.full_mask(i) for i in range(len(found))], image.shape[:2]
+    (segmentation,) = sam.segment_anything([image], boxes=[boxes * scale])
+    return [segmentation.full_mask(i) for i in range(len(segmentation))], image.shape[:2]
 
 
-def test_masks_for_boxes_of_a_field(plugin, boxed, sam):
+def test_boxes_of_a_field_get_masks(plugin, boxed, sam):
     before = {d.id: d for sample in boxed for d in sample.boxes.detections}
     form = plugin.form("segment_anything", boxed, {"prompt_field": "boxes"})
     assert form.errors == [] and form.default("place") == "labels"
@@ -57,7 +57,7 @@ def test_masks_for_boxes_of_a_field(plugin, boxed, sam):
         for detection, mask in zip(detections, masks):
             old = before[detection.id]
             assert (detection.bounding_box, detection.label, detection.color) == (old.bounding_box, old.label, "red")
-            assert detection.confidence is None  # a label that a person has drawn is none of a model
+            assert detection.confidence is None  # a box drawn by a person gets no confidence
             x, y, w, h = np.array(detection.bounding_box) * [width, height, width, height]
             inside = np.zeros_like(mask)
             inside[round(y) : round(y + h), round(x) : round(x + w)] = True
@@ -65,18 +65,20 @@ def test_masks_for_boxes_of_a_field(plugin, boxed, sam):
             assert detection.area_px == (mask & inside).sum() > 0
 
 
-def test_masks_in_a_new_field(plugin, boxed, sam):
+def test_masks_are_stored_in_a_new_field(plugin, boxed, sam):
     plugin.call("segment_anything", boxed, prompt_field="boxes", place="new", label_field="masks", **DEMO)
     for sample in boxed:
         masks, size = expected_masks(sam, sample, sample.boxes.detections)
-        found = sample.masks.detections
-        assert [(d.id, d.label, d.color) for d in found] == [(d.id, d.label, "red") for d in sample.boxes.detections]
-        assert all(np.array_equal(pixels(d, size), mask) for d, mask in zip(found, masks))
+        detections = sample.masks.detections
+        assert [(d.id, d.label, d.color) for d in detections] == [
+            (d.id, d.label, "red") for d in sample.boxes.detections
+        ]
+        assert all(np.array_equal(pixels(d, size), mask) for d, mask in zip(detections, masks))
         assert all(d.mask is None for d in sample.boxes.detections)
 
 
 @pytest.mark.slow
-def test_precision(plugin, boxed):
+def test_precision_is_that_of_the_model(plugin, boxed):
     params = {"prompt_field": "boxes", "place": "new", **DEMO}
     for dtype in ("float32", "bfloat16"):
         plugin.call("segment_anything", boxed, label_field=dtype, dtype=dtype, **params)
@@ -88,17 +90,17 @@ def test_precision(plugin, boxed):
     assert len(scores[0]) == 12 and set(scores[0]).isdisjoint(scores[1])
 
 
-def test_points(plugin, boxed, sam):
+def test_points_get_masks(plugin, boxed, sam):
     form = plugin.form("segment_anything", boxed, {"prompt_field": "points"})
     assert form.choices("place") == ["new"]
     plugin.call("segment_anything", boxed, prompt_field="points", label_field="masks", **DEMO)
     for sample in boxed:
         image = read_image(sample.filepath)
         points = [np.array(k.points) * image.shape[1::-1] for k in sample.points.keypoints]
-        (found,) = sam.segment_anything([image], points=[points])
+        (segmentation,) = sam.segment_anything([image], points=[points])
         assert [d.id for d in sample.masks.detections] == [k.id for k in sample.points.keypoints]
         for i, detection in enumerate(sample.masks.detections):
-            assert np.array_equal(pixels(detection, image.shape[:2]), found.full_mask(i))
+            assert np.array_equal(pixels(detection, image.shape[:2]), segmentation.full_mask(i))
 
 
 def selected(sample, field, indices):
@@ -106,7 +108,7 @@ def selected(sample, field, indices):
     return [{"label_id": detections[i].id, "sample_id": sample.id, "field": field} for i in indices]
 
 
-def test_selected_labels_alone(plugin, boxed, sam):
+def test_only_selected_labels_get_masks(plugin, boxed, sam):
     sample = boxed.first()
     labels = selected(sample, "boxes", [0, 2])
     form = plugin.form("segment_anything", boxed, selected_labels=labels)
@@ -116,7 +118,7 @@ def test_selected_labels_alone(plugin, boxed, sam):
     boxed.reload()
     assert [d.mask is not None for d in boxed.first().boxes.detections] == [True, False, True]
     assert all(d.mask is None for sample in boxed[1:] for d in sample.boxes.detections)
-    # The others of the field, in a second run, and none twice.
+    # A second run segments the field's other labels, but none twice.
     assert any(
         "10 of 12 labels have no mask yet" in m
         for m in plugin.form("segment_anything", boxed, {"prompt_field": "boxes"}).messages
@@ -130,7 +132,7 @@ def test_selected_labels_alone(plugin, boxed, sam):
     )
 
 
-def test_selected_labels_join_those_of_before(plugin, boxed):
+def test_selected_labels_are_added_to_existing_ones(plugin, boxed):
     sample = boxed.first()
     ids = [d.id for d in sample.boxes.detections]
     common = {"place": "new", "label_field": "masks", **DEMO}
@@ -152,7 +154,7 @@ def test_selected_labels_join_those_of_before(plugin, boxed):
         lambda boxed: boxed.filter_labels("masks", fo.ViewField("label") == "other", only_matches=False),
     ],
 )
-def test_masks_that_a_view_hides_are_not_made_again(plugin, boxed, hide):
+def test_masks_hidden_by_a_view_are_not_replaced(plugin, boxed, hide):
     params = {"prompt_field": "boxes", "place": "new", "label_field": "masks", **DEMO}
     plugin.call("segment_anything", boxed, **params)
     boxed.set_values("masks.detections.note", [["mine"] * 3] * 4, dynamic=True)
@@ -160,7 +162,7 @@ def test_masks_that_a_view_hides_are_not_made_again(plugin, boxed, hide):
     assert boxed.count_values("masks.detections.note") == {"mine": 12}
 
 
-def test_labels_without_masks_in_the_field_get_them(plugin, boxed):
+def test_existing_labels_without_masks_get_them(plugin, boxed):
     boxed.clone_sample_field("boxes", "masks")
     params = {"prompt_field": "boxes", "place": "new", "label_field": "masks", **DEMO}
     assert plugin.call("segment_anything", boxed, **params)["objects"] == 12
@@ -168,21 +170,21 @@ def test_labels_without_masks_in_the_field_get_them(plugin, boxed):
     assert boxed.count("masks.detections") == 12
 
 
-def test_boxes_with_masks_are_no_proposals(plugin, boxed):
+def test_boxes_with_masks_are_not_taken_for_proposals(plugin, boxed):
     plugin.call("segment_anything", boxed, prompt_field="boxes", **DEMO)
     plugin.call("segment_everything", boxed, **DEMO)
     form = plugin.form("evaluate_proposals", boxed)
     assert form.default("pred_field") == "segmentations"
 
 
-def test_what_a_view_hides_is_no_prompt(plugin, boxed):
+def test_labels_hidden_by_a_view_are_not_prompts(plugin, boxed):
     view = boxed.filter_labels("boxes", fo.ViewField("label") == "thing 1")
     assert plugin.call("segment_anything", view, prompt_field="boxes", **DEMO)["objects"] == 4
     for sample in boxed:
         assert [d.mask is not None for d in sample.boxes.detections] == [False, True, False]
 
 
-def test_replacing_masks(plugin, scenes):
+def test_replace_renews_existing_masks(plugin, scenes):
     form = plugin.form("segment_anything", scenes, {"prompt_field": "ground_truth"})
     assert "all with masks" in form.errors[0]
     params = {"prompt_field": "ground_truth", "replace": True}
@@ -195,7 +197,7 @@ def test_replacing_masks(plugin, scenes):
     assert len(after) == total and any(not np.array_equal(a, b) for a, b in zip(before, after))
 
 
-def test_masks_on_disk(plugin, boxed, sam):
+def test_masks_can_be_stored_on_disk(plugin, boxed, sam):
     plugin.call("segment_anything", boxed, prompt_field="boxes", storage="disk", **DEMO)
     for sample in boxed:
         _, size = expected_masks(sam, sample, sample.boxes.detections)
@@ -204,7 +206,7 @@ def test_masks_on_disk(plugin, boxed, sam):
             assert pixels(detection, size).sum() == detection.area_px
 
 
-def test_one_bad_box_costs_its_image_alone(plugin, boxed):
+def test_bad_box_fails_only_its_image(plugin, boxed):
     sample = boxed.first()
     sample.boxes.detections[1].bounding_box = [0.1, float("nan"), 0.2, 0.2]
     sample.save()
@@ -213,7 +215,7 @@ def test_one_bad_box_costs_its_image_alone(plugin, boxed):
     assert [all(d.mask is not None for d in s.boxes.detections) for s in boxed] == [False, True, True, True]
 
 
-def test_prompts_that_can_not_be_read_cost_their_image_alone(plugin, boxed):
+def test_unreadable_prompts_fail_only_their_image(plugin, boxed):
     ids = boxed.values("_id")
     boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"boxes.detections.0.mask": b"abc"}})
     boxed._sample_collection.update_one({"_id": ids[3]}, {"$unset": {"boxes.detections.0._id": ""}})
@@ -224,11 +226,11 @@ def test_prompts_that_can_not_be_read_cost_their_image_alone(plugin, boxed):
     assert all(d.mask is not None for sample in boxed[1:3] for d in sample.boxes.detections)
 
 
-def test_document_without_room(plugin, boxed):
+def test_full_document_is_reported(plugin, boxed):
     sample = boxed.first()
     size = {"n": {"$bsonSize": "$$ROOT"}}
-    (found,) = boxed._sample_collection.aggregate([{"$match": {"_id": sample._id}}, {"$project": size}])
-    sample["large"] = "x" * (16 * 2**20 - found["n"] - 200)
+    (document,) = boxed._sample_collection.aggregate([{"$match": {"_id": sample._id}}, {"$project": size}])
+    sample["large"] = "x" * (16 * 2**20 - document["n"] - 200)
     sample.save()
     for params in ({}, {"place": "new", "label_field": "masks"}):
         result = plugin.call("segment_anything", boxed, prompt_field="boxes", **params, **DEMO)
@@ -239,8 +241,8 @@ def test_document_without_room(plugin, boxed):
     assert [labels is not None for labels in boxed.values("masks")] == [False, True, True, True]
 
 
-def test_label_that_was_changed_meanwhile_gets_no_mask_of_another(boxed, monkeypatch):
-    """By someone else, while the model is at work."""
+def test_label_changed_meanwhile_gets_no_outdated_mask(boxed, monkeypatch):
+    """Another process changes it while the model is at work."""
     from fiftyone_mobilesamv2 import zoo
     from fiftyone_mobilesamv2.runs import segment as segmentation
 
@@ -254,10 +256,10 @@ def test_label_that_was_changed_meanwhile_gets_no_mask_of_another(boxed, monkeyp
     segment_all = model.segment_all
 
     def segment_and_interfere(items):
-        found = segment_all(items)
+        segmentations = segment_all(items)
         boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"one": other.to_dict()}})
         boxed._sample_collection.update_one({"_id": ids[1]}, {"$set": {"one": None, "boxes": None}})
-        return found
+        return segmentations
 
     monkeypatch.setattr(model, "segment_all", segment_and_interfere)
     for field in ("one", "boxes"):
@@ -291,7 +293,7 @@ def test_form_says_what_is_wrong(plugin, boxed, dataset):
     assert "has no field of Detections or Keypoints" in errors(dataset)
 
 
-def test_read_only_field(plugin, boxed):
+def test_read_only_field_is_refused(plugin, boxed):
     field = boxed.get_field("boxes")
     field.read_only = True
     field.save()

@@ -22,28 +22,28 @@ DEMO = {"model": "mobilesamv2-demo-torch", "device": "cpu"}
 
 @pytest.fixture(scope="session")
 def expected(scene_files):
-    """What the model itself finds in the scenes, by file name: relative boxes and masks."""
-    return found_by_model(scene_files, torch.float32)
+    """The model's own results for the scenes: {file name: Segmentation}."""
+    return segmentations_of(scene_files, torch.float32)
 
 
-def found_by_model(scene_files, dtype):
+def segmentations_of(scene_files, dtype):
     model = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu", dtype=dtype)
-    found = {}
+    segmentations = {}
     for path in sorted(scene_files[0].iterdir()):
-        (found[path.name],) = model.segment_everything([read_image(path)])
-    return found
+        (segmentations[path.name],) = model.segment_everything([read_image(path)])
+    return segmentations
 
 
 def assert_as_expected(dataset, field, expected):
     for sample in dataset:
-        found = expected[sample.filename]
+        result = expected[sample.filename]
         detections = sample[field].detections
-        assert len(detections) == len(found) > 0
-        for detection, mask in zip(detections, found.masks):
+        assert len(detections) == len(result) > 0
+        for detection, mask in zip(detections, result.masks):
             assert np.array_equal(detection.get_mask() if detection.mask is None else detection.mask, mask)
 
 
-def test_form_of_a_fresh_dataset(plugin, scenes):
+def test_form_has_defaults(plugin, scenes):
     form = plugin.form("segment_everything", scenes)
     assert form.errors == []
     assert form.default("label_field") == "segmentations"
@@ -53,7 +53,7 @@ def test_form_of_a_fresh_dataset(plugin, scenes):
     assert len(form.choices("model")) == 8
 
 
-def test_form_tells_which_weights_are_here(plugin, scenes, monkeypatch, tmp_path):
+def test_form_shows_which_weights_are_downloaded(plugin, scenes, monkeypatch, tmp_path):
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))
     form = plugin.form("segment_everything", scenes)
     labels = {choice.value: choice.label for choice in form.inputs["model"].view.choices}
@@ -65,7 +65,7 @@ def test_form_tells_which_weights_are_here(plugin, scenes, monkeypatch, tmp_path
         (tmp_path / name).touch()
     labels = {c.value: c.label for c in plugin.form("segment_everything", scenes).inputs["model"].view.choices}
     assert "downloaded" in labels["mobilesamv2-tinyvit-torch"]
-    assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # the encoder alone
+    assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # only the encoder
     form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-demo-torch"})
     assert any("only on synthetic scenes" in message for message in form.messages)
 
@@ -98,8 +98,8 @@ def test_grid_has_its_own_inputs(plugin, scenes):
     ],
 )
 def test_form_says_what_is_wrong(plugin, scenes, params, error):
-    found, *_ = plugin.form("segment_everything", scenes, params).errors
-    assert error in found
+    message, *_ = plugin.form("segment_everything", scenes, params).errors
+    assert error in message
 
 
 def test_form_without_samples(plugin, scenes, dataset):
@@ -108,7 +108,7 @@ def test_form_without_samples(plugin, scenes, dataset):
     assert "Open a dataset" in plugin.form("segment_everything", None).errors[0]
 
 
-def test_from_patches_the_whole_dataset(plugin, scenes):
+def test_patches_view_segments_the_whole_dataset(plugin, scenes):
     patches = scenes.to_patches("ground_truth").limit(1)
     assert "works on the whole dataset" in plugin.form("segment_everything", patches).messages[0]
     assert plugin.call("segment_everything", patches, **DEMO)["images"] == 4
@@ -116,23 +116,23 @@ def test_from_patches_the_whole_dataset(plugin, scenes):
         segmentation.segment_everything(patches, zoo.load_model("mobilesamv2-demo-torch", device="cpu"))
 
 
-def test_read_only_field(plugin, scenes):
+def test_read_only_field_is_refused(plugin, scenes):
     scenes.add_sample_field("locked", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections, read_only=True)
     assert "'locked' is read-only" in plugin.form("segment_everything", scenes, {"label_field": "locked"}).errors[0]
 
 
-def test_masks_of_every_object(plugin, scenes, expected):
+def test_masks_equal_those_of_the_model(plugin, scenes, expected):
     result = plugin.call("segment_everything", scenes, **DEMO)
     assert_as_expected(scenes, "segmentations", expected)
     assert result["images"] == 4 and result["failures"] == [] and not result["cancelled"]
-    assert result["objects"] == sum(len(found) for found in expected.values())
+    assert result["objects"] == sum(len(each) for each in expected.values())
     (run,) = segmentation_runs.recorded_runs(scenes, "segmentations")
     assert (run.images, run.objects) == (4, result["objects"])
     assert run.parameters["name"] == "mobilesamv2-demo-torch" and run.parameters["confidence_thresh"] == 0.4
     assert {"encode", "discover", "decode", "crop", "total"} == set(run.seconds)
 
 
-def test_masks_on_disk(plugin, scenes, expected):
+def test_masks_can_be_stored_on_disk(plugin, scenes, expected):
     plugin.call("segment_everything", scenes, storage="disk", **DEMO)
     detections = [d for sample in scenes for d in sample.segmentations.detections]
     assert all(d.mask is None and d.mask_path for d in detections)
@@ -140,27 +140,27 @@ def test_masks_on_disk(plugin, scenes, expected):
 
 
 @pytest.mark.slow
-def test_precision(plugin, scenes, scene_files, expected):
+def test_precision_is_applied_and_recorded(plugin, scenes, scene_files, expected):
     form = plugin.form("segment_everything", scenes)
     assert form.choices("dtype") == list(PARAMETERS["dtype"].choices) and form.default("dtype") == "float32"
     plugin.call("segment_everything", scenes, dtype="bfloat16", **DEMO)
-    in_bfloat16 = found_by_model(scene_files, torch.bfloat16)
+    in_bfloat16 = segmentations_of(scene_files, torch.bfloat16)
     assert_as_expected(scenes, "segmentations", in_bfloat16)
     scores = scenes.values("segmentations.detections.predicted_iou", unwind=True)
-    assert scores == [float(score) for found in in_bfloat16.values() for score in found.predicted_iou]
-    assert set(scores).isdisjoint(float(score) for found in expected.values() for score in found.predicted_iou)
+    assert scores == [float(score) for each in in_bfloat16.values() for score in each.predicted_iou]
+    assert set(scores).isdisjoint(float(score) for each in expected.values() for score in each.predicted_iou)
     scenes.add_sample(fo.Sample(scenes.first().filepath))
     assert "dtype bfloat16 then, float32 now" in plugin.form("segment_everything", scenes, DEMO).errors[0]
 
 
-def test_smallest_area(plugin, scenes, expected):
+def test_masks_below_the_minimum_area_are_dropped(plugin, scenes, expected):
     plugin.call("segment_everything", scenes, min_area=400, **DEMO)
     areas = [d.area_px for sample in scenes for d in sample.segmentations.detections]
-    assert sorted(areas) == sorted(int(a) for found in expected.values() for a in found.areas if a >= 400)
-    assert 0 < len(areas) < sum(len(found) for found in expected.values())
+    assert sorted(areas) == sorted(int(a) for each in expected.values() for a in each.areas if a >= 400)
+    assert 0 < len(areas) < sum(len(each) for each in expected.values())
 
 
-def test_target(plugin, scenes, expected):
+def test_only_the_view_or_selection_is_segmented(plugin, scenes, expected):
     ids = scenes.values("id")
     plugin.call("segment_everything", scenes.limit(1), label_field="of_view", **DEMO)
     assert [labels is not None for labels in scenes.values("of_view")] == [True, False, False, False]
@@ -169,7 +169,7 @@ def test_target(plugin, scenes, expected):
     assert [labels is not None for labels in scenes.values("of_selection")] == [False, False, True, True]
 
 
-def test_second_run_does_what_is_left(plugin, scenes, expected):
+def test_second_run_segments_only_the_rest(plugin, scenes, expected):
     plugin.call("segment_everything", scenes.limit(1), **DEMO)
     first = scenes.first().segmentations.detections[0].id
     form = plugin.form("segment_everything", scenes, DEMO)
@@ -181,9 +181,9 @@ def test_second_run_does_what_is_left(plugin, scenes, expected):
     assert [run.images for run in segmentation_runs.recorded_runs(scenes, "segmentations")] == [1, 3]
 
 
-def test_replacing_says_how_many_labels_go(plugin, scenes, expected):
+def test_form_says_how_many_labels_are_replaced(plugin, scenes, expected):
     plugin.call("segment_everything", scenes, **DEMO)
-    objects = sum(len(found) for found in expected.values())
+    objects = sum(len(each) for each in expected.values())
     params = {**DEMO, "existing": "replace"}
     form = plugin.form("segment_everything", scenes, params)
     assert form.errors == [] and any(f"{objects} labels of 4 samples in 'segmentations'" in m for m in form.messages)
@@ -192,7 +192,7 @@ def test_replacing_says_how_many_labels_go(plugin, scenes, expected):
     assert not set(before) & set(scenes.values("segmentations.detections.id", unwind=True))
 
 
-def test_other_parameters_do_not_mix(plugin, scenes):
+def test_other_parameters_are_refused(plugin, scenes):
     plugin.call("segment_everything", scenes.limit(1), **DEMO)
     form = plugin.form("segment_everything", scenes, {"confidence_thresh": 0.2, **DEMO})
     assert "confidence_thresh 0.4 then, 0.2 now" in form.errors[0]
@@ -205,7 +205,7 @@ def test_other_parameters_do_not_mix(plugin, scenes):
 
 
 def own_labels(scenes, field):
-    """Labels of the user's own, in a field that the views below hide in whole or in part."""
+    """Adds the user's own labels in a field that the views below hide wholly or partly."""
     for sample in scenes:
         sample[field] = fo.Detections(detections=[fo.Detection(label="mine", bounding_box=[0, 0, 1, 1])])
         sample.save()
@@ -219,7 +219,7 @@ def own_labels(scenes, field):
         lambda scenes: scenes.filter_labels("own", F("label") == "other", only_matches=False),
     ],
 )
-def test_what_a_view_hides_is_there_all_the_same(plugin, scenes, hide):
+def test_labels_hidden_by_a_view_count_as_done(plugin, scenes, hide):
     own_labels(scenes, "own")
     params = {**DEMO, "label_field": "own"}
     form = plugin.form("segment_everything", hide(scenes), params)
@@ -234,7 +234,7 @@ def test_what_a_view_hides_is_there_all_the_same(plugin, scenes, hide):
     assert set(scenes.count_values("own.detections.label")) == {"object"}
 
 
-def test_fields_of_any_name(plugin, scenes, expected):
+def test_field_names_with_spaces_are_supported(plugin, scenes, expected):
     own_labels(scenes, "my masks")
     scenes.set_values("my masks", [None] * 4)
     form = plugin.form("segment_everything", scenes, {**DEMO, "label_field": "my masks"})
@@ -247,8 +247,8 @@ def test_fields_of_any_name(plugin, scenes, expected):
     assert sorted(segmentation_runs.segmented_fields(scenes)) == ["my masks", "my_masks"]
 
 
-def test_what_can_not_be_stored_is_no_success(plugin, scenes):
-    # A document that has hardly room for anything more.
+def test_masks_that_cannot_be_stored_are_failures(plugin, scenes):
+    # This document has little room left.
     sample = scenes.first()
     (size,) = scenes._sample_collection.aggregate([{"$match": {"_id": ObjectId(sample.id)}}, {"$project": {"n": SIZE}}])
     sample["large"] = "x" * (16 * 2**20 - size["n"] - 1000)
@@ -260,23 +260,23 @@ def test_what_can_not_be_stored_is_no_success(plugin, scenes):
     assert [labels is not None for labels in scenes.values("segmentations")] == [False, True, True, True]
 
 
-def test_bad_image(plugin, scenes, expected, tmp_path):
+def test_failed_image_is_reported(plugin, scenes, expected, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     scenes.add_sample(fo.Sample(str(bad)))
-    text, told = plugin.run_to_the_end("segment_everything", scenes, DEMO)
+    text, calls = plugin.run_to_the_end("segment_everything", scenes, DEMO)
     assert "1 image failed" in text and "bad.png" in text
     assert_as_expected(scenes.limit(4), "segmentations", expected)
     assert scenes.last().segmentations is None
-    properties = told["show_output"]["outputs"]["type"]["properties"]
+    properties = calls["show_output"]["outputs"]["type"]["properties"]
     (button,) = [each for each in properties.values() if each["view"].get("label") == "Show failed samples"]
     assert button["view"]["operator"] == "@voxel51/operators/show_samples"
     assert button["view"]["params"] == {"samples": [scenes.last().id]}
 
 
 @pytest.mark.slow
-def test_cancel_keeps_what_is_stored(plugin, scenes):
-    grid = {**DEMO, "prompting": "grid", "points_per_side": 12}  # which takes its time
+def test_cancel_keeps_stored_masks(plugin, scenes):
+    grid = {**DEMO, "prompting": "grid", "points_per_side": 12}  # slow enough to be cancelled
     cancelled = False
     for operator, params in plugin.run_in_app("segment_everything", scenes, grid):
         if operator != "show_output":
@@ -296,7 +296,7 @@ def test_cancel_keeps_what_is_stored(plugin, scenes):
     before = scenes.values("segmentations.detections.id")
     assert plugin.call("segment_everything", scenes, **grid)["images"] == 4 - done
     after = scenes.values("segmentations.detections.id")
-    assert all(there is None or there == now for there, now in zip(before, after))
+    assert all(old is None or old == new for old, new in zip(before, after))
     plugin.call("segment_everything", scenes, label_field="at_once", **grid)
     for sample in scenes:
         assert len(sample.segmentations.detections) == len(sample.at_once.detections)
@@ -327,7 +327,7 @@ def test_missing_weights_are_explained(plugin, scenes, monkeypatch, tmp_path):
     assert not scenes.has_field("segmentations")
 
 
-def test_large_targets_are_better_scheduled(plugin, scenes, monkeypatch):
+def test_form_recommends_scheduling_large_targets(plugin, scenes, monkeypatch):
     assert not any("schedule" in message for message in plugin.form("segment_everything", scenes).messages)
     big = fo.Dataset()
     big.add_samples([fo.Sample(f"{i}.png") for i in range(501)])
@@ -343,7 +343,7 @@ def test_large_targets_are_better_scheduled(plugin, scenes, monkeypatch):
         big.delete()
 
 
-def test_toolbar_button(plugin, scenes):
+def test_operator_has_a_toolbar_button(plugin, scenes):
     placement = plugin.operators["segment_everything"].resolve_placement(plugin.context("segment_everything", scenes))
     view = placement.to_json()["view"]
     assert placement.place == fo.operators.types.Places.SAMPLES_GRID_SECONDARY_ACTIONS
@@ -351,20 +351,20 @@ def test_toolbar_button(plugin, scenes):
 
 
 @pytest.mark.slow
-def test_two_works_wait_for_each_other(plugin, scenes, expected):
-    """Two tabs at once."""
+def test_second_operation_waits_for_the_first(plugin, scenes, expected):
+    """This happens with two browser tabs."""
     grid = {"prompting": "grid", "points_per_side": 16}
     slow = plugin.run_in_app("segment_everything", scenes, DEMO | grid)
     next(slow)
-    told = list(plugin.run_in_app("segment_everything", scenes, {**DEMO, "label_field": "other"}))
-    labels = [str(params) for operator, params in told if operator == "show_output"]
+    calls = list(plugin.run_in_app("segment_everything", scenes, {**DEMO, "label_field": "other"}))
+    labels = [str(params) for operator, params in calls if operator == "show_output"]
     assert any("Waiting for another operation to finish" in label for label in labels)
     *_, (_, last) = slow
     assert "in 4 images" in str(last) and "in 4 images" in labels[-1]
     assert_as_expected(scenes, "other", expected)
 
 
-def test_failed_samples_can_be_tried_again_alone(plugin, scenes, expected, scene_files, tmp_path):
+def test_failed_samples_can_be_retried_alone(plugin, scenes, expected, scene_files, tmp_path):
     late = tmp_path / sorted(scene_files[0].iterdir())[0].name
     scenes.add_sample(fo.Sample(str(late)))
     plugin.call("segment_everything", scenes, **DEMO)
@@ -374,14 +374,14 @@ def test_failed_samples_can_be_tried_again_alone(plugin, scenes, expected, scene
     assert view.operator == "@voxel51/operators/show_samples" and view.params == {"samples": [scenes.last().id]}
     failed = segmentation_runs.failed_samples(scenes, "segmentations")
     assert failed.values("filepath") == [str(late)]
-    shutil.copy(sorted(scene_files[0].iterdir())[0], late)  # it is there now
+    shutil.copy(sorted(scene_files[0].iterdir())[0], late)  # now the file exists
     assert plugin.call("segment_everything", failed, **DEMO)["images"] == 1
     assert_as_expected(scenes, "segmentations", expected)
     assert "show_failed" not in plugin.form("segment_everything", scenes, DEMO).inputs
     assert len(segmentation_runs.failed_samples(scenes, "segmentations")) == 0
 
 
-def test_parts_are_scheduled(plugin, scenes, expected):
+def test_shards_are_scheduled(plugin, scenes, expected):
     result = plugin.call("segment_everything", scenes, num_shards=3, **DEMO)
     service = DelegatedOperationService()
     operations = [service.get(ObjectId(id)) for id in result["operations"]]
@@ -398,7 +398,7 @@ def test_parts_are_scheduled(plugin, scenes, expected):
         assert run.images == len(done) and run.cancelled == (number < 2)
     assert [service.get(operation.id).run_state for operation in operations] == ["completed"] * 3
     assert_as_expected(scenes, "segmentations", expected)
-    undone = scenes.first()  # of a worker that died before it
+    undone = scenes.first()  # as if its worker had died
     undone.segmentations = None
     undone.save()
     shards = [Shard(**operation.context.request_params["params"]["shard"]) for operation in operations]
@@ -413,25 +413,27 @@ def test_parts_are_scheduled(plugin, scenes, expected):
 
 
 @pytest.mark.parametrize("shard", [5, {"index": 3, "count": 3, "group": "x"}, {"index": 0}, {"index": "0", "count": 2}])
-def test_part_that_is_none(plugin, scenes, shard):
+def test_invalid_shard_is_refused(plugin, scenes, shard):
     (error,) = plugin.form("segment_everything", scenes, {**DEMO, "shard": shard}).errors
     assert "index, count and group of a part were expected" in error
 
 
-def test_a_run_that_was_killed_is_on_record(plugin, scenes):
+def test_killed_run_is_recorded_as_cancelled(plugin, scenes):
     for _ in plugin.run_in_app("segment_everything", scenes, {**DEMO, "batch_size": 1}):
         if runs := segmentation_runs.recorded_runs(scenes, "segmentations"):
-            assert runs[0].cancelled and runs[0].parameters["confidence_thresh"] == 0.4  # as it would stay
+            assert (
+                runs[0].cancelled and runs[0].parameters["confidence_thresh"] == 0.4
+            )  # a killed run would stay like this
             break
     else:
         pytest.fail("no record while it ran")
     scenes.register_run("mobilesamv2_other", scenes.init_run(method="mobilesamv2", label_field="other"))
-    scenes.clone_sample_field("ground_truth", "other")  # killed before there were any results
+    scenes.clone_sample_field("ground_truth", "other")  # killed before storing any results
     form = plugin.form("segment_everything", scenes, {**DEMO, "label_field": "other", "existing": "replace"})
     assert form.errors == []
 
 
-def test_groups_are_worked_on_by_their_slice(plugin, scene_files):
+def test_grouped_dataset_segments_the_current_slice(plugin, scene_files):
     dataset = fo.Dataset()
     dataset.add_group_field("group", default="left")
     group = fo.Group()
@@ -448,7 +450,7 @@ def test_groups_are_worked_on_by_their_slice(plugin, scene_files):
         dataset.delete()
 
 
-def test_videos(plugin, mongod, tmp_path):
+def test_video_frames_are_segmented(plugin, mongod, tmp_path):
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs ffmpeg")
     import subprocess

@@ -1,4 +1,4 @@
-"""The SegEvery panel as the App has it: registered, asked by events, with what it tells the App to do."""
+"""The SegEvery panel as the App uses it: registration, events, and the operators it triggers in the App."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from fiftyone_mobilesamv2.training.scenes import write_coco
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = "@mobilesamv2/fiftyone_mobilesamv2"
-SIDE = 200  # pixels, of each image
+SIDE = 200  # of each image, in pixels
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def panel(mongod, tmp_path_factory):
     return panel
 
 
-class Told:
-    """What an event made the panel tell the App.
+class Response:
+    """What the panel sends to the App in response to an event.
 
     Attributes:
-        calls: parameters by the name of the App's operator.
-        contents: the panel's properties by name; None if it was not drawn anew.
+        calls: name of an App operator -> its parameters.
+        contents: name -> property of the panel; None if the panel was not redrawn.
     """
 
     def __init__(self, panel, dataset, event, runs=None, **params):
@@ -53,7 +53,7 @@ class Told:
         self._dataset = dataset
 
     def plot(self, name):
-        """Its traces by name."""
+        """The plot's traces by name."""
         view = self.contents[name]["type"]["properties"]["plot"]["view"]
         return {trace["name"]: trace for trace in view["data"]}
 
@@ -62,23 +62,23 @@ class Told:
 
     @property
     def view(self):
-        stages = json_util.loads(json.dumps(self.calls["set_view"]["view"]))  # as the App's server reads them
+        stages = json_util.loads(json.dumps(self.calls["set_view"]["view"]))  # as the App's server parses them
         return fo.DatasetView._build(self._dataset, stages)
 
     def objects(self, field="ground_truth"):
-        """The notes on the objects that the view has, as patches."""
+        """The `note` of each object in the view of patches, sorted."""
         return sorted(self.view.values(f"{field}.note"))
 
 
 def box(x, y, width, height, **attributes):
-    """A label with a mask that fills its box; in pixels."""
+    """A label with a mask that fills its box, given in pixels."""
     bounding_box = [value / SIDE for value in (x, y, width, height)]
     return fo.Detection(label="object", bounding_box=bounding_box, mask=np.ones((height, width), bool), **attributes)
 
 
 @pytest.fixture
 def measured(dataset):
-    """Five objects in three images. `good` finds four of them: three exactly, one with IoU 0.775; `few` one."""
+    """Five objects in three images. `good` finds three exactly and one with IoU 0.775; `few` finds one."""
     small, medium, large = (0, 0, 10, 10), (0, 50, 50, 50), (100, 100, 100, 100)
     images = [
         {
@@ -109,43 +109,43 @@ def measured(dataset):
 BOTH = ["good_ar", "few_ar"]
 
 
-def test_latest_evaluation_is_chosen(panel, measured):
+def test_latest_evaluation_is_selected(panel, measured):
     for event in ("on_load", "on_change_dataset"):
-        told = Told(panel, measured, event)
-        assert told.calls["patch_panel_state"]["state"] == {"runs": ["few_ar"]}
-        assert [choice["value"] for choice in told.contents["runs"]["view"]["choices"]] == ["few_ar", "good_ar"]
-        assert list(told.plot("by_k")) == ["few_ar"]
+        response = Response(panel, measured, event)
+        assert response.calls["patch_panel_state"]["state"] == {"runs": ["few_ar"]}
+        assert [choice["value"] for choice in response.contents["runs"]["view"]["choices"]] == ["few_ar", "good_ar"]
+        assert list(response.plot("by_k")) == ["few_ar"]
 
 
-def test_choosing(panel, measured):
-    told = Told(panel, measured, "choose", runs=["few_ar"], value=BOTH)
-    assert told.calls["patch_panel_state"]["state"] == {"runs": BOTH}
-    assert list(told.plot("by_k")) == BOTH
-    assert list(Told(panel, measured, "choose", runs=BOTH, value=[]).plot("by_k")) == ["few_ar"]
+def test_selection_of_evaluations_is_kept(panel, measured):
+    response = Response(panel, measured, "choose", runs=["few_ar"], value=BOTH)
+    assert response.calls["patch_panel_state"]["state"] == {"runs": BOTH}
+    assert list(response.plot("by_k")) == BOTH
+    assert list(Response(panel, measured, "choose", runs=BOTH, value=[]).plot("by_k")) == ["few_ar"]
 
 
-def test_other_methods_are_not_listed(panel, measured):
+def test_evaluations_of_other_methods_are_not_listed(panel, measured):
     measured.evaluate_detections("good", gt_field="ground_truth", eval_key="coco_run", method="coco")
     assert segevery.evaluations(measured) == ["few_ar", "good_ar"]
 
 
-def test_recall(panel, measured):
-    told = Told(panel, measured, "refresh", runs=BOTH)
-    good, few = (told.plot("by_iou")[key] for key in BOTH)
+def test_plots_and_table_show_the_recall(panel, measured):
+    response = Response(panel, measured, "refresh", runs=BOTH)
+    good, few = (response.plot("by_iou")[key] for key in BOTH)
     assert good["x"] == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
     assert good["y"] == [0.8] * 6 + [0.6] * 4
     assert few["y"] == [0.2] * 10
-    good = dict(zip(told.plot("by_k")["good_ar"]["x"], told.plot("by_k")["good_ar"]["y"]))
-    # The best of each image: one object at all IoU, one up to 0.75.
+    good = dict(zip(response.plot("by_k")["good_ar"]["x"], response.plot("by_k")["good_ar"]["y"]))
+    # The best proposal of each image finds one object at all IoUs and one up to 0.75.
     assert good[1] == pytest.approx((6 * 0.4 + 4 * 0.2) / 10)
     assert good[2] == pytest.approx(good[1] + 0.2)
     assert good[10] == good[100] == good[1000] == pytest.approx((6 * 0.8 + 4 * 0.6) / 10)
     assert len(good) <= 103
-    groups = dict(zip(told.plot("by_group")["good_ar"]["x"], told.plot("by_group")["good_ar"]["y"]))
+    groups = dict(zip(response.plot("by_group")["good_ar"]["x"], response.plot("by_group")["good_ar"]["y"]))
     expected = {"all": 0.72, "small": 0.5, "medium": 0.8, "large": 1, "rare": 0.5, "common": 0.8, "frequent": 1}
     assert groups == pytest.approx(expected)
-    assert told.plot("by_group")["good_ar"]["hovertext"][1] == "2 objects"
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.text("table").splitlines()]
+    assert response.plot("by_group")["good_ar"]["hovertext"][1] == "2 objects"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in response.text("table").splitlines()]
     assert rows[0] == ["Evaluation", "AR@10", "AR@100", "AR@1000", "AR"]
     assert rows[2:] == [["good_ar", *["0.720"] * 4], ["few_ar", *["0.200"] * 4]]
 
@@ -162,122 +162,122 @@ def test_recall(panel, measured):
         ("show_missed_by_group", {"x": "rare", "id": "rare"}, ["small1"]),
     ],
 )
-def test_click_shows_what_was_missed(panel, measured, event, clicked, objects):
-    told = Told(panel, measured, event, runs=BOTH, trace="good_ar", **clicked)
-    assert told.objects() == objects
-    assert told.contents is None  # nothing of the panel changes
+def test_click_shows_missed_objects(panel, measured, event, clicked, objects):
+    response = Response(panel, measured, event, runs=BOTH, trace="good_ar", **clicked)
+    assert response.objects() == objects
+    assert response.contents is None  # the panel itself is not redrawn
 
 
-def test_click_is_about_its_run(panel, measured):
-    told = Told(panel, measured, "show_missed_by_group", runs=BOTH, trace="few_ar", id="medium")
-    assert told.objects() == ["medium0", "medium2"]
+def test_click_applies_to_the_clicked_evaluation(panel, measured):
+    response = Response(panel, measured, "show_missed_by_group", runs=BOTH, trace="few_ar", id="medium")
+    assert response.objects() == ["medium0", "medium2"]
 
 
-def test_click_on_a_size_where_nothing_was_missed(panel, measured):
-    told = Told(panel, measured, "show_missed_by_group", runs=BOTH, trace="good_ar", id="large")
-    assert set(told.calls) == {"notify"}
+def test_click_on_a_size_without_missed_objects_only_notifies(panel, measured):
+    response = Response(panel, measured, "show_missed_by_group", runs=BOTH, trace="good_ar", id="large")
+    assert set(response.calls) == {"notify"}
 
 
 @pytest.mark.parametrize("options", [{"use_masks": False}, {"area_field": "area"}])
-def test_sizes_are_those_of_the_evaluation(panel, measured, options):
+def test_sizes_match_those_of_the_evaluation(panel, measured, options):
     for sample in measured:
         for number, label in enumerate(sample.ground_truth.detections):
-            label["area"] = 5000.0 + number  # medium, all of them
+            label["area"] = 5000.0 + number  # all of them medium
             label.mask = None if "use_masks" in options else label.mask
         sample.save()
     evaluate_proposals(measured, "good", eval_key="other", **options)
-    told = Told(panel, measured, "show_missed_by_group", runs=["other"], trace="other", id="medium")
+    response = Response(panel, measured, "show_missed_by_group", runs=["other"], trace="other", id="medium")
     if "area_field" in options:
-        assert told.objects() == ["small1"]
+        assert response.objects() == ["small1"]
     else:
-        assert set(told.calls) == {"notify"}
-        assert Told(panel, measured, "show_missed_by_group", trace="other", id="small").objects() == ["small1"]
+        assert set(response.calls) == {"notify"}
+        assert Response(panel, measured, "show_missed_by_group", trace="other", id="small").objects() == ["small1"]
 
 
-def test_sizes_of_images_without_metadata(panel, measured):
+def test_sizes_exclude_images_without_metadata(panel, measured):
     measured.clear_sample_field("metadata")
-    told = Told(panel, measured, "show_missed_by_group", trace="good_ar", id="small")
-    assert set(told.calls) == {"notify"}  # the image is left out
+    response = Response(panel, measured, "show_missed_by_group", trace="good_ar", id="small")
+    assert set(response.calls) == {"notify"}  # the image is skipped
 
 
-def test_objects_per_image(panel, measured):
-    told = Told(panel, measured, "refresh", runs=BOTH)
-    bars = told.plot("counts")
+def test_click_on_a_count_shows_its_images(panel, measured):
+    response = Response(panel, measured, "refresh", runs=BOTH)
+    bars = response.plot("counts")
     assert bars["good_ar"]["x"] == bars["few_ar"]["x"] == [0, 1, 2, 3]
     assert bars["good_ar"]["y"] == [1, 1, 0, 1]
-    assert bars["few_ar"]["y"] == [1, 1, 0, 0]  # the third image was not looked at
+    assert bars["few_ar"]["y"] == [1, 1, 0, 0]  # the third image was not evaluated
     ids = measured.values("id")
     for bar, expected in ((0, [ids[1]]), (1, [ids[2]]), (3, [ids[0]])):
         clicked = {"trace": "good_ar", "id": bars["good_ar"]["ids"][bar]}
-        assert Told(panel, measured, "show_images", runs=BOTH, **clicked).view.values("id") == expected
+        assert Response(panel, measured, "show_images", runs=BOTH, **clicked).view.values("id") == expected
 
 
-def test_bars_of_many_objects_hold_several_counts():
+def test_bars_cover_ranges_of_large_counts():
     from fiftyone_mobilesamv2.evaluation.figures import objects_per_image
 
     counts = [0, 4, 5, 99, 100]
     (trace,) = objects_per_image({"a": counts}).data
     assert len(trace["x"]) <= 20
     for name, images in zip(trace["ids"], trace["y"]):
-        least, most = map(int, name.split("-"))
-        assert images == sum(least <= count <= most for count in counts)
+        low, high = map(int, name.split("-"))
+        assert images == sum(low <= count <= high for count in counts)
     assert sum(trace["y"]) == 5
 
 
-def test_evaluation_of_a_view(panel, measured):
+def test_evaluation_of_a_view_is_shown(panel, measured):
     evaluate_proposals(measured.limit(1), "good", eval_key="part")
-    told = Told(panel, measured, "refresh", runs=["part"])
-    assert told.plot("counts")["part"]["y"] == [0, 0, 0, 1]
+    response = Response(panel, measured, "refresh", runs=["part"])
+    assert response.plot("counts")["part"]["y"] == [0, 0, 0, 1]
     clicked = {"trace": "part", "id": "0-0"}
-    assert set(Told(panel, measured, "show_images", runs=["part"], **clicked).calls) == {"notify"}
+    assert set(Response(panel, measured, "show_images", runs=["part"], **clicked).calls) == {"notify"}
 
 
-def test_frames(panel, dataset):
+def test_evaluation_of_frames_is_shown(panel, dataset):
     for number, counts in enumerate([(1, 2), (2, 2)]):
         video = fo.Sample(f"/nowhere/{number}.mp4", metadata=fo.VideoMetadata(frame_width=SIDE, frame_height=SIDE))
         for frame, count in enumerate(counts, 1):
             boxes = [box(50 * i, 0, 40, 40, confidence=0.5) for i in range(count)]
             truth = [box(50 * i, 0, 40, 40) for i in range(2)]
-            found = fo.Detections(detections=boxes)
-            video.frames[frame] = fo.Frame(masks=found, ground_truth=fo.Detections(detections=truth))
+            masks = fo.Detections(detections=boxes)
+            video.frames[frame] = fo.Frame(masks=masks, ground_truth=fo.Detections(detections=truth))
         video.frames[3] = fo.Frame()
         dataset.add_sample(video)
     evaluate_proposals(dataset, "frames.masks", "frames.ground_truth", eval_key="ar")
-    told = Told(panel, dataset, "on_load")
-    assert told.plot("counts")["ar"]["y"] == [0, 1, 3]
-    told = Told(panel, dataset, "show_images", trace="ar", id="1-1")
-    assert told.view.values("id") == [dataset.first().id]
-    assert told.view.count("frames") == 1
+    response = Response(panel, dataset, "on_load")
+    assert response.plot("counts")["ar"]["y"] == [0, 1, 3]
+    response = Response(panel, dataset, "show_images", trace="ar", id="1-1")
+    assert response.view.values("id") == [dataset.first().id]
+    assert response.view.count("frames") == 1
 
 
-def test_replaced_evaluation_is_read_anew(panel, measured):
-    assert Told(panel, measured, "refresh", runs=["few_ar"]).plot("by_iou")["few_ar"]["y"][0] == 0.2
+def test_replaced_evaluation_is_reloaded(panel, measured):
+    assert Response(panel, measured, "refresh", runs=["few_ar"]).plot("by_iou")["few_ar"]["y"][0] == 0.2
     measured.set_values("few", measured.values("good"))
     evaluate_proposals(measured, "few", eval_key="few_ar")
-    assert Told(panel, measured, "refresh", runs=["few_ar"]).plot("by_iou")["few_ar"]["y"][0] == 0.8
+    assert Response(panel, measured, "refresh", runs=["few_ar"]).plot("by_iou")["few_ar"]["y"][0] == 0.8
 
 
-def test_deleted_evaluation(panel, measured):
+def test_deleted_evaluation_disappears(panel, measured):
     measured.delete_evaluation("good_ar")
-    assert list(Told(panel, measured, "refresh", runs=BOTH).plot("by_k")) == ["few_ar"]
-    told = Told(panel, measured, "show_missed_by_iou", runs=BOTH, trace="good_ar", x=0.5)
-    assert "good_ar" in told.calls["notify"]["message"] and list(told.plot("by_k")) == ["few_ar"]
+    assert list(Response(panel, measured, "refresh", runs=BOTH).plot("by_k")) == ["few_ar"]
+    response = Response(panel, measured, "show_missed_by_iou", runs=BOTH, trace="good_ar", x=0.5)
+    assert "good_ar" in response.calls["notify"]["message"] and list(response.plot("by_k")) == ["few_ar"]
 
 
-def test_deleted_field(panel, measured):
+def test_deleted_field_is_reported(panel, measured):
     measured.delete_sample_field("few")
-    told = Told(panel, measured, "on_load")
-    assert "few" in told.contents["objects_error"]["view"]["description"]
-    assert told.plot("by_iou")["few_ar"]["y"] == [0.2] * 10
+    response = Response(panel, measured, "on_load")
+    assert "few" in response.contents["objects_error"]["view"]["description"]
+    assert response.plot("by_iou")["few_ar"]["y"] == [0.2] * 10
     measured.delete_sample_field("ground_truth")
-    told = Told(panel, measured, "show_missed_by_iou", trace="few_ar", x=0.5)
-    assert "ground_truth" in told.calls["notify"]["message"]
-    assert told.plot("by_iou")["few_ar"]["y"] == [0.2] * 10
+    response = Response(panel, measured, "show_missed_by_iou", trace="few_ar", x=0.5)
+    assert "ground_truth" in response.calls["notify"]["message"]
+    assert response.plot("by_iou")["few_ar"]["y"] == [0.2] * 10
 
 
-def test_without_samples_or_dataset(panel, dataset):
-    assert "No field has been segmented yet" in Told(panel, dataset, "on_load").text("text")
-    assert "Open a dataset" in Told(panel, None, "on_load").text("text")
+def test_panel_without_samples_or_dataset(panel, dataset):
+    assert "No field has been segmented yet" in Response(panel, dataset, "on_load").text("text")
+    assert "Open a dataset" in Response(panel, None, "on_load").text("text")
 
 
 def test_ground_truth_without_objects(panel, dataset):
@@ -286,71 +286,71 @@ def test_ground_truth_without_objects(panel, dataset):
     sample["masks"] = fo.Detections(detections=[box(0, 0, 10, 10, confidence=0.5)])
     dataset.add_sample(sample)
     evaluate_proposals(dataset, "masks", eval_key="ar")
-    told = Told(panel, dataset, "on_load")
-    assert told.plot("by_iou")["ar"]["y"] == [None] * 10
-    assert "| ar | - | - | - | - |" in told.text("table")
-    assert told.plot("counts")["ar"]["y"] == [0, 1]
+    response = Response(panel, dataset, "on_load")
+    assert response.plot("by_iou")["ar"]["y"] == [None] * 10
+    assert "| ar | - | - | - | - |" in response.text("table")
+    assert response.plot("counts")["ar"]["y"] == [0, 1]
 
 
 @pytest.fixture(scope="module")
 def segmented_scenes(mongod, tmp_path_factory):
-    """Two scenes with their objects in `ground_truth`, and a recorded run in `segmentations`."""
+    """Two scenes with `ground_truth` and a recorded run in `segmentations`."""
     dataset = load_coco(*write_coco(tmp_path_factory.mktemp("scenes"), 2))
     segmentation.segment_everything(dataset, zoo.load_model("mobilesamv2-demo-torch", device="cpu"))
     yield dataset
     dataset.delete()
 
 
-def test_segmented_and_not_measured(panel, segmented_scenes):
-    told = Told(panel, segmented_scenes, "on_load")
-    assert "Evaluate `segmentations`" in told.text("text")
-    buttons = told.contents["buttons"]["type"]["properties"]
+def test_segmented_field_without_an_evaluation(panel, segmented_scenes):
+    response = Response(panel, segmented_scenes, "on_load")
+    assert "Evaluate `segmentations`" in response.text("text")
+    buttons = response.contents["buttons"]["type"]["properties"]
     assert [name for name, each in buttons.items() if each["view"]["variant"] == "contained"] == ["evaluate_proposals"]
-    assert "runs" not in told.contents and "by_k" not in told.contents
+    assert "runs" not in response.contents and "by_k" not in response.contents
     counts = [len(sample.segmentations.detections) for sample in segmented_scenes]
-    bars = told.plot("counts")["segmentations"]
+    bars = response.plot("counts")["segmentations"]
     for name, images in zip(bars["ids"], bars["y"]):
-        least, most = map(int, name.split("-"))
-        assert images == sum(least <= count <= most for count in counts)
+        low, high = map(int, name.split("-"))
+        assert images == sum(low <= count <= high for count in counts)
     clicked = bars["ids"][bars["y"].index(max(bars["y"]))]
-    least, most = map(int, clicked.split("-"))
-    told = Told(panel, segmented_scenes, "show_images", trace="segmentations", id=clicked)
-    expected = [id for id, count in zip(segmented_scenes.values("id"), counts) if least <= count <= most]
-    assert told.view.values("id") == expected
+    low, high = map(int, clicked.split("-"))
+    response = Response(panel, segmented_scenes, "show_images", trace="segmentations", id=clicked)
+    expected = [id for id, count in zip(segmented_scenes.values("id"), counts) if low <= count <= high]
+    assert response.view.values("id") == expected
 
 
-def test_time_of_each_stage(panel, segmented_scenes):
+def test_plot_shows_the_time_of_each_stage(panel, segmented_scenes):
     (run,) = recorded_runs(segmented_scenes, "segmentations")
-    stages = Told(panel, segmented_scenes, "on_load").plot("stages")
+    stages = Response(panel, segmented_scenes, "on_load").plot("stages")
     assert list(stages) == ["encode", "discover", "decode", "crop", "other"]
     for stage in ("encode", "discover", "decode", "crop"):
-        assert stages[stage]["x"] == [pytest.approx(500 * run.seconds[stage])]  # ms an image, of two
+        assert stages[stage]["x"] == [pytest.approx(500 * run.seconds[stage])]  # ms per image, for two images
     assert sum(each["x"][0] for each in stages.values()) == pytest.approx(500 * run.seconds["total"])
 
 
-def test_without_ground_truth(panel, segmented_scenes):
+def test_panel_without_ground_truth(panel, segmented_scenes):
     copy = segmented_scenes.clone()
     copy.delete_sample_field("ground_truth")
-    told = Told(panel, copy, "on_load")
-    assert "no labels to compare" in told.text("text")
-    assert list(told.plot("counts")) == ["segmentations"] and "stages" in told.contents
+    response = Response(panel, copy, "on_load")
+    assert "no labels to compare" in response.text("text")
+    assert list(response.plot("counts")) == ["segmentations"] and "stages" in response.contents
     copy.delete_sample_field("segmentations")
-    assert "No field has been segmented yet" in Told(panel, copy, "on_load").text("text")
+    assert "No field has been segmented yet" in Response(panel, copy, "on_load").text("text")
     copy.delete()
 
 
-def test_field_without_a_record(panel, measured):
-    told = Told(panel, measured, "refresh", runs=BOTH)
-    assert "`good`, `few`" in told.text("unknown") and "stages" not in told.contents
+def test_field_without_a_recorded_run(panel, measured):
+    response = Response(panel, measured, "refresh", runs=BOTH)
+    assert "`good`, `few`" in response.text("unknown") and "stages" not in response.contents
 
 
-def test_buttons(panel, measured):
-    told = Told(panel, measured, "open_form", operator="segment_everything")
-    assert told.calls["prompt_user_for_operation"]["operator_uri"] == f"{PLUGIN}/segment_everything"
-    assert told.calls["prompt_user_for_operation"]["on_success"] == f"{panel.uri}#on_load"
-    assert set(Told(panel, measured, "show_everything").calls) == {"clear_view"}
+def test_buttons_open_forms_and_clear_the_view(panel, measured):
+    response = Response(panel, measured, "open_form", operator="segment_everything")
+    assert response.calls["prompt_user_for_operation"]["operator_uri"] == f"{PLUGIN}/segment_everything"
+    assert response.calls["prompt_user_for_operation"]["on_success"] == f"{panel.uri}#on_load"
+    assert set(Response(panel, measured, "show_everything").calls) == {"clear_view"}
 
 
-def test_little_is_sent(panel, measured):
-    output = Told(panel, measured, "refresh", runs=BOTH).calls["show_panel_output"]
+def test_panel_sends_little_data(panel, measured):
+    output = Response(panel, measured, "refresh", runs=BOTH).calls["show_panel_output"]
     assert len(json.dumps(output, allow_nan=False)) < 60_000

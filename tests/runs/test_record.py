@@ -1,4 +1,4 @@
-"""The record of runs, and how it keeps them out of each other's way."""
+"""The record of runs, and how it keeps concurrent runs apart."""
 
 import hashlib
 import socket
@@ -52,12 +52,12 @@ def run(**values):
     return SegmentationRun("own", PARAMETERS, images=1, **values)
 
 
-def part(index, count=3, group="g"):
+def shard_run(index, count=3, group="g"):
     return run(shard=Shard(index, count, group))
 
 
 def owned_by(dataset, other, **owner):
-    """As if `other` went on in another process, of this machine if nothing else is said."""
+    """Records `other` as a run in progress in another process, by default on this machine."""
     segmentation_runs._claim(dataset, other)
     change = {f"owner.{name}": value for name, value in owner.items()}
     segmentation_runs._collection().update_one({"run.run_id": other.run_id}, {"$set": change})
@@ -65,7 +65,7 @@ def owned_by(dataset, other, **owner):
 
 @pytest.fixture
 def living():
-    """A process that does nothing, for as long as this test takes."""
+    """A process that idles until the test ends."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         yield {"pid": process.pid, "process_started": psutil.Process(process.pid).create_time()}
         process.kill()
@@ -76,15 +76,15 @@ def start(dataset, started):
         return recorded_runs(dataset, "own")
 
 
-def test_end_is_recorded_where_the_signs_of_life_end_first(labeled, monkeypatch):
-    # As they may between the run's end, of which they are told, and the look at whether they go on.
+def test_end_is_recorded_after_the_heartbeat_stopped(labeled, monkeypatch):
+    # The heartbeat may stop between the end of the run and the check whether it is still beating.
     monkeypatch.setattr(segmentation_runs, "_heartbeat", lambda *_: None)
     start(labeled, run())
     (ended,) = recorded_runs(labeled, "own")
     assert not ended.cancelled and ended.seconds["total"] > 0
 
 
-def test_field_is_kept_from_a_second_run(labeled, living):
+def test_second_run_into_the_same_field_is_refused(labeled, living):
     first = run()
     owned_by(labeled, first, **living)
     with pytest.raises(FieldBusyError, match=f"storing masks in 'own'.* by process {living['pid']} on") as caught:
@@ -96,16 +96,16 @@ def test_field_is_kept_from_a_second_run(labeled, living):
         pass
 
 
-def test_run_of_a_process_that_is_gone_is_no_hindrance(labeled, living):
+def test_run_of_a_dead_process_does_not_block_the_field(labeled, living):
     first, second = run(), run()
-    # Another process may have got its number since.
+    # Another process may have the same ID by now.
     owned_by(labeled, first, **living | {"process_started": living["process_started"] - 100})
     assert [each.run_id for each in start(labeled, second)] == [first.run_id, second.run_id]
     assert [each.cancelled for each in recorded_runs(labeled, "own")] == [True, False]
 
 
-def test_run_of_this_machine_may_be_silent(labeled, living):
-    """It waits for the database, or its laptop sleeps."""
+def test_run_on_this_machine_may_miss_heartbeats(labeled, living):
+    """It may be waiting for the database, or the laptop sleeps."""
     owned_by(labeled, run(), **living)
     long_ago = datetime.now(timezone.utc) - timedelta(days=1)
     here = {"dataset_id": labeled._doc.id}
@@ -115,8 +115,8 @@ def test_run_of_this_machine_may_be_silent(labeled, living):
 
 
 @pytest.mark.parametrize("place", ["_claim", "_heartbeat", "_write"])
-def test_interrupted_at_an_awkward_place(labeled, monkeypatch, place):
-    """In a notebook the process goes on after Ctrl-C: the field is not to be blocked by it."""
+def test_interrupted_run_does_not_block_the_field(labeled, monkeypatch, place):
+    """In a notebook, the process continues after Ctrl-C, so its field must become free."""
     before = threading.active_count()
     original = getattr(segmentation_runs, place)
 
@@ -137,7 +137,7 @@ def test_interrupted_at_an_awkward_place(labeled, monkeypatch, place):
     assert threading.active_count() == before
 
 
-def test_run_of_another_machine_is_dead_when_it_is_silent(labeled):
+def test_run_on_another_machine_is_dead_without_heartbeats(labeled):
     owned_by(labeled, run(), host="elsewhere", machine="elsewhere")
     with pytest.raises(FieldBusyError, match="on elsewhere"):
         start(labeled, run())
@@ -147,18 +147,18 @@ def test_run_of_another_machine_is_dead_when_it_is_silent(labeled):
     assert len(start(labeled, run())) == 2
 
 
-def test_parts_of_one_run_go_on_together(labeled, living):
-    owned_by(labeled, part(0), **living)
-    start(labeled, part(1))
+def test_shards_of_one_run_may_run_at_the_same_time(labeled, living):
+    owned_by(labeled, shard_run(0), **living)
+    start(labeled, shard_run(1))
     with pytest.raises(FieldBusyError):
-        start(labeled, part(0))
+        start(labeled, shard_run(0))
     with pytest.raises(FieldBusyError):
-        start(labeled, part(1, group="another"))
+        start(labeled, shard_run(1, group="another"))
     with pytest.raises(FieldBusyError):
         start(labeled, run())
 
 
-def test_of_many_that_start_at_once_one_goes_on(labeled):
+def test_only_one_of_many_simultaneous_runs_starts(labeled):
     barrier, ready, outcomes = threading.Barrier(8), threading.Event(), []
 
     def begin():
@@ -180,29 +180,29 @@ def test_of_many_that_start_at_once_one_goes_on(labeled):
     assert sorted(outcomes) == ["in"] + ["out"] * 7
 
 
-def test_parts_are_told_as_one_run(labeled):
+def test_shards_are_reported_as_one_run(labeled):
     failures = [Failure("a", "a.png", "why")]
-    parts = [part(0), part(1), part(1), part(2)]
+    parts = [shard_run(0), shard_run(1), shard_run(1), shard_run(2)]
     parts[1].failures, parts[1].num_failures = failures, 1
-    parts[3].images = 0  # no sample belongs to it
+    parts[3].images = 0  # no sample belongs to this shard
     for each, started in zip(parts, ("10:00:00", "10:00:05", "10:00:20", "10:00:30")):
         each.started = f"2026-01-01T{started}+00:00"
         each.seconds = {"encode": 2.0}
         each.objects = 5
         with on_record(labeled, each):
             each.cancelled = False
-        each.cancelled = each is parts[1]  # this one was stopped
+        each.cancelled = each is parts[1]  # this run was cancelled
         each.seconds["total"] = 7.0
         segmentation_runs._write(labeled, each, {})
         (merged,) = recorded_runs(labeled, "own")
-        assert merged.failures == (failures if each is parts[1] else [])  # the next one had the image again
+        assert merged.failures == (failures if each is parts[1] else [])  # the next run processed the image again
         assert merged.cancelled == (each is not parts[3])
     assert (merged.images, merged.objects, merged.failures, merged.num_failures) == (2, 20, [], 0)
     assert merged.seconds == {"encode": 8.0, "total": 37.0}
     assert merged.started == parts[0].started and merged.run_id == "g" and merged.shard is None
 
 
-def test_record_says_what_made_the_field(images, model):
+def test_record_contains_model_parameters_and_weights(images, model):
     segment_everything(images, model, "own")
     (found,) = recorded_runs(images, "own")
     sha256 = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(PACKAGED_WEIGHTS).iterdir()}
@@ -213,12 +213,12 @@ def test_record_says_what_made_the_field(images, model):
     }
     assert found.parameters["name"] == "mobilesamv2-demo-torch" and found.parameters["max_prompts"] == 320
     assert (found.images, found.objects) == (3, images.count("own.detections")) and not found.cancelled
-    # FiftyOne's own way to it.
+    # FiftyOne's own API gives the same record.
     (copy,) = images.load_run_results("mobilesamv2_own").runs
     assert copy["run_id"] == found.run_id and copy["parameters"] == found.parameters
 
 
-def test_other_weights_are_other_parameters(images, model, tmp_path):
+def test_other_weights_are_refused(images, model, tmp_path):
     segment_everything(images.limit(1), model, "own")
     from safetensors.torch import load_file, save_file
 
@@ -237,7 +237,7 @@ def test_other_weights_are_other_parameters(images, model, tmp_path):
     assert segment_everything(images, moved, "own").images == 2
 
 
-def test_failed_samples(images, model, tmp_path):
+def test_failed_samples_can_be_retried(images, model, tmp_path):
     for name in ("first.png", "second.png"):
         images.add_sample(fo.Sample(str(tmp_path / name)))
     assert len(failed_samples(images, "own")) == 0
@@ -253,7 +253,7 @@ def test_failed_samples(images, model, tmp_path):
     assert images[first].own.detections
 
 
-def test_more_failures_than_a_record_takes(labeled, monkeypatch):
+def test_record_limits_the_number_of_failures(labeled, monkeypatch):
     monkeypatch.setattr(segmentation_runs, "_MAX_FAILURES", 3)
     many = [Failure(f"{i}", f"{i}.png", "why") for i in range(5)]
     (found,) = start(labeled, run(failures=many, num_failures=5))
@@ -276,22 +276,22 @@ def test_clone_keeps_the_record_and_adds_to_it(labeled):
         clone.delete()
 
 
-def test_killed_while_fiftyone_saves_its_copy(labeled):
+def test_kill_while_fiftyone_saves_its_copy(labeled):
     start(labeled, run())
     document = foo.get_db_conn().runs.find_one({"_id": labeled._doc.runs["mobilesamv2_own"].id})
     GridFS(foo.get_db_conn()).delete(document["results"])
     labeled.reload()
     assert len(recorded_runs(labeled, "own")) == 1
-    assert segmentation_runs._copied(labeled, "own") == []  # all that there would be of a clone
+    assert segmentation_runs._copied(labeled, "own") == []  # a clone would have only this copy
     start(labeled, run())
     assert len(labeled.load_run_results("mobilesamv2_own", cache=False).runs) == 2
 
 
-def test_replacing_goes_on_where_it_was_stopped(images, model):
+def test_cancelled_replacement_can_be_continued(images, model):
     images.add_samples([fo.Sample(path) for path in images.values("filepath")], progress=False)
     segment_everything(images, model, "own")
     old = images.values("own.detections.id")
-    time.sleep(1.1)  # ids tell seconds
+    time.sleep(1.1)  # IDs contain the time in seconds
     other = zoo.load_model("mobilesamv2-demo-torch", device="cpu", max_masks=3)
 
     def stop(bar):
@@ -302,7 +302,7 @@ def test_replacing_goes_on_where_it_was_stopped(images, model):
     assert (stopped.cancelled, stopped.images) == (True, 2)
     half = images.values("own.detections.id")
     assert half[2:] == old[2:] and all(len(ids) == 3 for ids in half[:2])
-    # Neither may go on as if the field were of one kind.
+    # Neither model may continue in a field that mixes both.
     for each in (model, other):
         with pytest.raises(ValueError, match="made with other parameters"):
             segment_everything(images, each, "own")
@@ -310,10 +310,10 @@ def test_replacing_goes_on_where_it_was_stopped(images, model):
     assert (again.cancelled, again.images) == (False, 4)
     whole = images.values("own.detections.id")
     assert whole[:2] == half[:2] and all(len(ids) == 3 for ids in whole)
-    assert segment_everything(images, other, "own", replace=True).images == 6  # the last one came to its end
+    assert segment_everything(images, other, "own", replace=True).images == 6  # the previous replacement is complete
 
 
-def test_records_end_with_their_dataset(labeled):
+def test_records_of_deleted_datasets_are_removed(labeled):
     other = fo.Dataset()
     other.add_sample(fo.Sample("image.png", own=fo.Detections()))
     start(other, run())
@@ -323,14 +323,14 @@ def test_records_end_with_their_dataset(labeled):
     assert segmentation_runs._collection().count_documents({"dataset_id": other_id}) == 0
 
 
-def test_this_process_is_alive(labeled):
+def test_run_of_this_process_counts_as_alive(labeled):
     with on_record(labeled, run()):
         (document,) = segmentation_runs._collection().find({"dataset_id": labeled._doc.id})
         assert document["owner"]["host"] == socket.gethostname()
         assert segmentation_runs._is_alive(document, document["seen"])
 
 
-def test_parameter_that_an_earlier_run_did_not_know_has_its_default():
+def test_parameter_unknown_to_an_earlier_run_counts_as_its_default():
     now = {"iou": 0.9, "max_masks": None, "weights": {"encoder": "a"}}
     assert plan._changed({"weights": {"encoder": "a"}}, now) == []
     assert plan._changed({"iou": 0.8, "weights": {"encoder": "b"}}, now) == [

@@ -1,4 +1,4 @@
-"""Reading, segmenting and storing at the same time: what the database holds then, whatever happens meanwhile."""
+"""Concurrent reading, segmenting and storing: the database is correct whatever happens meanwhile."""
 
 import errno
 import os
@@ -58,16 +58,16 @@ def threads_end():
 
 
 def stored(dataset, field, with_ids=False):
-    """What the database holds, by file name: one dict of attributes a label, masks as arrays of pixels."""
-    found = {}
+    """{file name: a dict of attributes for each label in the database, with masks as pixel arrays}"""
+    labels_by_name = {}
     for document in dataset._sample_collection.find():
         labels = document.get(field)
-        found[Path(document["filepath"]).name] = labels and [
+        labels_by_name[Path(document["filepath"]).name] = labels and [
             {name: readable(name, value) for name, value in label.items() if with_ids or name != "_id"}
             for label in labels["detections"]
         ]
         assert labels is None or labels["_cls"] == "Detections"
-    return found
+    return labels_by_name
 
 
 def readable(name, value):
@@ -81,7 +81,7 @@ def readable(name, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"masks_on_disk": True}, {"min_area": 300, "max_masks": 5}])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_same_documents_as_of_apply_model(images, tmp_path, settings, batch_size):
+def test_documents_equal_those_of_apply_model(images, tmp_path, settings, batch_size):
     model = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path), **settings)
     images.apply_model(model, "plain", batch_size=batch_size, num_workers=0)
     run = segment_everything(images, model, "own", batch_size=batch_size)
@@ -92,7 +92,7 @@ def test_same_documents_as_of_apply_model(images, tmp_path, settings, batch_size
     assert images.first().own.detections[0].predicted_iou == images.first().plain.detections[0].predicted_iou
 
 
-def test_same_documents_as_of_apply_model_from_prompts(images, model):
+def test_documents_from_prompts_equal_those_of_apply_model(images, model):
     boxes = [[0.1, 0.1, 0.4, 0.4], [0.5, 0.4, 0.3, 0.5], [0, 0, 0.001, 0.001]]
     for sample in images:
         sample["boxes"] = fo.Detections(
@@ -107,7 +107,7 @@ def test_same_documents_as_of_apply_model_from_prompts(images, model):
         assert own == stored(images, f"plain_{prompts}", with_ids=True) and all(own.values())
 
 
-def test_samples_in_memory_are_up_to_date(images, model):
+def test_samples_in_memory_are_updated(images, model):
     sample = images.first()
     created = sample.last_modified_at
     segment_everything(images, model, "own")
@@ -116,8 +116,8 @@ def test_samples_in_memory_are_up_to_date(images, model):
     assert sample.own.detections[0].id == images.first().own.detections[0].id
 
 
-def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
-    """Two batches at most are read, or segmented, and not stored; and all are stored in order."""
+def test_slow_writer_slows_the_model(images, model, monkeypatch):
+    """At most two batches are read or segmented but not stored yet, and batches are stored in order."""
     segment_all, write = model.segment_all, model.writer.documents
     read, calls = [], []
 
@@ -130,9 +130,9 @@ def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
         calls.append((len(read), in_database))
         return segment_all(items)
 
-    def write_slowly(found, files):
+    def write_slowly(segmentations, files):
         time.sleep(0.5)
-        return write(found, files)
+        return write(segmentations, files)
 
     read_image = reading.read_image
     monkeypatch.setattr(reading, "read_image", counted_read)
@@ -148,7 +148,7 @@ def test_a_slow_writer_slows_the_model(images, model, monkeypatch):
 
 
 @pytest.mark.parametrize("interrupt", [Cancelled, KeyboardInterrupt])
-def test_interrupted_and_resumed(images, model, interrupt):
+def test_interrupted_run_is_resumed(images, model, interrupt):
     segment_everything(images, model, "reference")
 
     def stop(bar):
@@ -160,7 +160,7 @@ def test_interrupted_and_resumed(images, model, interrupt):
     except KeyboardInterrupt:
         (run,) = recorded_runs(images, "own")
     reference, own = stored(images, "reference"), stored(images, "own")
-    assert run.cancelled and run.images == 4  # what is through the model is stored
+    assert run.cancelled and run.images == 4  # everything already segmented is stored
     assert [own[name] == reference[name] for name in sorted(own)] == [True] * 4 + [False] * 2
     assert [own[name] for name in sorted(own)][4:] == [None, None]
     assert run.objects == sum(len(labels or []) for labels in own.values())
@@ -171,7 +171,7 @@ def test_interrupted_and_resumed(images, model, interrupt):
 
 @pytest.fixture
 def failing(images):
-    """Makes the server fail commands on the dataset's samples, as it does when it restarts or is too slow."""
+    """Makes commands on the dataset's samples fail, as when the server restarts or is too slow."""
     admin = fo.core.odm.get_db_conn().client.admin
 
     def fail(mode, **how):
@@ -193,14 +193,14 @@ LOST = {
     "time": {"failCommands": ["update"], "errorCode": 50},
     "a server that shuts down": {"failCommands": ["update"], "errorCode": 11600},
 }
-# pymongo looks for a server that shuts down for ten seconds before it says that there is none: once is enough.
+# pymongo searches ten seconds for a server that shuts down before it gives up, so once is enough.
 TIMES = {"a server that shuts down": 1}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("lost", LOST)
-def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on_disk):
+def test_run_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on_disk):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
     segment_everything(images, model, "reference")
     at_the_fourth_image(model, lambda: failing({"times": TIMES.get(lost, 3)}, **LOST[lost]), monkeypatch)
@@ -213,7 +213,7 @@ def test_waits_for_the_database(images, failing, tmp_path, monkeypatch, lost, on
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkeypatch, on_disk):
+def test_lasting_database_failure_ends_the_run(images, failing, tmp_path, monkeypatch, on_disk):
     monkeypatch.setattr(database, "MAX_WAIT", 1)
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=on_disk, mask_dir=str(tmp_path))
     with monkeypatch.context() as patch, pytest.raises(WriteConcernError, match="too slow"):
@@ -223,7 +223,9 @@ def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkey
     own = stored(images, "own")
     assert [own[name] is not None for name in sorted(own)] == [True] * 5 + [False]
     (run,) = recorded_runs(images, "own")
-    assert run.cancelled and run.objects == sum(len(own[name]) for name in sorted(own)[:3])  # all that it knows of
+    assert run.cancelled and run.objects == sum(
+        len(own[name]) for name in sorted(own)[:3]
+    )  # the objects it knows to be stored
     assert segment_everything(images, model, "own", batch_size=2).images == COUNT - 5
     segment_everything(images, model, "reference")
     assert stored(images, "own") == stored(images, "reference")
@@ -233,11 +235,11 @@ def test_database_that_stays_away_ends_the_run(images, failing, tmp_path, monkey
 def at_the_fourth_image(model, act, monkeypatch, after=False):
     write, calls = model.writer.documents, []
 
-    def write_and_act(found, files):
-        calls.append(found)
+    def write_and_act(segmentations, files):
+        calls.append(segmentations)
         if len(calls) == 4 and not after:
             act()
-        documents = write(found, files)
+        documents = write(segmentations, files)
         if len(calls) == 4 and after:
             act()
         return documents
@@ -246,7 +248,7 @@ def at_the_fourth_image(model, act, monkeypatch, after=False):
 
 
 def mask_files_of(folder):
-    """All files in a folder of masks, notes included."""
+    """All files in a folder of masks, including notes of unconfirmed ones."""
     return {str(path) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -255,7 +257,7 @@ def referred_to(dataset, field):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_what_the_database_refuses_costs_its_image_alone(images, files, tmp_path, on_disk):
+def test_image_that_the_database_refuses_fails_alone(images, files, tmp_path, on_disk):
     refuse = {"$or": [{"filepath": {"$ne": files[2]}}, {"own": None}]}
     name = images._sample_collection_name
     images._sample_collection.database.command("collMod", name, validator=refuse)
@@ -269,7 +271,7 @@ def test_what_the_database_refuses_costs_its_image_alone(images, files, tmp_path
     assert len(mask_files_of(tmp_path)) == (run.objects if on_disk else 0)  # no orphans
 
 
-def test_disk_that_is_full_ends_the_run(images, files, tmp_path, monkeypatch):
+def test_full_disk_ends_the_run(images, files, tmp_path, monkeypatch):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
     flush, room = os.fsync, 45
 
@@ -294,7 +296,7 @@ def test_disk_that_is_full_ends_the_run(images, files, tmp_path, monkeypatch):
     assert stored(images, "own") == stored(images, "reference")
 
 
-def test_folder_that_can_not_take_masks_is_told_at_once(images, tmp_path):
+def test_unwritable_mask_folder_is_reported_at_once(images, tmp_path):
     (tmp_path / "masks").write_text("a file")
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "masks"))
     with pytest.raises(OSError, match=r"masks can't be stored in .*/masks\. Make room there, or choose"):
@@ -303,14 +305,14 @@ def test_folder_that_can_not_take_masks_is_told_at_once(images, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, to see what is flushed")
-def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_path, monkeypatch):
-    """A power failure leaves what was flushed: contents of files, and names in folders, as they were at that time."""
+def test_masks_are_flushed_before_the_database_refers_to_them(images, tmp_path, monkeypatch):
+    """After a power failure, files and folders have the contents that were last flushed."""
     flushed, seen, flush, with_journaled_writes = {}, [], os.fsync, pipeline.with_journaled_writes
 
     def content(path):
         return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
 
-    def note(descriptor):
+    def record_flush(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         flushed[path] = content(path)
         flush(descriptor)
@@ -333,15 +335,15 @@ def test_masks_are_on_the_disk_before_the_database_hears_of_them(images, tmp_pat
             assert any(map(would_survive, (folder / "unconfirmed").glob(f"{seen[-1].parent.name}-{query['_id']}-own")))
             return self.collection.update_one(query, change)
 
-    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fsync", record_flush)
     monkeypatch.setattr(pipeline, "with_journaled_writes", Watched)
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "new" / "masks"))
     assert segment_everything(images, model, "own", batch_size=4).failures == []
     assert {str(path) for path in seen} == referred_to(images, "own") and len(seen) > 50
 
 
-def test_what_was_left_in_another_folder(images, killed, tmp_path):
-    """Where masks go to may change between two runs."""
+def test_leftovers_in_another_folder_are_deleted(images, killed, tmp_path):
+    """The mask folder may change between two runs."""
     left = next(tmp_path.rglob("0.png"))
     images._sample_collection.update_many({}, {"$set": {"own": None}})
     moved = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path / "moved"))
@@ -350,24 +352,24 @@ def test_what_was_left_in_another_folder(images, killed, tmp_path):
     assert mask_files_of(tmp_path) == referred_to(images, "own") and len(referred_to(images, "own")) > 50
 
 
-def test_folder_of_an_earlier_run_that_is_out_of_reach(images, model, tmp_path, caplog, monkeypatch):
-    """Such as one in the home of another user, or on another machine."""
+def test_unreachable_folder_of_an_earlier_run_is_logged(images, model, tmp_path, caplog, monkeypatch):
+    """It may be in another user's home or on another machine."""
     elsewhere = zoo.load_model(MODEL, device="cpu", mask_dir=str(tmp_path / "elsewhere"))
     segment_everything(images.limit(2), elsewhere, "own")
     settle = pipeline.settle
 
-    def settle_what_is_here(folder, *args):
+    def settle_reachable(folder, *args):
         if "elsewhere" in folder:
             raise PermissionError(errno.EACCES, "Permission denied", folder)
         return settle(folder, *args)
 
-    monkeypatch.setattr(pipeline, "settle", settle_what_is_here)
+    monkeypatch.setattr(pipeline, "settle", settle_reachable)
     assert segment_everything(images, model, "own").images == COUNT - 2
     assert "elsewhere: [Errno 13] Permission denied" in caplog.text
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
-def test_file_systems_that_do_not_flush_folders(images, tmp_path, monkeypatch, code):
+def test_file_systems_that_cannot_flush_folders_are_supported(images, tmp_path, monkeypatch, code):
     flush = os.fsync
 
     def flush_files(descriptor):
@@ -393,27 +395,27 @@ def test_file_systems_that_do_not_flush_folders(images, tmp_path, monkeypatch, c
         ({"cluster": True}, "cluster must be 'auto'"),
     ],
 )
-def test_arguments_of_the_wrong_kind(images, model, arguments, message):
+def test_arguments_of_the_wrong_type_are_refused(images, model, arguments, message):
     with pytest.raises(ValueError, match=message):
         segment_everything(images, **{"model": model, "label_field": "own", **arguments})
     assert not images.has_field("own")
 
 
 @pytest.mark.parametrize("field", [5, None, ["own"]])
-def test_fields_that_have_no_name(images, model, field):
+def test_invalid_field_names_are_refused(images, model, field):
     for work in (lambda: segment_everything(images, model, field), lambda: segment_anything(images, model, field)):
         with pytest.raises(ValueError, match="_field must be the name of a field, not "):
             work()
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 2.0, "8", None])
-def test_batches_that_have_no_size(images, model, size):
+def test_invalid_batch_sizes_are_refused(images, model, size):
     with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, not "):
         segment_everything(images, model, "own", batch_size=size)
     assert not images.has_field("own")
 
 
-def test_views_too_large_to_be_selected(images, model, monkeypatch):
+def test_views_with_too_many_samples_are_refused(images, model, monkeypatch):
     monkeypatch.setattr(database, "MAX_IDS", 2)
     with pytest.raises(ValueError, match=r"The view has 3 samples, .* process the view in slices such as view\[:2\]"):
         segment_everything(images.limit(3), model, "own")
@@ -423,7 +425,7 @@ def test_views_too_large_to_be_selected(images, model, monkeypatch):
 
 @pytest.fixture
 def killed(images, tmp_path, monkeypatch):
-    """A run over two images that was killed between the database's answer and its being noted."""
+    """The model of a killed run on two images, whose labels are stored but whose files are unconfirmed."""
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(mask_files.MaskFiles, "confirm", lambda files: None)
@@ -435,7 +437,7 @@ def killed(images, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["rename", "copy", "clone"])
-def test_files_that_anything_refers_to_stay(images, killed, way):
+def test_files_referred_to_by_any_field_are_kept(images, killed, way):
     other = images
     if way == "rename":
         images.rename_sample_field("own", "kept")
@@ -453,8 +455,8 @@ def test_files_that_anything_refers_to_stay(images, killed, way):
         other.delete()
 
 
-def test_run_that_was_taken_for_dead_stores_nothing_without_its_files(images, tmp_path, monkeypatch):
-    """It only slept: between the files and the database, another one has settled what it left."""
+def test_run_considered_dead_stores_no_labels_without_files(images, tmp_path, monkeypatch):
+    """The run only slept; after it wrote its files, another run deleted them as leftovers."""
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
     segment_everything(images, model, "reference")
     folder = str(tmp_path / str(images._doc.id))
@@ -472,7 +474,7 @@ def test_run_that_was_taken_for_dead_stores_nothing_without_its_files(images, tm
     assert mask_files_of(tmp_path) == referred_to(images, "own") | referred_to(images, "reference")
 
 
-def test_image_that_can_not_be_read_costs_itself_alone(images, model, tmp_path):
+def test_unreadable_image_fails_alone(images, model, tmp_path):
     for name in ("bad.png", "gone.png"):
         images.add_sample(fo.Sample(str(tmp_path / name)))
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -482,21 +484,21 @@ def test_image_that_can_not_be_read_costs_itself_alone(images, model, tmp_path):
     assert run.images == COUNT + 2
 
 
-def interfering(model, monkeypatch, what):
-    """Someone else does `what` while the model is at its first batch."""
+def interfere_while_segmenting(model, monkeypatch, what):
+    """Calls `what` while the model processes its first batch."""
     segment_all = model.segment_all
     pending = [what]
 
     def segment_and_interfere(items):
-        found = segment_all(items)
+        segmentations = segment_all(items)
         while pending:
             pending.pop()()
-        return found
+        return segmentations
 
     monkeypatch.setattr(model, "segment_all", segment_and_interfere)
 
 
-def test_changed_by_someone_else_meanwhile(images, files, tmp_path, monkeypatch):
+def test_concurrent_changes_are_not_overwritten(images, files, tmp_path, monkeypatch):
     model = zoo.load_model(MODEL, device="cpu", masks_on_disk=True, mask_dir=str(tmp_path))
     mine = fo.Detections(detections=[fo.Detection(label="mine", bounding_box=[0, 0, 1, 1])])
     ids = images.values("_id")
@@ -505,7 +507,7 @@ def test_changed_by_someone_else_meanwhile(images, files, tmp_path, monkeypatch)
         images._sample_collection.update_one({"_id": ids[0]}, {"$set": {"own": mine.to_dict()}})
         images._sample_collection.delete_one({"_id": ids[1]})
 
-    interfering(model, monkeypatch, interfere)
+    interfere_while_segmenting(model, monkeypatch, interfere)
     run = segment_everything(images, model, "own", batch_size=4)
     assert run.failures == [] and not run.cancelled
     own = stored(images, "own")
@@ -514,20 +516,20 @@ def test_changed_by_someone_else_meanwhile(images, files, tmp_path, monkeypatch)
     assert len(mask_files_of(tmp_path)) == run.objects == sum(map(len, own.values()))
 
 
-def test_field_that_is_deleted_meanwhile(images, model, monkeypatch):
-    interfering(model, monkeypatch, lambda: fo.load_dataset(images.name).delete_sample_field("own"))
-    held = list(images)  # samples that somebody has are reloaded after a write
+def test_field_deleted_meanwhile_is_not_restored(images, model, monkeypatch):
+    interfere_while_segmenting(model, monkeypatch, lambda: fo.load_dataset(images.name).delete_sample_field("own"))
+    held = list(images)  # samples in memory are reloaded after a write
     with pytest.raises(ValueError, match="'own' was deleted while masks were being stored in it"):
         segment_everything(images, model, "own", batch_size=2)
     assert not images.has_field("own")
     assert images._sample_collection.count_documents({"own": {"$exists": True}}) == 0
     del held
     images.clear_cache()
-    assert len(list(images)) == COUNT  # with a value in no field, none could be loaded
+    assert len(list(images)) == COUNT  # loading would fail if a document had a value outside the schema
 
 
 @pytest.mark.slow
-def test_masks_of_many_prompts_are_stored_at_once_or_not_at_all(images, model):
+def test_masks_of_many_prompts_are_stored_together_or_not_at_all(images, model):
     sample = images.first()
     boxes = [[0.01 * (i % 50), 0.2 * (i // 50), 0.3, 0.2] for i in range(150)]
     sample["boxes"] = fo.Detections(
@@ -551,7 +553,7 @@ def test_masks_of_many_prompts_are_stored_at_once_or_not_at_all(images, model):
 
 
 def drop_cursor(dataset):
-    """As the database does with those that wait for ten minutes."""
+    """Does what the database does with cursors that are idle for ten minutes."""
     database = dataset._sample_collection.database
     idle = {"type": "idleCursor", "ns": dataset._sample_collection.full_name}
     (cursor,) = database.client.admin.aggregate([{"$currentOp": {"idleCursors": True}}, {"$match": idle}])
@@ -560,20 +562,20 @@ def drop_cursor(dataset):
 
 
 @pytest.mark.parametrize("lost", ["cursor", "connection"])
-def test_reading_goes_on_where_it_was_interrupted(images, failing, lost):
+def test_interrupted_reading_continues(images, failing, lost):
     images.add_samples([fo.Sample(f"{i}.png") for i in range(300)])
-    found = []
+    ids = []
     for image in unique_images(images, [], threading.Event()):
-        found.append(image.sample_id)
-        if len(found) == 50:
+        ids.append(image.sample_id)
+        if len(ids) == 50:
             if lost == "cursor":
                 drop_cursor(images)
             else:
                 failing({"times": 3}, failCommands=["getMore", "aggregate"], closeConnection=True)
-    assert found == images.values("_id")
+    assert ids == images.values("_id")
 
 
-def test_reading_that_never_succeeds_ends(images, failing, monkeypatch):
+def test_reading_that_never_succeeds_raises(images, failing, monkeypatch):
     monkeypatch.setattr(database, "MAX_WAIT", 1)
     failing("alwaysOn", failCommands=["aggregate"], errorCode=50)
     with pytest.raises(ExecutionTimeout):

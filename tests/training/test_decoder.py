@@ -1,4 +1,4 @@
-"""Training of the demo model: prompts fit their targets, losses are SAM's, an interruption loses nothing."""
+"""Training of the demo model: prompts fit their targets, losses are SAM's, and an interrupted run can be resumed."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,9 @@ def test_prompts_fit_their_targets():
             rows, columns = np.nonzero(target.numpy() > 0.5)
             tight = 2 * np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             sides = np.tile(tight[2:] - tight[:2], 2)
-            assert (np.abs(box.numpy() - tight) <= 0.3 * sides + 4).all()  # jittered, and sampled at half the size
+            assert (
+                np.abs(box.numpy() - tight) <= 0.3 * sides + 4
+            ).all()  # tolerance for jitter, and for targets sampled at half the size
         for target, point in zip(targets[half:], points[:, 0].numpy()):
             x, y = np.clip(point / 2, 0, 127).astype(int)
             assert target[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max() > 0
@@ -34,19 +36,19 @@ def test_losses_by_hand():
     logits = torch.stack([sure, wrong], 1)
     right_loss, wrong_loss = mask_losses(logits, torch.tensor([[1.0, 0.0]]), target)[0]
     assert right_loss == pytest.approx(0, abs=1e-6)
-    # Focal: half the pixels with weight 0.75 and half with 0.25, at (1 - p)^2 = 1 and cross-entropy 20; dice: 8 + 8
-    # pixels without overlap, smoothed by 1; predicted IoU 0 is right.
+    # Focal: half of the pixels have weight 0.75 and half 0.25, with (1 - p)^2 = 1 and cross-entropy 20. Dice: 8 + 8
+    # pixels without overlap, smoothed by 1. The predicted IoU of 0 is correct.
     assert wrong_loss.item() == pytest.approx(20 * 0.5 * 20 + 1 - 1 / 17, rel=1e-4)
 
 
-def test_schedule():
+def test_schedule_warms_up_and_decays():
     assert schedule(0, 1000) == pytest.approx(0.01)
     assert schedule(100, 1000) == pytest.approx(1)
     assert schedule(1000, 1000) == pytest.approx(0.02)
 
 
 @pytest.mark.slow
-def test_resuming_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "SAVE_EVERY", 1)
     torch.use_deterministic_algorithms(True)
     try:

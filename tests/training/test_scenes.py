@@ -1,4 +1,4 @@
-"""Scenes are reproducible and their masks exact."""
+"""Scenes are reproducible, and their masks are exact."""
 
 import contextlib
 import io
@@ -10,29 +10,29 @@ from pycocotools.coco import COCO
 from fiftyone_mobilesamv2.training.scenes import MIN_OBJECT_AREA, TEST_SEED, TRAIN_SEED, make_scene, write_coco
 
 
-def test_seed_and_index_decide_everything():
+def test_seed_and_index_determine_the_scene():
     first, again, other = make_scene(TRAIN_SEED, 7), make_scene(TRAIN_SEED, 7), make_scene(TEST_SEED, 7)
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.labels, again.labels)
     assert first.image.shape != other.image.shape or (first.image != other.image).any()
 
 
-def test_masks_and_boxes_of_the_visible_parts():
+def test_masks_and_boxes_cover_the_visible_parts():
     for index in range(20):
         scene = make_scene(TEST_SEED, index)
         height, width = scene.labels.shape
         assert scene.image.shape == (height, width, 3) and scene.image.dtype == np.uint8
         assert 256 <= height <= 512 and 256 <= width <= 512 and scene.num_objects >= 1
         masks = scene.masks()
-        assert masks.sum(0).max() == 1  # of overlapping objects the upper one has the pixel
+        assert masks.sum(0).max() == 1  # where objects overlap, the pixel belongs to the upper one
         assert (masks.sum((1, 2)) >= MIN_OBJECT_AREA).all()
         for mask, (x0, y0, x1, y1) in zip(masks, scene.boxes().astype(int)):
             rows, columns = np.nonzero(mask)
             assert (x0, y0, x1, y1) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
-def test_objects_can_be_seen():
-    """Most outlines are edges of the image too: the masks belong to what is drawn."""
+def test_objects_are_visible():
+    """Most mask outlines are also edges of the image, so the masks belong to the drawn objects."""
     from cv2 import CV_32F, Sobel
 
     inside, outside = [], []
@@ -48,7 +48,7 @@ def test_objects_can_be_seen():
     assert np.median(inside) > 3 * np.median(outside)
 
 
-def test_scenes_in_cocos_format(tmp_path):
+def test_scenes_are_written_in_coco_format(tmp_path):
     images, file = write_coco(tmp_path, 2)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(file))

@@ -1,4 +1,4 @@
-"""Any value for any parameter, of the API and the command line: it means what it says, or is refused by name."""
+"""Any value of any API or command-line parameter takes effect or is refused with the parameter's name."""
 
 import functools
 import math
@@ -39,13 +39,13 @@ def model():
     return zoo.load_model(MODEL, device="cpu").model
 
 
-def is_number(value, least, most, whole=False):
+def is_number(value, low, high, whole=False):
     kind = numbers.Integral if whole else numbers.Real
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 def refusal(call, *words):
-    """What `call` returns, or None where it refuses a value in a message with these words."""
+    """Returns the result of `call`, or None if it refuses a value with a message that contains these words."""
     try:
         return call()
     except (ValueError, TypeError) as error:
@@ -73,27 +73,27 @@ ALLOWED = {
 }
 
 
-def test_these_are_all_parameters():
+def test_all_parameters_are_covered():
     assert set(ALLOWED) == set(PARAMETERS) == set(vars(zoo.MobileSAMv2ModelConfig({"name": MODEL})))
 
 
 @pytest.mark.parametrize("name", ALLOWED)
 @given(value=values)
 @settings(max_examples=40)
-def test_configuration(name, value):
+def test_configuration_accepts_exactly_the_allowed_values(name, value):
     config = refusal(lambda: zoo.MobileSAMv2ModelConfig({"name": MODEL, name: value}), f"{name} must be ", "not ")
     is_default = value is None and name != "name"
     assert (config is not None) == (is_default or bool(ALLOWED[name](value)))
     if config is not None:
         wanted = getattr(zoo.MobileSAMv2ModelConfig({"name": MODEL}), name) if is_default else value
         assert getattr(config, name) == wanted
-        bson.encode(vars(config))  # runs are recorded with it
+        bson.encode(vars(config))  # a run's record contains it
 
 
 @pytest.mark.parametrize("name", ALLOWED)
 @given(value=values)
 @settings(max_examples=40)
-def test_setting_a_parameter_checks_it_like_loading(name, value):
+def test_changed_parameters_are_checked_as_in_loading(name, value):
     config = zoo.MobileSAMv2ModelConfig({"name": MODEL})
     before = getattr(config, name)
     if PARAMETERS[name].is_fixed:
@@ -102,19 +102,19 @@ def test_setting_a_parameter_checks_it_like_loading(name, value):
         assert getattr(config, name) == before
         return
     allowed = value is None or ALLOWED[name](value)
-    found = refusal(lambda: setattr(config, name, value) or True, f"{name} must be ", "not ")
-    assert bool(found) == bool(allowed)
+    accepted = refusal(lambda: setattr(config, name, value) or True, f"{name} must be ", "not ")
+    assert bool(accepted) == bool(allowed)
     assert getattr(config, name) == (before if value is None or not allowed else value)
 
 
-def test_what_is_set_after_loading_takes_effect():
+def test_parameters_changed_after_loading_take_effect():
     loaded = zoo.load_model(MODEL, device="cpu")
     image = make_scene(TEST_SEED, 1).image
     everything = loaded.predict(image).detections
-    loaded.config.min_area = sorted(found["area_px"] for found in everything)[len(everything) // 2]
+    loaded.config.min_area = sorted(label["area_px"] for label in everything)[len(everything) // 2]
     large = loaded.predict(image).detections
-    assert [found.bounding_box for found in large] == [
-        found.bounding_box for found in everything if found["area_px"] >= loaded.config.min_area
+    assert [label.bounding_box for label in large] == [
+        label.bounding_box for label in everything if label["area_px"] >= loaded.config.min_area
     ]
     loaded.config.max_masks = 2
     assert len(loaded.predict(image).detections) == 2 < len(large)
@@ -127,19 +127,19 @@ def test_what_is_set_after_loading_takes_effect():
 
 
 @given(name=st.text(min_size=1))
-def test_unknown_parameters(name):
+def test_unknown_parameters_are_refused(name):
     with pytest.raises(ValueError, match=re.escape(f"Unknown parameter {name}_ of {MODEL}; it takes name, device, ")):
         zoo.load_model(MODEL, **{f"{name}_": 1})
 
 
 @pytest.mark.parametrize("device", ["banana", "", "cpu\0", "cuda:-1", "cuda:4096", "meta", 0, True, 5.0, b"cpu", []])
-def test_devices(device):
+def test_invalid_devices_are_refused(device):
     with pytest.raises(ValueError, match="device must be "):
         zoo.load_model(MODEL, device=device)
 
 
 @pytest.mark.parametrize("threshold", ["0.5", math.nan, -1, 2, True, [0.5]])
-def test_confidence_of_apply_model(dataset, threshold, tmp_path):
+def test_invalid_confidence_of_apply_model_is_refused(dataset, threshold, tmp_path):
     dataset.add_sample(fo.Sample(str(tmp_path / "image.png")))
     model = zoo.load_model(MODEL, device="cpu")
     with pytest.raises(ValueError, match="confidence_thresh must be a number from 0 to 1, not "):
@@ -195,7 +195,7 @@ nested = arrays | arrays.map(lambda value: [value]) | arrays.map(lambda value: [
 
 @given(images=nested)
 @settings(max_examples=40, deadline=None)
-def test_images(images):
+def test_invalid_images_are_refused(images):
     for call in (model().encode, model().discover, model().segment_everything):
         found = refusal(lambda call=call: call(images), "mage")
         assert found is None or len(images) == 0
@@ -205,16 +205,16 @@ def test_images(images):
 @pytest.mark.parametrize("name", ["boxes", "points", "point_labels"])
 @given(value=nested)
 @settings(max_examples=60, deadline=None)
-def test_prompts(name, value):
+def test_prompts_are_used_or_refused(name, value):
     arguments = {name: value} if name != "point_labels" else {"points": [[[[50, 50]]]], name: value}
     if name == "point_labels" and value is None:
         return
-    words = "prompts" if value is None else name[:5]  # of points their labels, too
+    words = "prompts" if value is None else name[:5]  # "point" also covers "point_labels"
     found = refusal(lambda: model().segment_anything([IMAGE], **arguments), words)
     if found is None:
         return
     (found,) = found
-    if name == "point_labels":  # 0 or 1, for the only point of the only prompt
+    if name == "point_labels":  # the only point of the only prompt must be labelled 0 or 1
         assert np.asarray(value).ravel().tolist() in ([0], [1]) and len(found) == 1
         return
     (given_for_image,) = value
@@ -245,7 +245,7 @@ WHOLE = [
 
 
 def refused(capsys, arguments):
-    """What the command says when it exits with 1 or 2."""
+    """Returns the command's error output; it must exit with status 1 or 2."""
     try:
         status = cli.main(arguments)
     except SystemExit as error:
@@ -262,7 +262,7 @@ any_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
     text=st.one_of(st.text(), st.integers(max_value=0).map(str), st.floats().map(str), st.sampled_from(["9" * 5000]))
 )
 @any_fixture
-def test_whole_numbers_of_commands(capsys, command, option, text):
+def test_options_for_whole_numbers_refuse_other_values(capsys, command, option, text):
     if text.isdecimal() and len(text) < 1000 and int(text):
         return
     error = refused(capsys, [*command, f"{option}={text}"])
@@ -286,7 +286,7 @@ def test_whole_numbers_of_commands(capsys, command, option, text):
         ("no-such-option", ["x"], "unrecognized arguments: --no-such-option"),
     ],
 )
-def test_options_of_segment(dataset, tmp_path, capsys, option, texts, words):
+def test_invalid_options_of_segment_are_refused(dataset, tmp_path, capsys, option, texts, words):
     dataset.add_sample(fo.Sample(str(tmp_path / "image.png")))
     for text in texts:
         assert words in refused(capsys, ["segment", dataset.name, "--model", MODEL, f"--{option}={text}"]), text
@@ -295,6 +295,6 @@ def test_options_of_segment(dataset, tmp_path, capsys, option, texts, words):
 
 @given(name=st.text())
 @any_fixture
-def test_names_of_datasets(mongod, capsys, name):
+def test_unknown_datasets_are_reported(mongod, capsys, name):
     for arguments in (["segment", "--model", MODEL, "--", name], ["evaluate", "--", name, "proposals"]):
         assert refused(capsys, arguments) == f"fiftyone-mobilesamv2: There is no dataset '{name}'.\n"

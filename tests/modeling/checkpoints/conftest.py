@@ -1,4 +1,4 @@
-"""A server on the loopback that answers as the hosts of weights do: plain ones, and the hub."""
+"""A loopback server that imitates the hosts of weights: plain HTTP hosts and the Hugging Face hub."""
 
 import contextlib
 import hashlib
@@ -17,18 +17,18 @@ REVISION = "0" * 40
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`, path -> bytes.
+    """Serves `files` (path -> bytes).
 
     Attributes:
-        redirects: path -> where it leads.
-        linked: path -> path of the content, to which it leads as the hub leads to large files: with its sha256.
-        lengths: path -> what is said to be the length; None says nothing, and goes on for ever.
-        statuses: path -> (status, headers) of the next answers there, before the right one.
-        no_head: the status that every HEAD gets.
-        breaks: after how many bytes the next connections are cut.
-        ranges: whether it honours Range.
-        slow: seconds it waits before each answer.
-        requests: (method, path, Range or None) of each.
+        redirects: path -> target URL.
+        linked: path -> path of the content; redirects with the sha256 in a header, as the hub does for large files.
+        lengths: path -> the length it claims; None claims none and sends without end.
+        statuses: path -> (status, headers) of the next responses, before the correct one.
+        no_head: the status of every response to HEAD.
+        breaks: after how many bytes each of the next connections is cut.
+        ranges: whether it honours the Range header.
+        slow: seconds it waits before each response.
+        requests: (method, path, Range or None) of each request.
     """
 
     daemon_threads = True
@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def cdn(self) -> str:
-        """Itself under another name, as the hub's large files are on other hosts."""
+        """The same server under another name: the hub keeps large files on other hosts."""
         return f"http://localhost:{self.server_port}"
 
 
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def do_CONNECT(self) -> None:
-        """As a proxy that lets nobody through."""
+        """Acts as a proxy that refuses every connection."""
         self.server.requests.append((self.command, self.path, None))
         self.send_error(403)
 
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         length = server.lengths.get(self.path, len(content) - start)
         self.send_header(*(("Transfer-Encoding", "chunked") if length is None else ("Content-Length", str(length))))
-        # Of a small file the hub's etag is the id of its git blob.
+        # For small files, the hub's ETag is the git blob ID.
         self.send_header("ETag", f'"{hashlib.sha1(b"blob %d" % len(content) + bytes(1) + content).hexdigest()}"')
         self.send_header("X-Repo-Commit", REVISION)
         self.end_headers()
@@ -128,7 +128,7 @@ def serving():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that weights may come from, as may from one that nobody runs."""
+    """A trusted server. Port 9, where nothing listens, is trusted too."""
     with serving() as server:
         monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, f"{server.url} {server.cdn} http://127.0.0.1:9")
         yield server
@@ -136,14 +136,14 @@ def server(monkeypatch):
 
 @pytest.fixture
 def stranger():
-    """A server that nobody has named."""
+    """A server that is not a trusted host."""
     with serving() as server:
         yield server
 
 
 @pytest.fixture
 def hub(server, monkeypatch):
-    """The server as Hugging Face hub; the library reads HF_ENDPOINT when it is first imported, which was before."""
+    """The server as the Hugging Face hub. Setting HF_ENDPOINT would come too late: the library is already imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         huggingface_hub.constants,
@@ -155,7 +155,7 @@ def hub(server, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_proxies(monkeypatch):
-    """Connections to the loopback go there directly."""
+    """Connections to the loopback bypass any proxy."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -163,7 +163,7 @@ def no_proxies(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """The seconds that downloads would wait before they try again, which they don't here."""
+    """Records the seconds that downloads would wait before each retry, without waiting."""
     seconds, computed = [], downloads._wait
 
     def wait(state) -> float:
@@ -176,6 +176,6 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The weights folder, not yet made."""
+    """The weights folder, which does not exist yet."""
     monkeypatch.setenv(WEIGHTS_DIR_VARIABLE, str(tmp_path / "weights"))
     return tmp_path / "weights"

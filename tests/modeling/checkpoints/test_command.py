@@ -1,4 +1,4 @@
-"""`fiftyone-mobilesamv2 models`: lists, downloads, verifies and deletes. Asking the sources: test_sources.py."""
+"""`fiftyone-mobilesamv2 models` lists, downloads, verifies and deletes; test_sources.py tests `--check-sources`."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture(autouse=True)
 def model(server, folder, monkeypatch):
-    """A model "one" of that server, whose second file only it needs."""
+    """A model "one" on that server; no other model uses its second file."""
     server.files |= {"/a.pt": CONTENT, "/b.pt": CONTENT[::-1]}
     first = Weights("a.pt", (f"{server.url}/a.pt",), megabytes=1, sha256=SHA256)
     second = Weights("b.pt", (f"{server.url}/elsewhere", f"{server.url}/b.pt"), megabytes=1)
@@ -24,7 +24,7 @@ def model(server, folder, monkeypatch):
 
 
 def run(capsys, *arguments):
-    """Exit status, output, and errors without bars."""
+    """Returns the exit status, stdout, and stderr without progress bars."""
     status = cli.main(["models", *arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err.rpartition("\r")[2]
@@ -56,8 +56,8 @@ def test_download_verify_delete(capsys, folder):
     assert status == 1 and "a.pt: is missing" in out
 
 
-def test_download_that_fails(capsys, server, folder):
-    """Short: a line a file, where to put it, what to try instead. All of it on request."""
+def test_failed_download_is_explained(capsys, server, folder):
+    """The message has one line per file, says where to put them and what else to try; --details shows everything."""
     server.files.clear()
     status, _, err = run(capsys, "--download", "one")
     assert status == 1
@@ -79,12 +79,12 @@ def test_unknown_model(capsys, action):
     assert status == 1 and err.startswith("fiftyone-mobilesamv2: Unknown model 'sam'; choose one of ")
 
 
-def test_one_action_at_a_time():
+def test_actions_are_mutually_exclusive():
     with pytest.raises(SystemExit):
         cli.main(["models", "--download", "one", "--delete", "one"])
 
 
-def test_listing_needs_no_torch():
+def test_listing_does_not_import_torch():
     code = "import sys; from fiftyone_mobilesamv2 import cli; cli.main(['models']); print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Downloads of weights, against servers on the loopback: from pinned hosts, resumed, verified, recorded, once only."""
+"""Downloads of weights from loopback servers: trusted hosts, resuming, verification, records, and concurrency."""
 
 import dataclasses
 import hashlib
@@ -88,45 +88,44 @@ def test_broken_connection_is_resumed(server, folder, ranges):
     assert files_in(folder) == LEFT
 
 
-def test_connection_that_breaks_again_and_again(server, folder, waits):
-    """As long as something comes, it goes on."""
+def test_download_continues_while_each_attempt_makes_progress(server, folder, waits):
     server.files["/w.pt"], server.breaks = CONTENT, [200_000] * 10
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
     assert len(server.requests) == 11 and max(waits) <= downloads.FIRST_WAIT * 2 ** (downloads.MAX_ATTEMPTS - 1)
 
 
-def test_connection_over_which_nothing_comes(server, folder, waits):
+def test_attempts_without_progress_end_the_download(server, folder, waits):
     server.files["/w.pt"], server.breaks = CONTENT, [1_500_000] + [0] * 100
     wanted = weights(f"{server.url}/w.pt", sha256=SHA256)
     with pytest.raises(DownloadError, match=r"1,500,000 of 2,097,152 bytes; try again to resume"):
         fetch(wanted)
     assert len(server.requests) == 1 + downloads.MAX_ATTEMPTS - 1
-    assert waits[:-1] == [1, 2, 4]  # the last one is computed and not waited
+    assert waits[:-1] == [1, 2, 4]  # the last wait is computed but not used
     assert files_in(folder) == {"w.pt.lock", "w.pt.partial"}
     server.breaks.clear()
     assert fetch(wanted).read_bytes() == CONTENT  # resumed by the next call
     assert server.requests[-1] == ("GET", "/w.pt", "bytes=1500000-")
 
 
-def test_what_has_come_serves_the_next_source(server, folder):
+def test_next_source_resumes_the_partial_download(server, folder):
     server.files |= {"/a": CONTENT, "/b": CONTENT}
     server.breaks = [1_500_000, 0, 0, 0]
     assert fetch(weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256)).read_bytes() == CONTENT
     assert server.requests[-1] == ("GET", "/b", "bytes=1500000-")
 
 
-def test_half_of_another_file_is_not_the_next_ones_fault(server, folder):
+def test_partial_download_of_a_wrong_file_is_discarded(server, folder):
     server.files |= {"/a": b"another file" * 100_000, "/b": CONTENT}
     server.breaks = [900_000, 0, 0, 0]
     assert fetch(weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256)).read_bytes() == CONTENT
     assert [path for _, path, wanted in server.requests if wanted is None] == ["/a", "/b"]
 
 
-# Faults that may pass ------------------------------------------------------------------------------------------------
+# Temporary failures --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_passing_fault_is_waited_for(server, folder, waits, status):
+def test_temporary_status_is_retried(server, folder, waits, status):
     server.files["/w.pt"] = CONTENT
     server.statuses["/w.pt"] = [(status, {}), (status, {"Retry-After": 7})]
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
@@ -134,15 +133,15 @@ def test_passing_fault_is_waited_for(server, folder, waits, status):
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 418])
-def test_lasting_fault_is_not(server, folder, waits, status):
+def test_permanent_status_is_not_retried(server, folder, waits, status):
     server.statuses["/w.pt"] = [(status, {})]
     with pytest.raises(DownloadError, match=f"HTTP status {status} "):
         fetch(weights(f"{server.url}/w.pt", sha256=SHA256))
     assert waits == [] and len(server.requests) == 1
 
 
-def test_rate_limit_that_lasts(server, folder, waits):
-    """Four attempts; or none more where the host asks for more patience than anybody has: then the next source."""
+def test_lasting_rate_limit_leads_to_the_next_source(server, folder, waits):
+    """Four attempts, or only one if the host asks for a wait that is too long; then comes the next source."""
     server.files["/b"] = CONTENT
     server.statuses["/a"] = [(429, {"Retry-After": 3600})] + [(429, {})] * 10
     wanted = weights(f"{server.url}/a", f"{server.url}/b", sha256=SHA256)
@@ -150,10 +149,10 @@ def test_rate_limit_that_lasts(server, folder, waits):
     assert waits == [] and [path for _, path, _ in server.requests] == ["/a", "/b"]
     with pytest.raises(DownloadError, match=r"HTTP status 429 \(Too Many Requests\)"):
         fetch(dataclasses.replace(wanted, filename="v.pt", sources=wanted.sources[:1]))
-    assert waits[:-1] == [1, 2, 4]  # the last one is computed and not waited
+    assert waits[:-1] == [1, 2, 4]  # the last wait is computed but not used
 
 
-def test_rate_limit_of_the_hub(hub, folder, waits):
+def test_rate_limit_of_the_hub_is_waited_out(hub, folder, waits):
     path = "/owner/repo/resolve/main/c.pt"
     hub.files["/cdn"], hub.linked[path] = CONTENT, "/cdn"
     hub.statuses[path] = [(429, {"Retry-After": 5}), (503, {})]
@@ -162,7 +161,7 @@ def test_rate_limit_of_the_hub(hub, folder, waits):
 
 
 def test_waiting_can_be_cancelled(server, folder, monkeypatch):
-    """What `progress` raises ends it within a second, though the host asks for a minute."""
+    """An exception from `progress` ends the wait within a second, even if the host asks for a minute."""
     monkeypatch.setattr(downloads, "_wait", lambda state: 60)
     server.statuses["/w.pt"] = [(429, {"Retry-After": 60})]
     start = time.monotonic()
@@ -176,8 +175,8 @@ def test_waiting_can_be_cancelled(server, folder, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-def test_login_page_of_a_network(server, folder):
-    """A captive portal answers everything with a page of its own."""
+def test_captive_portal_is_recognized(server, folder):
+    """A captive portal answers every request with its own login page."""
     server.files["/w.pt"] = b"\n<!DOCTYPE html><html><body>Welcome to our hotel! Please log in.</body></html>"
     for known in ({"sha256": SHA256}, {"size": 1000}):
         with pytest.raises(DownloadError, match=r"of a web page \(this network may require you to log in first\)"):
@@ -185,7 +184,7 @@ def test_login_page_of_a_network(server, folder):
     assert files_in(folder) == {"w.pt.lock"}
 
 
-def test_file_of_another_hash_is_told_and_the_next_source_tried(server, folder, caplog):
+def test_wrong_hash_is_logged_and_the_next_source_tried(server, folder, caplog):
     server.files |= {"/renamed": b"other weights", "/right": CONTENT}
     fetch(weights(f"{server.url}/renamed", f"{server.url}/right", sha256=SHA256))
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -193,8 +192,8 @@ def test_file_of_another_hash_is_told_and_the_next_source_tried(server, folder, 
     assert f"Could not download w.pt from {server.url}/renamed: the file there is not w.pt: its sha256 is " in message
 
 
-def test_hub_that_has_another_file_is_not_downloaded_from(hub, folder, caplog):
-    """Its sha256 is in the answer to a HEAD: gigabytes of the wrong file are not worth an attempt."""
+def test_wrong_file_on_the_hub_is_not_downloaded(hub, folder, caplog):
+    """The response to HEAD holds the sha256, so gigabytes of the wrong file need not be transferred."""
     hub.files |= {"/cdn": b"other weights", "/right": CONTENT}
     hub.linked["/owner/repo/resolve/main/c.pt"] = "/cdn"
     fetch(weights(HubFile("owner/repo", "c.pt"), f"{hub.url}/right", sha256=SHA256))
@@ -205,15 +204,15 @@ def test_hub_that_has_another_file_is_not_downloaded_from(hub, folder, caplog):
     assert hashlib.sha256(b"other weights").hexdigest() in caplog.text
 
 
-def test_hub_file_at_a_revision(hub, folder):
+def test_hub_file_at_a_revision_is_downloaded(hub, folder):
     hub.files["/cdn"], hub.linked[f"/owner/repo/resolve/{'a' * 40}/sub/c.pt"] = CONTENT, "/cdn"
     source = HubFile("owner/repo", "sub/c.pt", "a" * 40)
     assert fetch(weights(source, sha256=SHA256)).read_bytes() == CONTENT
     assert str(source) == f"https://huggingface.co/owner/repo/resolve/{'a' * 40}/sub/c.pt"
 
 
-def test_disk_that_is_full(server, folder, monkeypatch):
-    """No other source is asked: it would not help."""
+def test_full_disk_ends_the_download(server, folder, monkeypatch):
+    """No other source is tried because that would not help."""
     server.files |= {"/a": CONTENT, "/b": CONTENT}
 
     def transfer(*args: object) -> None:
@@ -225,7 +224,7 @@ def test_disk_that_is_full(server, folder, monkeypatch):
     assert list(refusal.value.reasons) == [f"{server.url}/a"]
 
 
-def test_offline_mode_asks_nobody(server, folder, monkeypatch):
+def test_offline_mode_makes_no_requests(server, folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     server.files["/w.pt"] = CONTENT
     with pytest.raises(DownloadError, match=r"offline mode \(HF_HUB_OFFLINE is set\)"):
@@ -233,15 +232,15 @@ def test_offline_mode_asks_nobody(server, folder, monkeypatch):
     assert server.requests == []
 
 
-def test_all_of_it_was_here(server, folder):
-    """A program that ended between the last byte and the rename: the server answers 416."""
+def test_complete_partial_file_is_used(server, folder):
+    """If a process ends between the last byte and the rename, the server answers the next request with 416."""
     server.files["/w.pt"] = CONTENT
     folder.mkdir()
     (folder / "w.pt.partial").write_bytes(CONTENT)
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
 
 
-def test_stale_remainder_is_not_kept(server, folder):
+def test_partial_file_with_wrong_content_is_replaced(server, folder):
     server.files["/w.pt"] = CONTENT
     folder.mkdir()
     (folder / "w.pt.partial").write_bytes(b"of another file")
@@ -250,14 +249,14 @@ def test_stale_remainder_is_not_kept(server, folder):
     assert files_in(folder) == LEFT
 
 
-def test_second_source(server, folder):
+def test_failing_sources_are_skipped(server, folder):
     server.files |= {"/wrong": b"other", "/right": CONTENT}
     sources = f"{server.url}/missing", f"{server.url}/wrong", "http://127.0.0.1:9/refused", f"{server.url}/right"
     assert fetch(weights(*sources, sha256=SHA256)).read_bytes() == CONTENT
     assert files_in(folder) == LEFT
 
 
-def test_every_source_and_its_reason(server, folder, hub):
+def test_error_names_every_source_and_its_reason(server, folder, hub):
     server.files["/wrong"] = b"other"
     sources = (
         f"{server.url}/missing",
@@ -277,7 +276,7 @@ def test_every_source_and_its_reason(server, folder, hub):
         assert words in reason and reason in refusal.value.details
 
 
-def test_server_that_speaks_no_http(folder, monkeypatch):
+def test_non_http_response_is_reported(folder, monkeypatch):
     def serve() -> None:
         connection, _ = listening.accept()
         with connection:
@@ -288,14 +287,14 @@ def test_server_that_speaks_no_http(folder, monkeypatch):
         threading.Thread(target=serve, daemon=True).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, url)
-        with pytest.raises(DownloadError, match="garbage"):  # which is no OSError
+        with pytest.raises(DownloadError, match="garbage"):  # not an OSError
             fetch(weights(f"{url}/", sha256=SHA256))
 
 
 # The hub ------------------------------------------------------------------------------------------------------------
 
 
-def test_hub(hub, folder):
+def test_hub_download_is_resumed(hub, folder):
     hub.files["/owner/repo/resolve/main/sub/c.pt"] = CONTENT
     hub.breaks = [1_500_000]
     wanted = weights(HubFile("owner/repo", "sub/c.pt"), sha256=SHA256)
@@ -327,7 +326,7 @@ except DownloadError as error:
     ],
     ids=["no network", "offline mode"],
 )
-def test_hub_out_of_reach_fails_soon(folder, environment, words):
+def test_unreachable_hub_fails_quickly(folder, environment, words):
     ran = subprocess.run(
         [sys.executable, "-c", HUB_PROGRAM], env=os.environ | environment, capture_output=True, text=True, timeout=120
     )
@@ -336,12 +335,12 @@ def test_hub_out_of_reach_fails_soon(folder, environment, words):
     assert float(seconds) < 15
 
 
-# Where from ---------------------------------------------------------------------------------------------------------
+# Trusted hosts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    """The server as the proxy of all connections: it sees who is called, and lets nobody through."""
+    """Makes the server the proxy for all connections; it records the requested hosts and refuses to connect."""
     for scheme in ("http", "https", "ftp"):
         monkeypatch.setenv(f"{scheme}_proxy", server.url)
     return server
@@ -354,13 +353,13 @@ SOURCES = {str(source) for file in all_files() for source in file.sources}
     "url",
     [
         *sorted(SOURCES),
-        "https://cdn-lfs.huggingface.co/x",  # where the hub leads to
+        "https://cdn-lfs.huggingface.co/x",  # redirect targets of the hub
         "https://cdn-lfs-us-1.hf.co/x",
         "https://cas-bridge.xethub.hf.co/x",
         "https://HuggingFace.co/x",
     ],
 )
-def test_hosts_of_weights(folder, proxy, url):
+def test_hosts_of_all_sources_are_trusted(folder, proxy, url):
     with pytest.raises(DownloadError, match="403"):
         fetch(weights(url))
     assert [request[:2] for request in proxy.requests] == [("CONNECT", f"{urlsplit(url).netloc}:443")]
@@ -398,7 +397,7 @@ def test_hosts_of_weights(folder, proxy, url):
         "",
     ],
 )
-def test_other_hosts_are_not_even_asked(folder, proxy, url):
+def test_other_hosts_are_never_contacted(folder, proxy, url):
     with pytest.raises(DownloadError, match="is not a trusted host for weights") as refusal:
         fetch(weights(url))
     assert DOWNLOAD_HOSTS_VARIABLE in str(refusal.value)
@@ -406,7 +405,7 @@ def test_other_hosts_are_not_even_asked(folder, proxy, url):
 
 
 @pytest.mark.parametrize(
-    "named, may",
+    "named, trusted",
     [
         ("{url}", True),
         ("https://mirror.example   {url} ", True),
@@ -418,10 +417,10 @@ def test_other_hosts_are_not_even_asked(folder, proxy, url):
         ("http://user@127.0.0.1:{port}", False),
     ],
 )
-def test_hosts_that_the_user_names(folder, stranger, monkeypatch, named, may):
+def test_hosts_named_by_the_user_are_trusted(folder, stranger, monkeypatch, named, trusted):
     named = named.replace("{url[4:]}", stranger.url[4:]).format(url=stranger.url, port=stranger.server_port)
     monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, named)
-    if may:
+    if trusted:
         assert fetch(weights(f"{stranger.url}/w.pt")).read_bytes() == CONTENT
     else:
         with pytest.raises(DownloadError, match="not a trusted host"):
@@ -432,7 +431,7 @@ def test_hosts_that_the_user_names(folder, stranger, monkeypatch, named, may):
 @pytest.mark.parametrize(
     "to", ["{stranger}/w.pt", "http://huggingface.co/w.pt", "file:///etc/passwd", "ftp://huggingface.co/"]
 )
-def test_redirects_to_others_are_not_followed(server, stranger, folder, to):
+def test_redirects_to_other_hosts_are_not_followed(server, stranger, folder, to):
     server.redirects |= {"/a": "/b", "/b": to.format(stranger=stranger.url)}
     with pytest.raises(DownloadError, match=r"is not a trusted host|Redirection to url \S+ is not allowed"):
         fetch(weights(f"{server.url}/a"))
@@ -440,21 +439,21 @@ def test_redirects_to_others_are_not_followed(server, stranger, folder, to):
     assert files_in(folder) == {"w.pt.lock"}
 
 
-def test_redirects_among_the_hosts_are_followed(server, stranger, folder, monkeypatch):
+def test_redirects_between_trusted_hosts_are_followed(server, stranger, folder, monkeypatch):
     monkeypatch.setenv(DOWNLOAD_HOSTS_VARIABLE, f"{server.url} {stranger.url}")
     server.redirects |= {"/a": "/b", "/b": f"{stranger.url}/w.pt"}
     assert fetch(weights(f"{server.url}/a", sha256=SHA256)).read_bytes() == CONTENT
 
 
-def test_hub_that_leads_elsewhere(hub, stranger, folder):
+def test_redirect_from_the_hub_to_another_host_is_not_followed(hub, stranger, folder):
     hub.redirects["/owner/repo/resolve/main/c.pt"] = f"{stranger.url}/w.pt"
     with pytest.raises(DownloadError, match=f"{stranger.url} is not a trusted host"):
         fetch(weights(HubFile("owner/repo", "c.pt")))
     assert stranger.requests == []
 
 
-def test_hub_that_is_not_one(stranger, folder, monkeypatch):
-    """HF_ENDPOINT alone doesn't make it one: it would be sent the user's token."""
+def test_hf_endpoint_alone_is_not_trusted(stranger, folder, monkeypatch):
+    """It would be sent the user's token."""
     template = stranger.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stranger.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -463,23 +462,23 @@ def test_hub_that_is_not_one(stranger, folder, monkeypatch):
     assert stranger.requests == []
 
 
-# How much -----------------------------------------------------------------------------------------------------------
+# Size limits --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("known", [{"size": 3_000_000}, {}], ids=["of a known size", "of 4 MB at most"])
-def test_body_without_end(server, folder, known):
+def test_endless_body_is_cut_off(server, folder, known):
     server.files |= {"/endless": CONTENT, "/right": CONTENT + CONTENT[:902848]}
     server.lengths["/endless"] = None
     wanted = weights(f"{server.url}/endless", f"{server.url}/right", **known)
-    assert fetch(wanted).stat().st_size == 3_000_000  # nothing is left of the first
+    assert fetch(wanted).stat().st_size == 3_000_000  # nothing of the endless body remains
     with pytest.raises(DownloadError, match=r"not v\.pt: it has more than [34],000,000 bytes"):
         fetch(dataclasses.replace(wanted, filename="v.pt", sources=wanted.sources[:1]))
     assert (folder / "v.pt.partial").stat().st_size == 0
 
 
 @pytest.mark.parametrize("start", [0, 1000])
-def test_length_beyond_what_is_expected(server, folder, start):
-    """Nothing of it is read."""
+def test_body_of_excessive_length_is_not_read(server, folder, start):
+    """The Content-Length header alone leads to the refusal."""
     server.files["/w.pt"], server.lengths["/w.pt"] = CONTENT, 10**12
     folder.mkdir()
     if start:
@@ -489,16 +488,16 @@ def test_length_beyond_what_is_expected(server, folder, start):
     assert sum(path.stat().st_size for path in folder.iterdir()) == start
 
 
-def test_body_beyond_its_length(server, folder):
+def test_bytes_beyond_content_length_are_ignored(server, folder):
     server.files["/w.pt"], server.lengths["/w.pt"] = CONTENT + b"more", len(CONTENT)
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)).read_bytes() == CONTENT
 
 
-# What is not told ---------------------------------------------------------------------------------------------------
+# Secrets ------------------------------------------------------------------------------------------------------------
 
 
-def test_no_secret_is_told(server, stranger, hub, folder, caplog, capfd, monkeypatch):
-    """Neither user nor password nor the query of a URL, which may hold a token: in messages, logs, and files."""
+def test_no_secret_is_revealed(server, stranger, hub, folder, caplog, capfd, monkeypatch):
+    """Messages, logs and files contain no user name, password or query of a URL; a query may hold a token."""
     caplog.set_level(logging.DEBUG)
     host = server.url.removeprefix("http://")
     signed = "?token=S3CRET&X-Amz-Signature=S3CRET"
@@ -527,21 +526,21 @@ def test_no_secret_is_told(server, stranger, hub, folder, caplog, capfd, monkeyp
     ]
     with pytest.raises(DownloadError) as refusal:
         fetch(weights(*sources, sha256=SHA256))
-    told = [
+    texts = [
         refusal.value.details,
         str(refusal.value),
         "".join(traceback.format_exception(refusal.value)),
         repr(refusal.value.reasons),
     ]
-    assert len(refusal.value.reasons) > 9 and f"{server.url}/missing: " in told[0]
-    fetch(weights(f"{server.url}/w.pt{signed}"))  # one that works
-    told += [path.read_text(errors="replace") for path in folder.iterdir()] + [path.name for path in folder.iterdir()]
-    told += [record.getMessage() for record in caplog.records if record.name.startswith("fiftyone_mobilesamv2")]
-    told += capfd.readouterr()
-    assert not any(secret in text.lower() for text in told for secret in ("s3cret", "cr@et"))
+    assert len(refusal.value.reasons) > 9 and f"{server.url}/missing: " in texts[0]
+    fetch(weights(f"{server.url}/w.pt{signed}"))  # a source that works
+    texts += [path.read_text(errors="replace") for path in folder.iterdir()] + [path.name for path in folder.iterdir()]
+    texts += [record.getMessage() for record in caplog.records if record.name.startswith("fiftyone_mobilesamv2")]
+    texts += capfd.readouterr()
+    assert not any(secret in text.lower() for text in texts for secret in ("s3cret", "cr@et"))
 
 
-def test_password_of_a_proxy_is_not_told(folder, monkeypatch):
+def test_password_of_a_proxy_is_not_revealed(folder, monkeypatch):
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://user:S3CRET@127.0.0.1:9")
     with pytest.raises(DownloadError, match="refused") as refusal:
@@ -549,7 +548,7 @@ def test_password_of_a_proxy_is_not_told(folder, monkeypatch):
     assert "S3CRET" not in "".join(traceback.format_exception(refusal.value))
 
 
-# What is recorded ---------------------------------------------------------------------------------------------------
+# Records ------------------------------------------------------------------------------------------------------------
 
 
 def test_hash_is_recorded_on_first_use(server, folder):
@@ -561,7 +560,7 @@ def test_hash_is_recorded_on_first_use(server, folder):
         fetch(wanted)
     record = folder / "w.pt.verified.json"
     assert SHA256 in str(refusal.value) and str(record) in str(refusal.value)
-    assert path.read_bytes() == b"changed"  # the user's to remove
+    assert path.read_bytes() == b"changed"  # only the user may remove it
 
     path.unlink()
     server.files["/w.pt"] = b"changed at the source"
@@ -572,8 +571,8 @@ def test_hash_is_recorded_on_first_use(server, folder):
     assert fetch(wanted).read_bytes() == b"changed at the source"
 
 
-def test_file_is_read_again_only_when_it_changed(folder):
-    """Same size and time: taken to be the one that was verified. Any other time: read."""
+def test_file_is_hashed_again_only_if_its_size_or_time_changed(folder):
+    """A file of the same size and time counts as the verified one; any other modification time leads to a new hash."""
     folder.mkdir()
     path, wanted = folder / "w.pt", weights("http://127.0.0.1:9/", sha256=SHA256)
     path.write_bytes(CONTENT)
@@ -589,7 +588,7 @@ def test_file_is_read_again_only_when_it_changed(folder):
         fetch(wanted)
 
 
-def test_record_of_another_expectation_does_not_count(folder):
+def test_record_does_not_satisfy_another_expected_hash(folder):
     folder.mkdir()
     (folder / "w.pt").write_bytes(CONTENT)
     fetch(weights("http://127.0.0.1:9/"))
@@ -598,7 +597,7 @@ def test_record_of_another_expectation_does_not_count(folder):
 
 
 @pytest.mark.parametrize("record", [b"", b"{", b"\xff"])
-def test_record_that_cannot_be_read(folder, record):
+def test_unreadable_record_is_reported(folder, record):
     folder.mkdir()
     (folder / "w.pt").write_bytes(CONTENT)
     (folder / "w.pt.verified.json").write_bytes(record)
@@ -607,7 +606,7 @@ def test_record_that_cannot_be_read(folder, record):
 
 
 @pytest.mark.parametrize("record", [b"[1]", b"null", b'{"sha256": null}'])
-def test_record_that_says_nothing(folder, record):
+def test_record_without_a_hash_is_ignored(folder, record):
     folder.mkdir()
     (folder / "w.pt").write_bytes(CONTENT)
     (folder / "w.pt.verified.json").write_bytes(record)
@@ -616,7 +615,7 @@ def test_record_that_says_nothing(folder, record):
         fetch(weights("http://127.0.0.1:9/", sha256="0" * 64))
 
 
-def test_file_put_there_by_hand_needs_no_network(server, folder):
+def test_file_provided_by_the_user_needs_no_network(server, folder):
     folder.mkdir()
     (folder / "w.pt").write_bytes(CONTENT)
     assert fetch(weights(f"{server.url}/w.pt", sha256=SHA256)) == folder / "w.pt"
@@ -627,13 +626,13 @@ def test_file_put_there_by_hand_needs_no_network(server, folder):
     assert (folder / "w.pt").read_bytes() == b"another file"
 
 
-def test_folder_that_cannot_be_written(folder, server):
+def test_unwritable_folder_is_reported(folder, server):
     folder.write_text("a file is in the way")
     with pytest.raises(DownloadError, match="can't be written to"):
         fetch(weights(f"{server.url}/w.pt"))
 
 
-# Many at once, and models -------------------------------------------------------------------------------------------
+# Concurrency, and models --------------------------------------------------------------------------------------------
 
 
 def test_threads_download_once(server, folder):
@@ -683,8 +682,8 @@ def test_model_without_network_says_which_files_to_put_where(folder, monkeypatch
         assert all(f"  {source}: offline mode" in details for source in wanted.sources)
 
 
-def test_model_with_one_wrong_file(folder):
-    """A file that is there and wrong is named at once; nothing is downloaded over it."""
+def test_wrong_file_of_a_model_is_reported_at_once(folder):
+    """An existing wrong file is named at once, and no download overwrites it."""
     folder.mkdir()
     (folder / "mobile_sam.pt").write_bytes(b"<html>")
     with pytest.raises(CheckpointError, match=r"mobile_sam\.pt is not mobile_sam\.pt: it has 6 bytes") as refusal:

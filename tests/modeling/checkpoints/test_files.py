@@ -1,4 +1,4 @@
-"""The files of models: which there are, whether they are still right, what deleting a model takes away."""
+"""The files of models: which ones a model has, whether they are intact, and what deleting a model removes."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def put(*names):
-    """Files for these models."""
+    """Creates the files of these models."""
     for name in names:
         for weights in model_files(name):
             local_path(weights).write_bytes(CONTENT)
@@ -51,7 +51,7 @@ def test_files_of_models():
         "ObjectAwareModel.pt",
     ]
     assert names_of(model_files(DEMO)) == {"demo_sam.safetensors", "demo_detector.safetensors"}
-    assert len(model_files(DEMO)) == 2  # its encoder and decoder are in one
+    assert len(model_files(DEMO)) == 2  # its encoder and decoder share a file
 
 
 # Verifying ----------------------------------------------------------------------------------------------------------
@@ -59,26 +59,26 @@ def test_files_of_models():
 
 @pytest.mark.parametrize("known", [{"sha256": SHA256}, {}], ids=str)
 def test_every_byte_is_read_again(folder, known):
-    """Also where size and time are those of the file that was verified before."""
+    """This holds even if size and modification time equal those of the verified file."""
     path, wanted = folder / "w.pt", Weights("w.pt", NOWHERE, megabytes=1, **known)
     path.write_bytes(CONTENT)
     assert verified_sha256(wanted) == SHA256
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(CONTENT[::-1])
     os.utime(path, ns=times)
-    verify(path, wanted)  # as loading does, which takes it for the same
+    verify(path, wanted)  # loading trusts size and time
     with pytest.raises(CheckpointError, match="has changed since" if not known else r"is not w\.pt") as refusal:
         verified_sha256(wanted)
     assert hashlib.sha256(CONTENT[::-1]).hexdigest() in str(refusal.value)
 
 
-def test_hash_of_a_file_of_the_package():
+def test_packaged_file_is_hashed_without_a_record():
     for weights in model_files(DEMO):
         assert verified_sha256(weights) == hashlib.sha256(local_path(weights).read_bytes()).hexdigest()
         assert not local_path(weights).with_name(f"{weights.filename}.verified.json").exists()
 
 
-def test_file_that_is_not_here():
+def test_missing_file_is_reported():
     with pytest.raises(CheckpointError, match="can't be read"):
         verified_sha256(Weights("w.pt", NOWHERE, megabytes=1))
 
@@ -95,22 +95,22 @@ def test_file_under_an_old_name_is_used(folder, monkeypatch):
     assert set(fetch_model("test").values()) == {folder / "old.pt"}
     assert set(weights_sha256("test", {}).values()) == {SHA256} == {verified_sha256(RENAMED)}
     assert delete_model("test") == [RENAMED] and not (folder / "old.pt").exists()
-    assert (folder / "older.pt").read_bytes() == b"something else"  # nobody knows what that is
+    assert (folder / "older.pt").read_bytes() == b"something else"  # an unknown file is left alone
 
 
-def test_another_file_under_an_old_name_is_not(folder):
+def test_other_file_under_an_old_name_is_not_used(folder):
     (folder / "old.pt").write_bytes(CONTENT[::-1])
     assert local_path(RENAMED) == folder / "new.pt" and old_paths(RENAMED) == [folder / "old.pt"]
 
 
-def test_old_name_without_a_published_hash_says_nothing(folder):
+def test_old_name_without_a_published_hash_is_not_used(folder):
     (folder / "old.pt").write_bytes(CONTENT)
     assert local_path(Weights("new.pt", NOWHERE, megabytes=1, old_names=("old.pt",))) == folder / "new.pt"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_old_names(name):
-    """Those of the hub until October 2024, of the released script, and of Meta."""
+    """The hub's names until October 2024, those of the release's script, and Meta's."""
     old = {weights.filename: weights.old_names for weights in model_files(name)}
     expected = {
         "efficientvit_sam_l0.pt": "l0.pt",
@@ -124,7 +124,7 @@ def test_old_names(name):
 # Deleting -----------------------------------------------------------------------------------------------------------
 
 
-def test_only_model_takes_all_its_files(folder):
+def test_deleting_the_only_model_deletes_all_its_files(folder):
     put(TINY)
     (folder / "notes.txt").touch()
     assert names_of(delete_model(TINY)) == names_of(model_files(TINY))
@@ -137,7 +137,7 @@ def test_shared_files_stay_while_another_model_needs_them(folder):
     assert names_of(deletable_files(TINY)) == {"mobile_sam.pt"}
     assert names_of(delete_model(TINY)) == {"mobile_sam.pt"}
     assert all(local_path(weights).is_file() for weights in model_files(L0))
-    # Now it is the last one.
+    # Now no other model needs the shared files.
     assert names_of(delete_model(L0)) == {
         "efficientvit_sam_l0.pt",
         "Prompt_guided_Mask_Decoder.pt",
@@ -145,24 +145,24 @@ def test_shared_files_stay_while_another_model_needs_them(folder):
     }
 
 
-def test_model_that_lacks_files_needs_none(folder):
+def test_incomplete_model_keeps_no_shared_files(folder):
     put(TINY, L0)
     (folder / "efficientvit_sam_l0.pt").unlink()
     assert names_of(delete_model(TINY)) == names_of(model_files(TINY))
 
 
-def test_half_a_download_is_deleted(folder):
+def test_partial_download_is_deleted(folder):
     (folder / "mobile_sam.pt.partial").write_bytes(CONTENT)
     assert names_of(delete_model(TINY)) == {"mobile_sam.pt"}
     assert not (folder / "mobile_sam.pt.partial").exists()
 
 
-def test_files_of_the_package_stay():
+def test_packaged_files_are_never_deleted():
     assert deletable_files(DEMO) == delete_model(DEMO) == []
     assert all(local_path(weights).is_file() for weights in model_files(DEMO))
 
 
-def test_file_that_is_being_downloaded(folder):
+def test_file_that_is_being_downloaded_is_not_deleted(folder):
     (folder / "mobile_sam.pt.partial").write_bytes(CONTENT)
     with FileLock(folder / "mobile_sam.pt.lock"):
         with pytest.raises(CheckpointError, match=r"mobile_sam\.pt is being downloaded"):
@@ -170,8 +170,8 @@ def test_file_that_is_being_downloaded(folder):
     assert (folder / "mobile_sam.pt.partial").read_bytes() == CONTENT
 
 
-def test_record_of_the_first_use_outlives_its_file(folder, monkeypatch):
-    """So that a file of which no hash is published can't come back as another one."""
+def test_record_of_first_use_outlives_its_file(folder, monkeypatch):
+    """Otherwise a file without a published hash could be replaced by another one unnoticed."""
     unpinned = Weights("encoder.pt", NOWHERE, megabytes=1)
     monkeypatch.setitem(MODELS, "test", PretrainedModel("tiny_vit", unpinned, unpinned, unpinned, "a test", ""))
     (folder / "encoder.pt").write_bytes(CONTENT)

@@ -1,4 +1,4 @@
-"""Files of weights that are made to do harm: nothing of them runs, memory and time are bounded, a sentence says no."""
+"""Malicious weights files: no code runs, memory and time are bounded, and a clear message refuses them."""
 
 import builtins
 import contextlib
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def refusal(path: Path, load=read_tensors) -> str:
-    """The sentence that the file is refused with."""
+    """Returns the message that refuses the file."""
     with pytest.raises(CheckpointError) as caught:
         load(path)
     message = str(caught.value)
@@ -48,7 +48,7 @@ def plain(value: object) -> bytes:
 
 
 def named(name: str) -> bytes:
-    """The opcode that pushes what is called "module attribute"."""
+    """The opcode that pushes a global, given as "module attribute"."""
     return b"c" + name.replace(" ", "\n").encode() + b"\n"
 
 
@@ -59,7 +59,7 @@ def call(name: str, *args: object) -> bytes:
 
 
 def archive(program: bytes, *records: tuple[str, bytes], folder: str = "archive", compressed: bool = False) -> bytes:
-    """A file as torch.save writes it, around a pickle."""
+    """A file in torch.save's format around a pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as file:
         for name, content in (
@@ -73,14 +73,14 @@ def archive(program: bytes, *records: tuple[str, bytes], folder: str = "archive"
 
 
 def legacy(program: bytes) -> bytes:
-    """A file as torch.save wrote it before 1.6: five pickles in a row."""
+    """A file in the format of torch.save before 1.6: five pickles in a row."""
     header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     pickles = [pickle.dumps(part, protocol=2) for part in header] + [b"\x80\x02" + program + b"."]
     return b"".join(pickles) + pickle.dumps([], protocol=2)
 
 
 def storage(key: object = "0", numel: int = 4, kind: str = "torch FloatStorage") -> bytes:
-    """The opcodes for a storage of the file."""
+    """The opcodes that refer to a storage in the file."""
     return b"(" + plain("storage") + named(kind) + plain(key) + plain("cpu") + plain(numel) + b"tQ"
 
 
@@ -91,24 +91,24 @@ def tensor(size: tuple, stride: tuple, offset: int = 0, of: bytes | None = None)
 
 
 def weights(**tensors: bytes) -> bytes:
-    """The opcodes for a dictionary of them."""
+    """The opcodes for a dictionary of tensors."""
     return b"}(" + b"".join(plain(name) + program for name, program in tensors.items()) + b"u"
 
 
 RECORD = ("data/0", struct.pack("<4f", 1, 2, 3, 4))
 
 
-def test_these_files_are_as_torch_writes_them(tmp_path):
-    """What the tests below make hostile loads here, and PyTorch agrees."""
+def test_crafted_files_match_the_format_of_torch(tmp_path):
+    """The harmless version of the files below loads here and in PyTorch."""
     (tmp_path / "good.pt").write_bytes(archive(weights(w=tensor((2, 2), (2, 1))), RECORD))
     expected = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert torch.equal(torch.load(tmp_path / "good.pt", weights_only=True)["w"], expected)
     assert torch.equal(read_tensors(tmp_path / "good.pt")["w"], expected)
 
 
-# Pickles that would run code ----------------------------------------------------------------------------------------
+# Pickles that run code ----------------------------------------------------------------------------------------------
 
-# name -> (opcodes, given the paths of a marker and of a script that makes it; what the refusal names, if anything)
+# name -> (opcodes for the paths of a marker and of a script that creates it, what the refusal names if anything)
 ATTACKS = {
     "os.system": (lambda marker, script: call("os system", f"touch {marker}"), "os.system"),
     "posix.system": (lambda marker, script: call("posix system", f"touch {marker}"), "posix.system"),
@@ -224,7 +224,7 @@ ATTACKS = {
 
 @pytest.fixture
 def marker(tmp_path):
-    """A path that the attacks touch, and the script beside it that does."""
+    """Paths of a file that the attacks create, and of a script that creates it."""
     marker, script = tmp_path / "marker", tmp_path / "script.py"
     script.write_text(f"open({str(marker)!r}, 'w')")
     return str(marker), str(script)
@@ -248,15 +248,15 @@ def test_nothing_is_executed(tmp_path, marker, attack, container):
     "attack",
     ["os.system", "posix.system", "subprocess", "exec", "eval", "open", "runpy", "timeit", "parse_model's eval"],
 )
-def test_the_attacks_are_real(tmp_path, monkeypatch, marker, attack, container):
-    """Unpickled without protection, the same files do what the test above says that they don't."""
+def test_attacks_work_without_protection(tmp_path, monkeypatch, marker, attack, container):
+    """With an unprotected unpickler, the same files create the marker."""
     monkeypatch.setattr(Conv, "default_act", Conv.default_act)  # parse_model changes it
     path = tmp_path / "weights.pt"
     path.write_bytes(container(ATTACKS[attack][0](*marker)))
     try:
         torch.load(path, weights_only=False)
     except Exception as error:
-        assert attack == "parse_model's eval", error  # which goes on with a file for an activation
+        assert attack == "parse_model's eval", error  # fails later because the activation is a file
     assert Path(marker[0]).exists()
 
 
@@ -286,7 +286,7 @@ def test_the_attacks_are_real(tmp_path, monkeypatch, marker, attack, container):
     }.items(),
     ids=lambda item: item[0],
 )
-def test_instructions_that_torch_does_not_write(tmp_path, program):
+def test_opcodes_that_torch_does_not_write_are_refused(tmp_path, program):
     (tmp_path / "weights.pt").write_bytes(archive(program[1], RECORD))
     refusal(tmp_path / "weights.pt")
 
@@ -298,8 +298,8 @@ def test_plain_pickle_is_refused(tmp_path, marker):
     assert not Path(marker[0]).exists()
 
 
-def test_what_others_allowed_does_not_count(tmp_path, seeded, marker):
-    """ultralytics puts its real classes on torch's allowlist for as long as the process lives."""
+def test_allowlist_of_torch_is_ignored(tmp_path, seeded, marker):
+    """ultralytics adds its real classes to torch's allowlist for the lifetime of the process."""
     path = tmp_path / "weights.pt"
     path.write_bytes(archive(ATTACKS["parse_model's eval"][0](*marker)))
     evil = tmp_path / "evil.pt"
@@ -311,12 +311,12 @@ def test_what_others_allowed_does_not_count(tmp_path, seeded, marker):
         assert not Path(marker[0]).exists()
         assert load_detector(seeded.detector_checkpoint) is not None
         assert set(get_safe_globals()) == before
-        torch.load(evil, weights_only=True)  # theirs is as it was
+        torch.load(evil, weights_only=True)  # the allowlist still applies to torch.load
         assert Path(marker[0]).exists()
 
 
 def test_attributes_of_a_module_are_not_called(tmp_path):
-    """A pickled module's hooks and shadowed methods are data like any other."""
+    """A pickled module's hooks and shadowed methods are treated as plain data."""
     layer = nn.Linear(2, 1)
     layer.__dict__ |= {"state_dict": bytearray, "_state_dict_hooks": {0: bytearray}, "_modules": {}}
     torch.save({"model": layer}, tmp_path / "weights.pt")
@@ -324,7 +324,7 @@ def test_attributes_of_a_module_are_not_called(tmp_path):
     assert tensors.keys() == {"weight", "bias"} and torch.equal(tensors["weight"], layer.weight)
 
 
-def test_non_persistent_buffers_are_left_out(tmp_path):
+def test_non_persistent_buffers_are_ignored(tmp_path):
     layer = nn.Linear(2, 1)
     layer.register_buffer("kept", torch.ones(1))
     layer.register_buffer("cache", torch.ones(1), persistent=False)
@@ -344,7 +344,7 @@ def zipped(*entries: tuple[str, bytes], compressed: bool = False) -> bytes:
 
 
 def overlapping(content: bytes) -> bytes:
-    """An archive, of whose records each claims to be all of its bytes: 5000 times its size."""
+    """An archive of 5000 overlapping records, each of which claims all of its bytes."""
     data = bytearray(zipped(("archive/data.pkl", b"\x80\x02}."), ("archive/data/0", content)))
     end = data.rfind(b"PK\x05\x06")
     start = struct.unpack_from("<I", data, end + 16)[0]
@@ -364,7 +364,7 @@ def torchscript() -> bytes:
 GOOD = archive(weights(w=tensor((4,), (1,))), RECORD)
 PROGRAM = b"\x80\x02" + weights(w=tensor((4,), (1,))) + b"."
 
-# name -> (the file, what the refusal says)
+# name -> (the file, words in the refusal)
 ARCHIVES = {
     "empty": (zipped(), "without a data.pkl"),
     "something else": (zipped(("word/document.xml", b"<xml/>")), "without a data.pkl"),
@@ -385,7 +385,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_archives(tmp_path, monkeypatch, name):
+def test_malformed_archives_are_refused(tmp_path, monkeypatch, name):
     folder = tmp_path / "a" / "b" / "c"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -396,8 +396,8 @@ def test_archives(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("folder", ["..", "/etc", "", "C:\\Windows", "a\0b"])
-def test_paths_in_archives_are_names_only(tmp_path, monkeypatch, folder):
-    """Nothing is unpacked, so they lead nowhere."""
+def test_paths_in_archives_are_never_used(tmp_path, monkeypatch, folder):
+    """Nothing is unpacked, so no path is written to."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     Path("weights.pt").write_bytes(archive(weights(w=tensor((4,), (1,))), RECORD, folder=folder))
@@ -428,13 +428,13 @@ def test_paths_in_archives_are_names_only(tmp_path, monkeypatch, folder):
     }.items(),
     ids=lambda item: item[0],
 )
-def test_tensors_beyond_their_bytes(tmp_path, program):
+def test_tensors_that_exceed_their_storage_are_refused(tmp_path, program):
     (tmp_path / "weights.pt").write_bytes(archive(weights(w=program[1]), RECORD, ("data/odd", b"1234")))
     refusal(tmp_path / "weights.pt")
 
 
-def test_huge_tensors_of_few_bytes_do_not_fit(tmp_path):
-    """Strides of 0 make any shape of one number: it is compared before anything is done with it."""
+def test_huge_shapes_with_few_bytes_are_refused(tmp_path):
+    """Zero strides can turn one number into any shape, so shapes are compared before any computation."""
     path = tmp_path / "weights.pt"
     shape = (2**20, 2**20)
     path.write_bytes(archive(weights(**{"patch_embed.seq.0.c.weight": tensor(shape, (0, 0))}), RECORD))
@@ -444,11 +444,11 @@ def test_huge_tensors_of_few_bytes_do_not_fit(tmp_path):
     assert "detects 16 classes" in refusal(path, load_detector)
 
 
-# What would fill the memory or take for ever ------------------------------------------------------------------------
+# Bombs for memory and time ------------------------------------------------------------------------------------------
 
 
 def doubled(program: bytes, times: int) -> bytes:
-    """A tuple of it twice, in a tuple twice, ..."""
+    """Nested pairs: a tuple that holds the value twice, a tuple that holds that tuple twice, and so on."""
     return program + b"".join(b"q\x00h\x00\x86" for _ in range(times))
 
 
@@ -539,26 +539,26 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 
 
 @pytest.mark.slow
-def test_bombs(tmp_path):
+def test_bombs_cost_little_memory_and_time(tmp_path):
     for name, content in BOMBS.items():
         assert len(content) < 6 * 2**20
         (tmp_path / name).write_bytes(content)
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM_OF_BOMBS, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
-    found = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(found) == len(BOMBS), (found[-1:], ran.stderr[-2000:])
-    for name, said, megabytes, seconds in found:
-        assert megabytes < 50 and seconds < 5, (name, said, megabytes, seconds)
-        assert "memory" not in said.lower() and "alloc" not in said.lower(), (name, said)
+    reports = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(reports) == len(BOMBS), (reports[-1:], ran.stderr[-2000:])
+    for name, message, megabytes, seconds in reports:
+        assert megabytes < 50 and seconds < 5, (name, message, megabytes, seconds)
+        assert "memory" not in message.lower() and "alloc" not in message.lower(), (name, message)
 
 
-# What is no file ----------------------------------------------------------------------------------------------------
+# Not a file ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def in_seconds():
-    """Ends what waits for something that never comes."""
+def time_limit():
+    """Ends a test that blocks."""
 
     def stop(*args):
         raise TimeoutError
@@ -572,7 +572,7 @@ def in_seconds():
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "link to a pipe", "link to itself", "dangling"])
-def test_what_is_no_file(tmp_path, in_seconds, kind, suffix):
+def test_special_files_are_refused(tmp_path, time_limit, kind, suffix):
     path = tmp_path / f"weights{suffix}"
     if kind == "socket":
         os.mknod(path, 0o600 | stat.S_IFSOCK)
@@ -588,7 +588,7 @@ def test_what_is_no_file(tmp_path, in_seconds, kind, suffix):
     assert refusal(path) == f"{path} does not exist or is not a file."
 
 
-def test_names_that_no_file_can_have(tmp_path):
+def test_impossible_file_names_are_refused(tmp_path):
     refusal(tmp_path / ("x" * 5000))
     with pytest.raises(CheckpointError, match="does not exist or is not a file"):
         read_tensors(tmp_path / "a\0b.pt")
@@ -646,13 +646,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers_that_lie(tmp_path, name):
+def test_invalid_safetensors_headers_are_refused(tmp_path, name):
     (tmp_path / "w.safetensors").write_bytes(HEADERS[name])
     assert "is not a valid safetensors file: " in refusal(tmp_path / "w.safetensors")
 
 
-def test_order_of_a_header_does_not_matter(tmp_path):
-    """It may name tensors in another order than that of their bytes."""
+def test_order_of_tensors_in_the_header_is_irrelevant(tmp_path):
+    """It may differ from the order of their bytes."""
     header = {"b": entry("F32", [1], 4, 8), "a": entry("F32", [1], 0, 4)}
     (tmp_path / "w.safetensors").write_bytes(safetensors(header, struct.pack("<2f", 1, 2)))
     assert {name: tensor.item() for name, tensor in read_tensors(tmp_path / "w.safetensors").items()} == {
@@ -661,10 +661,10 @@ def test_order_of_a_header_does_not_matter(tmp_path):
     }
 
 
-# What is in the tensors ---------------------------------------------------------------------------------------------
+# Contents of tensors ------------------------------------------------------------------------------------------------
 
 SAM, DETECTOR = (PACKAGED_WEIGHTS / f"demo_{name}.safetensors" for name in ("sam", "detector"))
-# part of a model -> (a file that has it, how it is loaded, one of its tensors, its name in the module)
+# part of a model -> (a file that contains it, its loader, one of its tensors, that tensor's name in the module)
 PARTS = {
     "encoder": (
         SAM,
@@ -686,8 +686,8 @@ SAVE = {".safetensors": save_file, ".pt": torch.save}
 @pytest.mark.parametrize("suffix", SAVE)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_none(tmp_path, part, suffix, value):
-    """A single one, the last of a tensor."""
+def test_nan_and_infinite_weights_are_refused(tmp_path, part, suffix, value):
+    """A single value, the last one of a tensor, is enough."""
     file, load, name, inner = PARTS[part]
     tensors, path = load_file(file), tmp_path / f"weights{suffix}"
     tensors[name].view(-1)[-1] = value
@@ -697,7 +697,7 @@ def test_numbers_that_are_none(tmp_path, part, suffix, value):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_types_that_are_no_weights(tmp_path, part, dtype):
+def test_wrong_dtypes_are_refused(tmp_path, part, dtype):
     file, load, name, inner = PARTS[part]
     tensors, path = load_file(file), tmp_path / "weights.safetensors"
     tensors[name] = tensors[name].to(dtype)
@@ -706,15 +706,15 @@ def test_types_that_are_no_weights(tmp_path, part, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_types_of_weights(tmp_path, dtype):
-    """And integers, which are counters of batch norms, of whatever type."""
+def test_float_dtypes_are_converted(tmp_path, dtype):
+    """This includes the counters of batch norms, which are integers in the model."""
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(SAM).items()}
     save_file(tensors, tmp_path / "weights.safetensors")
-    found = load_encoder(tmp_path / "weights.safetensors", "resnet_demo").state_dict()
-    assert all(torch.equal(found[name], tensors[f"image_encoder.{name}"].to(found[name].dtype)) for name in found)
+    loaded = load_encoder(tmp_path / "weights.safetensors", "resnet_demo").state_dict()
+    assert all(torch.equal(loaded[name], tensors[f"image_encoder.{name}"].to(loaded[name].dtype)) for name in loaded)
 
 
-def test_numbers_beyond_float32(tmp_path):
+def test_values_beyond_float32_are_refused(tmp_path):
     tensors = load_file(SAM)
     name = "image_encoder.neck.input_ops.0.conv.weight"
     tensors[name] = torch.full(tensors[name].shape, 1e300, dtype=torch.float64)
@@ -722,8 +722,8 @@ def test_numbers_beyond_float32(tmp_path):
     assert "with NaN or infinite values" in refusal(tmp_path / "weights.pt", PARTS["encoder"][1])
 
 
-def test_negative_variances(tmp_path):
-    """Their square root is NaN as soon as the model is used."""
+def test_negative_variances_are_refused(tmp_path):
+    """Their square root would be NaN in the first inference."""
     tensors = load_file(DETECTOR)
     tensors["model.0.bn.running_var"][0] = -1
     save_file(tensors, tmp_path / "weights.safetensors")
@@ -731,7 +731,7 @@ def test_negative_variances(tmp_path):
     assert "1 with negative variances: model.0.bn.running_var" in message
 
 
-def test_numbers_that_overflow_when_the_detector_is_fused(tmp_path):
+def test_overflow_in_fusing_the_detector_is_refused(tmp_path):
     tensors = {name: tensor.float() for name, tensor in load_file(DETECTOR).items()}
     tensors["model.0.conv.weight"] *= 1e36
     tensors["model.0.bn.weight"] *= 1e36
@@ -740,8 +740,8 @@ def test_numbers_that_overflow_when_the_detector_is_fused(tmp_path):
     assert "not a usable detector: 1 with NaN or infinite values: model.0.conv.weight" in message
 
 
-def test_names_of_tensors_in_messages(tmp_path):
-    """They are what somebody has written: shortened, on one line."""
+def test_tensor_names_are_shortened_in_messages(tmp_path):
+    """A file can contain any name; the message stays short, printable and on one line."""
     name = "a\n<script>\x1b[31m" + "x" * 10**6
     save_file({name: torch.zeros(1)}, tmp_path / "weights.safetensors")
     for load in (load_detector, PARTS["encoder"][1], PARTS["decoder"][1]):
@@ -750,8 +750,8 @@ def test_names_of_tensors_in_messages(tmp_path):
     refusal(tmp_path / "weights.pt")
 
 
-def checked(archive: bytes) -> bytes:
-    """The archive, as far as it can be read, with sums that are right again."""
+def with_valid_checksums(archive: bytes) -> bytes:
+    """The archive, as far as it can be read, with corrected checksums."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
         for item in old.infolist():
@@ -761,7 +761,7 @@ def checked(archive: bytes) -> bytes:
 
 
 def flipped(data: bytes, flips: list[tuple[float, int]], near_start: bool) -> bytes:
-    """With these bits the other way round; half of the places near the start, where all that isn't numbers is."""
+    """Flips these bits, optionally only near the start, where everything but the numbers is."""
     data = bytearray(data)
     for place, bit in flips:
         data[int(place * min(len(data), 5000 if near_start else len(data)))] ^= 1 << bit
@@ -771,12 +771,12 @@ def flipped(data: bytes, flips: list[tuple[float, int]], near_start: bool) -> by
 @pytest.fixture(scope="module")
 def whole_files(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
-    found = {}
+    contents = {}
     for file in (SAM, DETECTOR):
-        found[f"{file.stem}.safetensors"] = file.read_bytes()
+        contents[f"{file.stem}.safetensors"] = file.read_bytes()
         torch.save(load_file(file), folder / f"{file.stem}.pt")
-        found[f"{file.stem}.pt"] = (folder / f"{file.stem}.pt").read_bytes()
-    return found
+        contents[f"{file.stem}.pt"] = (folder / f"{file.stem}.pt").read_bytes()
+    return contents
 
 
 @pytest.mark.slow
@@ -784,24 +784,26 @@ def whole_files(tmp_path_factory) -> dict[str, bytes]:
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=20),
     near_start=st.booleans(),
-    sums=st.booleans(),
+    fix_checksums=st.booleans(),
 )
 @pytest.mark.parametrize("suffix", SAVE)
 @pytest.mark.parametrize("part", PARTS)
-def test_flipped_bits(tmp_path, whole_files, part, suffix, flips, near_start, sums):
-    """Whatever is loaded, is finite and fits; all else is refused. Also where the archive's own sums don't tell."""
+def test_flipped_bits_give_valid_weights_or_a_refusal(
+    tmp_path, whole_files, part, suffix, flips, near_start, fix_checksums
+):
+    """Loaded weights are finite and have the right shapes, even where the archive's checksums are valid."""
     file, load, *_ = PARTS[part]
     path = tmp_path / f"weights{suffix}"
     data = flipped(whole_files[file.stem + suffix], flips, near_start)
-    if sums and suffix == ".pt":
+    if fix_checksums and suffix == ".pt":
         with contextlib.suppress(Exception):
-            data = checked(data)
+            data = with_valid_checksums(data)
     path.write_bytes(data)
     try:
-        found = load(path).state_dict()
+        loaded = load(path).state_dict()
     except CheckpointError as error:
         assert str(error).startswith(f"{path} ") and str(error).isprintable()
         return
     expected = load(file).state_dict()
-    assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in expected.items()}
-    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert {name: tensor.shape for name, tensor in loaded.items()} == {name: t.shape for name, t in expected.items()}
+    assert all(tensor.isfinite().all() for tensor in loaded.values())

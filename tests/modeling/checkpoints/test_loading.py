@@ -1,4 +1,4 @@
-"""Files of weights: every layout loads to the same tensors, and what does not match is rejected."""
+"""Weights files: every layout loads to the same tensors, and mismatches are refused."""
 
 import io
 import random
@@ -21,7 +21,7 @@ def prefixed(prefix: str, tensors: dict) -> dict:
 
 
 def whole_sam(encoder: dict, decoder: dict) -> dict:
-    """MobileSAM v1's layout, which is Meta's."""
+    """The layout of MobileSAM v1, which is also Meta's."""
     return (
         prefixed("image_encoder.", encoder)
         | prefixed("prompt_encoder.", decoder["PromtEncoder"])
@@ -30,9 +30,9 @@ def whole_sam(encoder: dict, decoder: dict) -> dict:
 
 
 def assert_holds(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    found = module.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    loaded = module.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
 # Layouts ------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_decoder_layouts(seeded, tmp_path, layout):
     assert_holds(load_decoder(tmp_path / "weights.pt", "tiny_vit"), expected)
 
 
-def test_safetensors_in_half_precision(seeded, tmp_path):
+def test_half_precision_safetensors_are_loaded(seeded, tmp_path):
     encoder, decoder = seeded.encoder_tensors("tiny_vit"), seeded.decoder_tensors()
     halves = {
         key: value.half() if value.is_floating_point() else value for key, value in whole_sam(encoder, decoder).items()
@@ -80,8 +80,8 @@ def test_safetensors_in_half_precision(seeded, tmp_path):
     assert all(torch.equal(loaded[key], halves[key].float()) for key in loaded)
 
 
-def test_pickled_detector_and_its_tensors(seeded, tmp_path):
-    # What the pickle holds, by unpickling it in full: the file is the project's own.
+def test_pickled_detector_equals_full_unpickling(seeded, tmp_path):
+    # Full unpickling is safe here because the file is the project's own.
     whole = torch.load(seeded.detector_checkpoint, map_location="cpu", weights_only=False)["model"].state_dict()
     tensors = read_tensors(seeded.detector_checkpoint)
     assert tensors.keys() == whole.keys()
@@ -98,7 +98,7 @@ def test_pickled_detector_and_its_tensors(seeded, tmp_path):
 
 
 def vit_shapes(dim: int, depth: int, global_blocks: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Meta's ViT by its published numbers: heads of 64 or 80 channels, windows of 14, 64 x 64 patches of 16 px."""
+    """Shapes of Meta's ViT as published: heads of 64 or 80 channels, 14x14 windows, 64x64 patches of 16 px."""
     head = {768: 64, 1024: 64, 1280: 80}[dim]
     shapes = {
         "pos_embed": (1, 64, 64, dim),
@@ -130,9 +130,9 @@ def vit_shapes(dim: int, depth: int, global_blocks: tuple[int, ...]) -> dict[str
         ("sam_vit_h", 1280, 32, (7, 15, 23, 31)),
     ],
 )
-def test_vit_structure(seeded, name, dim, depth, global_blocks):
+def test_vit_has_the_published_structure(seeded, name, dim, depth, global_blocks):
     expected = vit_shapes(dim, depth, global_blocks)
-    if name != "sam_vit_l":  # the two that the reference has confirm the rule
+    if name != "sam_vit_l":  # the reference has only the other two
         assert {key: tuple(shape) for key, shape in seeded.json(f"{name}.keys.json").items()} == expected
     with torch.device("meta"):
         module = encoder_config(name).build()
@@ -140,7 +140,7 @@ def test_vit_structure(seeded, name, dim, depth, global_blocks):
     assert module.blocks[0].attn.num_heads == {768: 12, 1024: 16, 1280: 16}[dim]
 
 
-# What does not match --------------------------------------------------------------------------------------------------
+# Mismatches -----------------------------------------------------------------------------------------------------------
 
 
 def spoiled(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def spoiled(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("how", ["missing", "unexpected", "of the wrong shape"])
-def test_strictness_names_file_encoder_and_tensor(seeded, tmp_path, how):
+def test_mismatch_names_file_encoder_and_tensor(seeded, tmp_path, how):
     path = tmp_path / "weights.pt"
     encoder = seeded.encoder_tensors("tiny_vit")
     torch.save(spoiled(encoder, how), path)
@@ -171,7 +171,7 @@ def test_strictness_names_file_encoder_and_tensor(seeded, tmp_path, how):
     assert str(path) in str(refusal.value) and f"1 {how}: mask_decoder.{key}" in str(refusal.value)
 
 
-def test_checkpoint_of_another_encoder(seeded, tmp_path):
+def test_checkpoint_of_another_encoder_is_refused(seeded, tmp_path):
     torch.save({"model": seeded.encoder_tensors("efficientvit_l0")}, tmp_path / "l0.pt")
     with pytest.raises(
         CheckpointError, match=r"l0\.pt does not match the image encoder tiny_vit: .* missing: .* unexpected"
@@ -185,7 +185,7 @@ def test_checkpoint_of_another_encoder(seeded, tmp_path):
         load_detector(tmp_path / "l0.pt")
 
 
-def test_two_encoders_in_one_file(seeded, tmp_path):
+def test_file_with_two_encoders_is_refused(seeded, tmp_path):
     encoder = seeded.encoder_tensors("tiny_vit")
     torch.save(prefixed("image_encoder.", encoder) | prefixed("ema.image_encoder.", encoder), tmp_path / "two.pt")
     with pytest.raises(CheckpointError, match="more than one image encoder"):
@@ -193,7 +193,7 @@ def test_two_encoders_in_one_file(seeded, tmp_path):
 
 
 def test_tensors_without_data_count_as_missing(seeded, tmp_path):
-    """A tensor on "meta" or a sparse one has the right name and shape, and can't be copied."""
+    """A meta or sparse tensor may have the right name and shape but can't be copied."""
     tensors = seeded.encoder_tensors("tiny_vit")
     first, second = list(tensors)[:2]
     tensors |= {first: tensors[first].to("meta"), second: tensors[second].to_sparse()}
@@ -202,7 +202,7 @@ def test_tensors_without_data_count_as_missing(seeded, tmp_path):
         load_encoder(tmp_path / "weights.pt", "tiny_vit")
 
 
-def test_detector_of_many_classes(tmp_path):
+def test_detector_with_many_classes_is_refused(tmp_path):
     detector = DetectionModel("yolov8n.yaml", verbose=False)
     save_file({key: value.clone() for key, value in detector.state_dict().items()}, tmp_path / "coco.safetensors")
     with pytest.raises(CheckpointError, match=r"coco\.safetensors detects 80 classes"):
@@ -210,7 +210,7 @@ def test_detector_of_many_classes(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(), (16,), (3, 3, 3, 3), (0, 3, 3, 3)])
-def test_detector_with_absurd_tensors(tmp_path, shape):
+def test_detector_with_absurd_shapes_is_refused(tmp_path, shape):
     names = ("model.0.conv.weight", "model.22.cv3.0.2.weight", "model.22.dfl.conv.weight")
     save_file({name: torch.zeros(shape) for name in names}, tmp_path / "absurd.safetensors")
     with pytest.raises(CheckpointError, match="not contain a YOLOv8 detector"):
@@ -219,7 +219,7 @@ def test_detector_with_absurd_tensors(tmp_path, shape):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("content", [b"", b"<!doctype html><title>Not found</title>", b"PK\x03\x04", None, "folder"])
-def test_what_is_no_checkpoint(tmp_path, suffix, content):
+def test_missing_and_unrelated_files_are_refused(tmp_path, suffix, content):
     path = tmp_path / f"weights{suffix}"
     if content == "folder":
         path.mkdir()
@@ -233,27 +233,27 @@ def test_what_is_no_checkpoint(tmp_path, suffix, content):
 
 
 @pytest.mark.parametrize("value", [[1, 2], "text", torch.zeros(2), None])
-def test_checkpoint_of_something_else(tmp_path, value):
+def test_file_without_named_tensors_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="not named tensors"):
         read_tensors(tmp_path / "weights.pt")
 
 
-def test_names_that_are_no_strings(tmp_path):
+def test_keys_other_than_strings_are_converted(tmp_path):
     torch.save({0: torch.zeros(1), None: {1.5: torch.ones(1)}}, tmp_path / "weights.pt")
     assert list(read_tensors(tmp_path / "weights.pt")) == ["0", "None.1.5"]
     with pytest.raises(CheckpointError, match="does not match"):
         load_encoder(tmp_path / "weights.pt", "tiny_vit")
 
 
-def test_containers_that_hold_themselves(tmp_path):
+def test_recursive_containers_are_read_once(tmp_path):
     content = {"weight": torch.zeros(1)}
     content["model"] = content["other"] = content
     torch.save(content, tmp_path / "weights.pt")
     assert list(read_tensors(tmp_path / "weights.pt")) == ["weight"]
 
     fan = {"weight": torch.zeros(1)}
-    for _ in range(60):  # 2 ** 60 paths to one tensor
+    for _ in range(60):  # 2**60 paths to one tensor
         fan = {"a": fan, "b": fan}
     torch.save(fan, tmp_path / "fan.pt")
     assert len(read_tensors(tmp_path / "fan.pt")) == 1
@@ -270,7 +270,7 @@ def checkpoint_bytes(kind: str, tmp_path: Path) -> bytes:
 
 
 def rewrite(archive: bytes, change) -> bytes:
-    """A zip file with `change` applied to its pickle, and checksums that are right again."""
+    """A zip file with `change` applied to its pickle, and correct checksums."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
         for name in old.namelist():
@@ -281,7 +281,7 @@ def rewrite(archive: bytes, change) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["tensors", "pickled module", "safetensors"])
 def test_damaged_files_load_or_are_refused(tmp_path, kind):
-    """Bytes flipped anywhere, files cut anywhere, and pickles damaged behind a valid checksum."""
+    """Damage: changed bytes, truncated files, and pickles changed under a valid checksum."""
     good = checkpoint_bytes(kind, tmp_path)
     path = tmp_path / ("damaged.safetensors" if kind == "safetensors" else "damaged.pt")
     dice = random.Random(0)
@@ -303,4 +303,4 @@ def test_damaged_files_load_or_are_refused(tmp_path, kind):
         except CheckpointError as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > 150  # every cut one at least: the damage reaches the reader
+    assert refused > 150  # at least every truncated file: the damage has an effect

@@ -1,4 +1,4 @@
-"""What is read from a file of `torch.save` is what was saved, bit for bit. Hostile: test_hostile_files.py."""
+"""Tensors read from `torch.save` files equal the saved ones bit for bit. Malicious files: test_hostile_files.py."""
 
 import collections
 
@@ -19,20 +19,20 @@ DTYPES = [
 
 @st.composite
 def saved_tensors(draw) -> torch.Tensor:
-    """A tensor of any type, perhaps a part of another one, transposed, expanded, or a parameter."""
+    """A tensor of any dtype, possibly a slice of another tensor, transposed, expanded, or a parameter."""
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
     values = torch.randint(-100, 100, [size + 2 for size in shape], generator=torch.Generator().manual_seed(0))
-    found = values.to(draw(st.sampled_from(DTYPES)))
+    tensor = values.to(draw(st.sampled_from(DTYPES)))
     for dim, size in enumerate(shape):
         start = draw(st.integers(0, 2))
-        found = found.narrow(dim, start, size)
+        tensor = tensor.narrow(dim, start, size)
     if draw(st.booleans()):
-        found = found.transpose(0, -1) if found.ndim else found
+        tensor = tensor.transpose(0, -1) if tensor.ndim else tensor
     if draw(st.booleans()):
-        found = found[None].expand(3, *found.shape)
+        tensor = tensor[None].expand(3, *tensor.shape)
     if draw(st.booleans()):
-        found = found.clone()
-    return nn.Parameter(found) if found.is_floating_point() and draw(st.booleans()) else found
+        tensor = tensor.clone()
+    return nn.Parameter(tensor) if tensor.is_floating_point() and draw(st.booleans()) else tensor
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="."), max_size=5) | st.integers(0, 10)
@@ -48,24 +48,24 @@ OTHERS = st.one_of(
 CONTENTS = st.recursive(
     saved_tensors() | OTHERS | st.lists(OTHERS, max_size=3),
     lambda inside: st.dictionaries(NAMES, inside, max_size=4).flatmap(
-        lambda found: st.sampled_from([found, collections.OrderedDict(found)])
+        lambda content: st.sampled_from([content, collections.OrderedDict(content)])
     ),
     max_leaves=10,
 )
 
 
 def flattened(content, prefix="") -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            found |= flattened(value, f"{prefix}{key}.")
+            tensors |= flattened(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor):
-            found[f"{prefix}{key}"] = value.detach()
-    return found
+            tensors[f"{prefix}{key}"] = value.detach()
+    return tensors
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all bits are."""
+    """Whether dtype, shape and all bits are equal."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
@@ -75,33 +75,33 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(NAMES, CONTENTS, max_size=4))
-def test_what_was_saved(tmp_path, content):
+def test_loaded_tensors_equal_the_saved_ones(tmp_path, content):
     torch.save(content, tmp_path / "saved.pt")
-    found = dict(named_tensors(read_saved(tmp_path / "saved.pt")))
+    loaded = dict(named_tensors(read_saved(tmp_path / "saved.pt")))
     expected = flattened(content)
-    assert found.keys() == expected.keys()
-    assert all(equal(found[name], tensor) for name, tensor in expected.items())
+    assert loaded.keys() == expected.keys()
+    assert all(equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
-def test_tensors_of_one_storage(tmp_path):
+def test_tensors_of_one_storage_still_share_it(tmp_path):
     whole = torch.arange(12.0)
     torch.save({"whole": whole, "part": whole[2:5], "rows": whole.view(3, 4).T}, tmp_path / "saved.pt")
-    found = dict(named_tensors(read_saved(tmp_path / "saved.pt")))
-    assert torch.equal(found["part"], whole[2:5]) and torch.equal(found["rows"], whole.view(3, 4).T)
-    found["whole"][2] = -1  # storages are read once, whatever shows parts of them
-    assert found["part"][0] == -1 and found["rows"][2, 0] == -1
+    loaded = dict(named_tensors(read_saved(tmp_path / "saved.pt")))
+    assert torch.equal(loaded["part"], whole[2:5]) and torch.equal(loaded["rows"], whole.view(3, 4).T)
+    loaded["whole"][2] = -1  # a shared storage is read only once
+    assert loaded["part"][0] == -1 and loaded["rows"][2, 0] == -1
 
 
-def test_tensors_with_attributes(tmp_path):
+def test_attributes_of_tensors_are_ignored(tmp_path):
     tensor, parameter = torch.arange(3.0), nn.Parameter(torch.arange(4.0))
     tensor.note, parameter.note = "mine", "mine"
     torch.save({"tensor": tensor, "parameter": parameter}, tmp_path / "saved.pt")
-    found = dict(named_tensors(read_saved(tmp_path / "saved.pt")))
-    assert torch.equal(found["tensor"], tensor) and torch.equal(found["parameter"], parameter)
-    assert not hasattr(found["tensor"], "note")
+    loaded = dict(named_tensors(read_saved(tmp_path / "saved.pt")))
+    assert torch.equal(loaded["tensor"], tensor) and torch.equal(loaded["parameter"], parameter)
+    assert not hasattr(loaded["tensor"], "note")
 
 
-def test_tensors_that_are_no_weights_are_left_out(tmp_path):
+def test_tensors_that_cannot_be_weights_are_ignored(tmp_path):
     content = {
         "complex": torch.ones(2, dtype=torch.complex64),
         "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
@@ -114,14 +114,14 @@ def test_tensors_that_are_no_weights_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("build", [DetectionModel, SegmentationModel])
-def test_pickled_models(tmp_path, build):
-    """As ultralytics saves them, half precision and all."""
+def test_pickled_models_are_read(tmp_path, build):
+    """These models are saved as ultralytics saves them, in half precision."""
     model = build({DetectionModel: "yolov8n.yaml", SegmentationModel: "yolov8n-seg.yaml"}[build], verbose=False).half()
     torch.save({"epoch": 3, "ema": None, "model": model, "train_args": {"lr0": 0.01}}, tmp_path / "saved.pt")
-    found = dict(named_tensors(read_saved(tmp_path / "saved.pt")["model"]))
+    loaded = dict(named_tensors(read_saved(tmp_path / "saved.pt")["model"]))
     expected = model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(equal(found[name], tensor) for name, tensor in expected.items())
+    assert loaded.keys() == expected.keys()
+    assert all(equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_legacy_files_are_refused(tmp_path):
