@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 1 after an error that the message explains, 130 after Ctrl-C."""
+    """Runs a command. Returns the exit status: 1 after an error, which the message explains, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fiftyone-mobilesamv2", description="MobileSAMv2 for FiftyOne")
     commands = parser.add_subparsers(dest="command", required=True)
 
     quickstart = commands.add_parser("quickstart", help="segment a folder of images, or synthetic scenes")
-    quickstart.add_argument("--images", type=Path, help="folder of images; without it scenes are made")
+    quickstart.add_argument("--images", type=Path, help="folder of images; if omitted, scenes are made")
     quickstart.add_argument("--model", default="mobilesamv2-demo-torch", help="name of a zoo model")
     quickstart.add_argument("--scenes", type=positive, default=60, help="how many scenes to make")
     quickstart.add_argument("--batch-size", type=positive, default=8)
@@ -40,43 +40,49 @@ def main(argv: list[str] | None = None) -> int:
     add_cluster(segment)
 
     reproduce = commands.add_parser("reproduce", help="measure the paper's tables on COCO or LVIS ground truth")
-    reproduce.add_argument("--annotations", type=Path, required=True, help="JSON file in the format of COCO or LVIS")
-    reproduce.add_argument("--images", type=Path, required=True, help="folder of the images that it lists")
-    reproduce.add_argument("--model", required=True, help="name of a zoo model; the paper's is mobilesamv2-vith-torch")
+    reproduce.add_argument("--annotations", type=Path, required=True, help="JSON file in COCO or LVIS format")
+    reproduce.add_argument("--images", type=Path, required=True, help="folder of the images listed in it")
+    reproduce.add_argument("--model", required=True, help="name of a zoo model; the paper uses mobilesamv2-vith-torch")
     reproduce.add_argument("--prompting", choices=("object_aware", "grid", "both"), default="both")
     reproduce.add_argument(
         "--grids", type=positive, nargs="+", default=[16, 32, 64], help="points per side of each grid"
     )
     reproduce.add_argument(
-        "--no-grid-filters", action="store_true", help="keep the grid's masks of any predicted IoU and stability"
+        "--no-grid-filters",
+        action="store_true",
+        help="keep all masks of the grid, whatever their predicted IoU and stability",
     )
     reproduce.add_argument("--confidence", type=float, default=0.4, help="minimum score of a prompt")
-    reproduce.add_argument("--sample", type=positive, default=100, help="how many images to draw at random, at most")
-    reproduce.add_argument("--seed", type=int, default=0, help="of the draw")
+    reproduce.add_argument("--sample", type=positive, default=100, help="maximum number of images, drawn at random")
+    reproduce.add_argument("--seed", type=int, default=0, help="seed of the random draw")
     reproduce.add_argument("--batch-size", type=positive, default=4)
     reproduce.add_argument("--device", help="cuda, mps or cpu; the best available if omitted")
     reproduce.add_argument(
         "--output", type=Path, default=Path("reproduction"), help="folder for reproduction.json and reproduction.png"
     )
 
-    evaluate = commands.add_parser("evaluate", help="measure AR@K of a dataset's proposals")
+    evaluate = commands.add_parser("evaluate", help="measure the AR@K of a dataset's proposals")
     evaluate.add_argument("dataset", help="name of a FiftyOne dataset")
-    evaluate.add_argument("pred_field", help="the proposals: detections or polylines")
-    evaluate.add_argument("--gt-field", default="ground_truth", help="the objects")
-    evaluate.add_argument("--eval-key", default="ar", help="key of the run; an earlier one of this key is replaced")
-    evaluate.add_argument("--ks", type=positive, nargs="+", default=[10, 100, 1000], help="how many proposals count")
+    evaluate.add_argument("pred_field", help="field of the proposals: detections or polylines")
+    evaluate.add_argument("--gt-field", default="ground_truth", help="field of the objects")
+    evaluate.add_argument("--eval-key", default="ar", help="key of the evaluation; an existing one is replaced")
+    evaluate.add_argument(
+        "--ks", type=positive, nargs="+", default=[10, 100, 1000], help="numbers of proposals per image"
+    )
     evaluate.add_argument("--boxes", action="store_true", help="compare boxes instead of masks")
     evaluate.add_argument("--rank-by", choices=tuple(RANKINGS), default="confidence")
-    evaluate.add_argument("--compare", nargs="+", default=[], metavar="KEY", help="earlier runs to print beside it")
+    evaluate.add_argument(
+        "--compare", nargs="+", default=[], metavar="KEY", help="earlier evaluations to print beside it"
+    )
 
     add_cluster(evaluate)
 
     models = commands.add_parser("models", help="list the models, download, verify or delete their files")
     action = models.add_mutually_exclusive_group()
     for verb, what in (
-        ("download", "the files that are missing, and verify them"),
-        ("verify", "every byte of the files that are here"),
-        ("delete", "the files, except those that another model here needs"),
+        ("download", "its missing files, and verify them"),
+        ("verify", "every byte of its downloaded files"),
+        ("delete", "its files that no other downloaded model needs"),
     ):
         action.add_argument(f"--{verb}", metavar="MODEL", help=f"{verb} {what}")
     action.add_argument(
@@ -84,13 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="ask every host whether it has the declared file, without downloading",
     )
-    models.add_argument("--details", action="store_true", help="if a download fails: all sources and reasons")
+    models.add_argument("--details", action="store_true", help="if a download fails, print all sources and reasons")
 
-    doctor = commands.add_parser("doctor", help="prove that a model works on this machine")
-    doctor.add_argument("model", nargs="?", help="name of a zoo model; the one that comes with the package if left out")
+    doctor = commands.add_parser("doctor", help="check that a model works on this machine")
+    doctor.add_argument("model", nargs="?", help="name of a zoo model; if omitted, the one that comes with the package")
     doctor.add_argument("--device", help="cuda, mps or cpu; the best available if omitted")
     doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    doctor.add_argument("--output", type=Path, default=Path("doctor.png"), help="picture of what was segmented")
+    doctor.add_argument("--output", type=Path, default=Path("doctor.png"), help="picture of the result")
 
     commands.add_parser("install", help="register the zoo models and the plugin with FiftyOne")
     commands.add_parser("uninstall", help="undo install")
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "quickstart":
-            from .quickstart import run as run_quickstart  # here: the rest need not wait for torch
+            from .quickstart import run as run_quickstart  # here, so that other commands need not wait for torch
 
             run_quickstart(args.images, args.model, args.scenes, args.batch_size, args.output)
         elif args.command == "segment":
@@ -120,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
             verb = "Linked" if args.command == "install" else "Removed"
             print("\n".join(f"{verb} {link}" for link in links) or "Nothing was installed.")
     except Exception as error:
-        from pymongo.errors import PyMongoError  # here: help needs no database
+        from pymongo.errors import PyMongoError  # here, so that the help need not wait for it
 
-        # Anything else is a bug, and shows where it is.
+        # Anything else is a bug: its traceback shows where.
         if not isinstance(error, (MobileSAMv2Error, OSError, PyMongoError)):
             raise
         print(f"fiftyone-mobilesamv2: {error}", file=sys.stderr)
@@ -134,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_segment(args: argparse.Namespace) -> int:
-    """Segments a dataset. Returns 1 where images failed, which are listed."""
+    """Segments a dataset. Returns 1 if images failed; they are listed on stderr."""
 
     from .runs.segment import segment_everything
     from .zoo.config import PARAMETERS, MobileSAMv2ModelConfig
@@ -157,12 +163,12 @@ def run_segment(args: argparse.Namespace) -> int:
     for failure in run.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if run.num_failures:
-        print(f"Failed: {run.num_failures:,} of {run.images:,}. The same command tries them again.", file=sys.stderr)
+        print(f"Failed: {run.num_failures:,} of {run.images:,}. Run the command again to retry them.", file=sys.stderr)
     return 1 if run.num_failures else 0
 
 
 def run_models(args: argparse.Namespace) -> int:
-    """Lists models, or works on the files of one. Returns 1 where a file or source is not the right one."""
+    """Lists models, or works on the files of one. Returns 1 if a file or source is wrong."""
     from tqdm import tqdm
 
     from .modeling.checkpoints import files, overview
@@ -178,16 +184,16 @@ def run_models(args: argparse.Namespace) -> int:
                 print(error.details, file=sys.stderr)
             raise
     elif args.verify:
-        found = files.verify_model(args.verify, lambda _, weights: print(f"Reading {weights.filename} ..."))
-        for weights, verified in found.items():
-            print(f"{weights.filename}: {verified.problem or f'right, sha256 {verified.sha256}'}")
-        return int(any(verified.problem for verified in found.values()))
+        results = files.verify_model(args.verify, lambda _, weights: print(f"Reading {weights.filename} ..."))
+        for weights, verified in results.items():
+            print(f"{weights.filename}: {verified.problem or f'correct, sha256 {verified.sha256}'}")
+        return int(any(verified.problem for verified in results.values()))
     elif args.delete:
         deleted = files.delete_model(args.delete)
         print(f"Deleted {overview.names(deleted)}." if deleted else f"No file of {args.delete} can be deleted.")
     elif args.check_sources:
         checks = []
-        for check in tqdm(check_sources(all_files()), "Asking", sum(len(weights.sources) for weights in all_files())):
+        for check in tqdm(check_sources(all_files()), "Checking", sum(len(weights.sources) for weights in all_files())):
             checks.append(check)
         print(table(list(map(overview.source_row, checks))))
         return int(any(check.verdict != "right" for check in checks))
@@ -199,14 +205,14 @@ def run_models(args: argparse.Namespace) -> int:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Rows as text, under the names of their columns."""
+    """Rows as a text table with a header."""
     from tabulate import tabulate
 
     return tabulate(rows, headers="keys", disable_numparse=True)
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
-    """Measures, and prints the paper's figures beside ours."""
+    """Reproduces the paper's tables, and prints the measured figures beside the paper's."""
     from . import zoo
     from .evaluation import reproduction
 
@@ -231,7 +237,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """Evaluates a dataset, and prints AR@K, beside that of earlier runs where asked for."""
+    """Evaluates a dataset and prints its AR@K, beside those of earlier evaluations if requested."""
     from .evaluation.proposal_results import ProposalResults, comparison_table
     from .evaluation.proposals import evaluate_proposals
 
@@ -269,11 +275,11 @@ def load_dataset(name: str) -> fo.Dataset:
 
 
 def add_parameters(command: argparse.ArgumentParser) -> None:
-    """The arguments for a model's parameters, as they are declared."""
-    from .zoo.config import PARAMETERS  # takes torch: the help of other commands need not wait for it
+    """Adds the options for a model's parameters, as declared."""
+    from .zoo.config import PARAMETERS  # here, so that the help of other commands need not wait for pydantic
 
     for parameter in PARAMETERS.values():
-        if parameter.name in ("name", "raise_failures"):  # which is --model; a run lists what fails
+        if parameter.name in ("name", "raise_failures"):  # the name is --model; a run lists its failures
             continue
         only = f" ({parameter.applies_to} only)" if parameter.applies_to else ""
         flag = f"--{parameter.name.removesuffix('_thresh').replace('_', '-')}"
@@ -290,16 +296,16 @@ def add_parameters(command: argparse.ArgumentParser) -> None:
 
 
 def add_cluster(command: argparse.ArgumentParser) -> None:
-    """The arguments for a Ray cluster."""
+    """Adds the options for a Ray cluster."""
     command.add_argument(
         "--cluster",
-        help="spread the work over a Ray cluster: auto, its address, or local for processes on this machine",
+        help="distribute the work over a Ray cluster: auto, its address, or local for processes on this machine",
     )
-    command.add_argument("--workers", type=positive, help="how many; default: one per GPU, or per machine")
+    command.add_argument("--workers", type=positive, help="number of workers; default: one per GPU, or per machine")
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

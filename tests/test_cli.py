@@ -125,7 +125,7 @@ def test_segment_reports_failures_and_retries_them(dataset, tmp_path, capsys):
     count = dataset.count("segmentations.detections")
     assert f"{count:,} objects in 3 of 4 images, in 'segmentations'" in captured.out
     assert f"failed: '{bad}' doesn't exist" in captured.err
-    assert "Failed: 1 of 4. The same command tries them again." in captured.err
+    assert "Failed: 1 of 4. Run the command again to retry them." in captured.err
     paths = dataset.values("segmentations.detections.mask_path", unwind=True)
     assert len(paths) > 10 and all(Path(path).is_relative_to(tmp_path / "masks") for path in paths if path)
     (run,) = recorded_runs(dataset, "segmentations")

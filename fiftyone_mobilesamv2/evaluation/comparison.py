@@ -203,7 +203,7 @@ class Comparison:
         if self.decoder_ratio is None:
             return f"Object-aware prompting found no object to decode; {grid_cost} an image."
         return (
-            f"Object-aware prompting decoded {aware.prompts:.0f} prompts an image in {short(aware.decoder_ms / 1000)} "
+            f"Object-aware prompting decoded {aware.prompts:.0f} prompts per image in {short(aware.decoder_ms / 1000)} "
             f"s; {grid_cost}: {short(self.decoder_ratio)} times as long."
         )
 

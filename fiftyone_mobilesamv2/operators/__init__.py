@@ -1,4 +1,4 @@
-"""The App's operators: each is a form and a call into the layers below."""
+"""The App's operators. Each is a form and a call into the layers below."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ OPERATORS = (
 
 
 def register(plugin: PluginContext) -> None:
-    """Registers all of them; FiftyOne takes those that fiftyone.yml lists."""
+    """Registers all operators; FiftyOne uses the ones that fiftyone.yml lists."""
     for operator in OPERATORS:
         plugin.register(operator)

@@ -1,4 +1,4 @@
-"""An operator's work in the App: in a thread of its own, with a bar and a Cancel button, and a summary at the end."""
+"""Runs an operator's work in the App: in its own thread, with a progress bar, a Cancel button and a final summary."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_UNAUTHORIZED = 13  # MongoDB's code for it
-_MAX_MESSAGE = 2000  # characters of a message: MongoDB quotes whole documents
-REFRESH = 0.4  # seconds between two states of the bar in the App
+_UNAUTHORIZED = 13  # MongoDB's error code for missing permissions
+_MAX_MESSAGE = 2000  # characters; MongoDB's messages quote whole documents
+REFRESH = 0.4  # seconds between updates of the progress bar in the App
 Button = tuple[str, str, dict[str, Any]]  # label, URI of an operator, parameters of the operator
 
 
 @dataclass
 class Outcome:
-    """What an operator has to show.
+    """The result of an operator.
 
     Attributes:
         text: a summary, as Markdown.
-        result: the same for programs, as JSON.
-        view: to open in the App.
-        panel: to open in the App.
-        buttons: below the summary.
+        result: the same as JSON, for programs.
+        view: a view to open in the App.
+        panel: a panel to open in the App.
+        buttons: buttons to show below the summary.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Progress:
-    """How far work is: told by it, shown to the user, who may cancel."""
+    """Progress that work reports and the App shows to the user, who may cancel the work."""
 
     def __init__(self, show: Callable[[float | None, str], None] = lambda share, label: None) -> None:
         self._show = show
@@ -61,20 +61,20 @@ class Progress:
         self.cancelled = threading.Event()
 
     def tell(self, share: float | None, label: str) -> None:
-        """`share` of the work is done, from 0 to 1, None where it isn't known. Raises Cancelled if asked to stop."""
+        """Reports that `share` (from 0 to 1; None if unknown) is done. Raises Cancelled if the user has cancelled."""
         self.share, self.label = share, label
         self._show(share, label)
         if self.cancelled.is_set():
             raise Cancelled
 
     def __call__(self, bar: fo.ProgressBar) -> None:
-        """As FiftyOne's `progress`."""
+        """Reports the state of a progress bar: an instance can be passed as FiftyOne's `progress`."""
         total = bar.total or 0
         self.tell(bar.iteration / total if total else None, f"{bar.iteration:,} of {total:,} images")
 
 
 class CancelWork(foo.Operator):
-    """What the Cancel button runs."""
+    """The operator that the Cancel button runs."""
 
     identifier = "cancel"
 
@@ -90,7 +90,7 @@ class CancelWork(foo.Operator):
 
 
 class Work:
-    """An operator's work in a thread of its own, while the App is told how far it is."""
+    """An operator's work, which runs in its own thread while the App shows its progress."""
 
     def __init__(self, run: Callable[[Progress], Outcome]) -> None:
         self.id = uuid.uuid4().hex
@@ -101,7 +101,7 @@ class Work:
         self._run = run
 
     def start(self) -> None:
-        context = contextvars.copy_context()  # in which FiftyOne keeps whose request this is
+        context = contextvars.copy_context()  # FiftyOne keeps the user of the request in it
         threading.Thread(target=context.run, args=(self._work,), name=f"mobilesamv2-{self.id}", daemon=True).start()
 
     def _work(self) -> None:
@@ -112,15 +112,15 @@ class Work:
                 self.outcome = self._run(self.progress)
             finally:
                 _one_at_a_time.release()
-        except BaseException as error:  # told to the user by the thread that waits
+        except BaseException as error:  # shown to the user by the waiting thread
             self.error = error
         finally:
             self.finished.set()
 
 
 running: dict[str, Work] = {}
-# Two models at a time would take each other's cores and memory, and FiftyOne's progress bars of two threads share one
-# capture of what is printed, which the first to end closes.
+# Two models at a time would compete for cores and memory. Besides, FiftyOne's progress bars of two threads share one
+# capture of the printed output, which the first bar to finish closes.
 _one_at_a_time = threading.Lock()
 
 
@@ -132,7 +132,7 @@ def show_progress(ctx: ExecutionContext, work: Work) -> GeneratedMessage:
     if not stopping:
         cancel = f"{PLUGIN}/{CancelWork.identifier}"
         outputs.btn("cancel", label="Cancel", on_click=cancel, params={"work": work.id}, variant="outlined")
-        # FiftyOne puts a "Done" below, which closes the dialog until its next state.
+        # FiftyOne adds a "Done" button below, which closes the dialog until the next update.
         outputs.str("text", view=types.MarkdownView())
     text = "Keep this dialog open: closing the tab stops the work."
     return ctx.ops.show_output(types.Property(outputs).to_json(), {"share": progress.share, "text": text})
@@ -153,12 +153,12 @@ def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[Gene
         if outcome.panel is not None:
             if (panel_id := _panel_id(ctx.spaces, outcome.panel)) is None:
                 yield ctx.ops.open_panel(outcome.panel, layout="horizontal")
-            else:  # it has not heard of the result
+            else:  # an open panel doesn't know of the new result
                 load = f"{PLUGIN}/{outcome.panel}#on_load"
                 yield ctx.trigger(load, {"panel_id": panel_id, "panel_state": {}})
         outputs.str("text", view=types.MarkdownView())
         text = outcome.text
-        if was_open:  # FiftyOne keeps what it has once shown of it
+        if was_open:  # the App keeps showing the labels that it has loaded for it
             text += "\n\nThe grid shows the new labels. To see them in an open sample, reload the page."
         for number, (label, operator, params) in enumerate(outcome.buttons):
             outputs.btn(f"button_{number}", label=label, on_click=operator, params=params, variant="outlined")
@@ -168,32 +168,32 @@ def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[Gene
     elif error is not None:
         if not _explains_itself(error):
             logger.error("%s failed", title, exc_info=error)
-        outputs.view("error", types.Error(label=f"{title} failed", description=_told(error)))
+        outputs.view("error", types.Error(label=f"{title} failed", description=_error_text(error)))
     yield ctx.ops.show_output(types.Property(outputs).to_json(), {"text": text})
 
 
 def _explains_itself(error: BaseException) -> bool:
-    """Whether its message says what is wrong and what to do. Others are defects, and are logged with their trace."""
+    """Whether the message says what is wrong and what to do. Other errors are bugs, logged with their traceback."""
     return isinstance(error, (ValueError, OSError, PyMongoError, MobileSAMv2Error))
 
 
-def _told(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     if isinstance(error, OperationFailure) and error.code == _UNAUTHORIZED:
         return f"This database user has read-only access: {str(error).split('{')[0].strip()}. Ask its administrator."
     return message_of(error)[:_MAX_MESSAGE]
 
 
 def _panel_id(space: fo.Space | None, name: str) -> str | None:
-    """Of the open panel of that name, if there is one."""
+    """The id of the open panel with this name; None if it is not open."""
     for child in space.children if space is not None else ():
-        found = _panel_id(child, name) if isinstance(child, fo.Space) else child.component_id
-        if found is not None and (isinstance(child, fo.Space) or child.type == name):
-            return found
+        panel_id = _panel_id(child, name) if isinstance(child, fo.Space) else child.component_id
+        if panel_id is not None and (isinstance(child, fo.Space) or child.type == name):
+            return panel_id
     return None
 
 
 def throttled(show: Callable[[float | None, str], None]) -> Callable[[float | None, str], None]:
-    """`show`, at most once a second; the end is always shown."""
+    """`show`, called at most once a second, and always at the end."""
     last = 0.0
 
     def throttled(share: float | None, label: str) -> None:

@@ -1,4 +1,4 @@
-"""Inputs that several forms have, and what several summaries say."""
+"""Inputs and texts that several operators share."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 
 def model_choice(form: Form) -> str:
-    """Which model, with its size, a hint at its speed, and whether its weights are here."""
+    """The model. Each choice has a speed hint and says how much must be downloaded, if anything."""
     from ..modeling.checkpoints.catalog import DEMO_MODEL, MODELS
     from ..modeling.checkpoints.files import megabytes_to_download, weights_dir
 
     missing = {name: megabytes_to_download(name) for name in MODELS}
     choices = {}
     for name, entry in MODELS.items():
-        here = "downloaded" if not missing[name] else f"{missing[name]:,} MB to download"
-        choices[name] = f"{name} ({entry.hint}; {here})"
-    # The first click works: what is here already, best first, and photos are what it is for.
+        status = "downloaded" if not missing[name] else f"{missing[name]:,} MB to download"
+        choices[name] = f"{name} ({entry.hint}; {status})"
+    # The default suits photos and, if possible, needs no download, so that it works at once.
     default = next((name for name in MODELS if not missing[name] and name != DEMO_MODEL), "mobilesamv2-tinyvit-torch")
     name = form.choice("model", choices, default, "Model")
     if missing.get(name):
-        form.note(f"{missing[name]:,} MB will be downloaded to {weights_dir()} first and verified.")
+        form.note(f"First, {missing[name]:,} MB will be downloaded to {weights_dir()} and verified.")
     elif name == DEMO_MODEL:
         form.warn("The demo model was trained only on synthetic scenes: don't expect good masks on photos.")
     return name
 
 
 def runtime_choices(form: Form) -> None:
-    """Where the model runs, and how exactly."""
+    """The device and the precision of the model."""
     from ..modeling.devices import available_devices
     from ..zoo.config import PARAMETERS
 
@@ -57,13 +57,13 @@ def runtime_choices(form: Form) -> None:
 
 
 def storage_choice(form: Form) -> None:
-    """The parameter masks_on_disk, in words that say what happens."""
+    """The parameter `masks_on_disk`, worded as a choice of where masks go."""
     choices = {"database": "In the database; masks that don't fit go to disk", "disk": "On disk, as PNG files"}
     form.choice("storage", choices, "database", "Where masks are stored", radio=True)
 
 
 def advanced_parameters(form: Form, prompting: str) -> None:
-    """What the declaration calls advanced, where the user asks for it, or has given one of them."""
+    """The parameters declared as advanced, if the user asks for them or has set one of them."""
     from ..zoo.config import PARAMETERS
 
     advanced = [p for p in PARAMETERS.values() if p.is_advanced and p.applies_to in (None, prompting)]
@@ -74,7 +74,7 @@ def advanced_parameters(form: Form, prompting: str) -> None:
 
 
 def model_config(form: Form) -> MobileSAMv2ModelConfig:
-    """The configuration that a form with the inputs above asks for."""
+    """The configuration from the values of a form with the inputs above."""
     from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
 
     values = form.values
@@ -83,7 +83,7 @@ def model_config(form: Form) -> MobileSAMv2ModelConfig:
 
 
 def fetch_with_progress(name: str, progress: Progress) -> None:
-    """Downloads what the model lacks."""
+    """Downloads the model's missing files."""
     from ..modeling.checkpoints.files import fetch_model
 
     def report(filename: str, done: int, total: int | None) -> None:
@@ -98,7 +98,7 @@ _HIDING = (fosg.FilterLabels, fosg.SelectLabels, fosg.ExcludeLabels, fosg.LimitL
 
 
 def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
-    """Which field holds what the model found: masks that were made here, if there are any."""
+    """The field of proposals. The default is a field that a recorded run has segmented, if possible."""
     from ..runs.record import segmented_fields
 
     fields = label_fields(form.samples, kinds)
@@ -111,51 +111,51 @@ def proposals_choice(form: Form, kinds: tuple[type, ...] = SHAPES) -> str:
 
 
 def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = SHAPES) -> str:
-    """Which field holds the labels that the proposals are compared with."""
+    """The field of labels to compare the proposals with."""
     prefix = FRAMES_PREFIX if pred_field.startswith(FRAMES_PREFIX) else ""
-    found = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH_FIELD, pred_field)
+    field = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH_FIELD, pred_field)
     stages = all_view_stages(form.samples.view())
     if any(isinstance(stage, _HIDING) for stage in stages):
         form.warn("The view may hide labels. Only visible labels are compared.")
-    return found
+    return field
 
 
 def use_masks_switch(form: Form, *field_names: str) -> bool:
-    """Whether to compare masks. Where a field has none, boxes are compared."""
+    """Whether to compare masks. Fields without masks can only be compared by boxes."""
     known = label_fields(form.samples, SHAPE_TYPES)
     without = [name for name in field_names if name in known and not have_masks(form.samples, name)]
     use_masks = form.switch("use_masks", not without, "Compare masks", "Otherwise bounding boxes")
     if without:
-        told = f"Labels in {' and '.join(map(repr, without))} have no masks"
+        reason = f"Labels in {' and '.join(map(repr, without))} have no masks"
         if use_masks:
-            form.problem(f"{told}: compare boxes. 'Segment from prompts' turns boxes into masks.")
+            form.problem(f"{reason}: compare boxes. 'Segment from prompts' turns boxes into masks.")
         else:
-            form.note(f"{told}: boxes are compared. 'Segment from prompts' turns boxes into masks.")
+            form.note(f"{reason}: boxes are compared. 'Segment from prompts' turns boxes into masks.")
     return use_masks
 
 
 def ranking_choice(form: Form, title: str, description: str) -> str:
-    """How proposals are ranked."""
+    """The ranking of proposals or labels."""
     choices = {name: ranking.title for name, ranking in RANKINGS.items()}
     return form.choice("rank_by", choices, "confidence", title, description)
 
 
 def field_of_selected(labels: Sequence[Mapping[str, Any]]) -> str:
-    """The field that the labels selected in the App are of. Raises FormError where they are of several, or of none."""
+    """The field of the labels selected in the App. Raises FormError if they are in several fields, or in none."""
     ids = [label.get(name) for label in labels for name in ("sample_id", "label_id")]
     if not all(map(ObjectId.is_valid, ids)) or not all(isinstance(label.get("field"), str) for label in labels):
         raise FormError("The selected labels no longer exist. Select others.")
     fields: list[str] = sorted({label["field"] for label in labels})
     if len(fields) > 1:
         raise FormError(
-            f"The selected labels are of several fields, {', '.join(fields)}. Select labels of one: the sidebar hides "
-            f"the others."
+            f"The selected labels are in several fields: {', '.join(fields)}. Select labels in one field; you can hide "
+            f"the others in the sidebar."
         )
     return fields[0]
 
 
 def skipped_text(skipped: Sequence[Skipped]) -> list[str]:
-    """What a summary says of images that were skipped; nothing if none were."""
+    """The paragraph of a summary about skipped images; an empty list if none were skipped."""
     if not skipped:
         return []
     first = skipped[0]
@@ -163,7 +163,7 @@ def skipped_text(skipped: Sequence[Skipped]) -> list[str]:
 
 
 def skipped_button(skipped: Sequence[Skipped]) -> list[Button]:
-    """The button that shows them."""
+    """The button that shows the skipped samples; an empty list if none were skipped."""
     return samples_button(SKIPPED, [each["id"] for each in skipped])
 
 
@@ -173,12 +173,12 @@ SHOW_SAMPLES = "@voxel51/operators/show_samples"
 
 
 def samples_button(label: str, ids: Sequence[str]) -> list[Button]:
-    """The button that shows samples; none if there are none."""
+    """The button that shows these samples; an empty list without samples."""
     return [(label, SHOW_SAMPLES, {"samples": ids})] if ids else []
 
 
 def detections_fields(samples: SampleCollection, prefix: str = "") -> list[str]:
-    """Fields that masks can go into."""
+    """The fields that masks can be stored in."""
     names = label_fields(root_dataset(samples), (fo.Detections,))
     return [name for name in names if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
@@ -187,7 +187,7 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     """The summary of a run of segment_everything or segment_anything."""
     lines = [
         f"**{count(run.objects, 'object')} in {count(run.images - run.num_failures, 'image')}**",
-        f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images a second.",
+        f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images per second.",
     ]
     if run.cancelled:
         rest = "The other images keep their labels" if replaced else "Run it again to continue"

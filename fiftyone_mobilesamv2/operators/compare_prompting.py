@@ -14,7 +14,7 @@ from .operator import Operator
 if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
 
-GRIDS = {str(side): f"{side}x{side}: {side**2:,} prompts an image" for side in (16, 32, 64)}
+GRIDS = {str(side): f"{side}x{side}: {side**2:,} prompts per image" for side in (16, 32, 64)}
 NO_GROUND_TRUTH = "(none)"
 
 
@@ -97,12 +97,13 @@ def _outcome(comparison: Comparison, values: dict[str, Any]) -> Outcome:
         f"**{comparison}**",
         comparison.table().to_markdown(disable_numparse=True, stralign="right"),
         f"Means over {count(len(comparison.samples), 'image')} by `{values['model']}` on {values['device']} in "
-        f"{values['dtype']}. All but the encoder, which both need once: finding objects, decoding, cropping masks.",
+        f"{values['dtype']}. Times include finding objects, decoding and cropping masks, but not the encoder, which "
+        f"both need once.",
     ]
     if values["filters"] and grid.masks < 1:
         lines.append(
-            f"SAM's filters leave {grid.masks:.1f} of the grid's masks an image: this model's predicted IoU or "
-            f"stability seldom reaches them. Switch them off to see all."
+            f"SAM's filters keep {grid.masks:.1f} of the grid's masks per image: this model's predicted IoU or "
+            f"stability rarely reaches their thresholds. Switch the filters off to see all masks."
         )
     buttons = [("Show these images", comparison.samples.values("id"))]
     if failures := {failure.sample_id: failure for failure in (*comparison.object_aware.failures, *grid.failures)}:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..evaluation.proposal_results import ProposalResults
 
 PANEL = "segevery"
-MOST_PROPOSALS = 10_000  # results hold counts for every K up to the largest; a 64x64 grid makes 12,288 masks in all
+MAX_PROPOSALS = 10_000  # results hold counts for every K up to the largest; a 64x64 grid makes 12,288 masks
 
 
 class EvaluateProposals(Operator):
@@ -63,10 +63,10 @@ class EvaluateProposals(Operator):
         unused = next(key for key in free if key not in keys)
         key = form.text("eval_key", unused, "Evaluation key", "Name of this evaluation and of the attributes it stores")
         if not key.isidentifier() or key.startswith("_"):
-            form.problem(f"Evaluation key: '{key}' can't be one: letters, digits and _ were expected.")
+            form.problem(f"Evaluation key: '{key}' is not valid. Use letters, digits and _, starting with a letter.")
         elif key in keys:
             if form.dataset.get_evaluation_info(key).config.method == "proposals":
-                form.warn(f"There is an evaluation '{key}', which will be replaced.")
+                form.warn(f"The existing evaluation '{key}' will be replaced.")
             else:
                 form.problem(f"Evaluation key: '{key}' is an evaluation of another kind. Choose another key.")
 
@@ -77,10 +77,10 @@ class EvaluateProposals(Operator):
 
 
 def whole_numbers(text: str) -> list[int]:
-    """Those in a line of text, ascending. Raises ValueError where there is anything else, or none."""
+    """The whole numbers in a line of text, ascending. Raises ValueError if it has none, or anything else."""
     parts = re.findall(r"[^\s,;]+", str(text))
-    if not parts or not all(part.isdecimal() and 1 <= int(part) <= MOST_PROPOSALS for part in parts):
-        expected = f"whole numbers from 1 to {MOST_PROPOSALS:,} were expected, such as '10, 100, 1000'"
+    if not parts or not all(part.isdecimal() and 1 <= int(part) <= MAX_PROPOSALS for part in parts):
+        expected = f"whole numbers from 1 to {MAX_PROPOSALS:,} were expected, such as '10, 100, 1000'"
         raise ArgumentError(f"{expected}, not '{text}'.")
     return sorted({int(part) for part in parts})
 
@@ -94,11 +94,11 @@ def _outcome(samples: SampleCollection, results: ProposalResults) -> Outcome:
         f"{count(recall.images, 'image')}, comparing {'masks' if config.use_masks else 'boxes'}, ranked by "
         f"{config.rank_by}. Stored as evaluation `{results.key}`.",
         results.report().rounded().replace("nan", "-").to_markdown(disable_numparse=True, stralign="right"),
-        "AR@K: the share of objects that the K best-ranked proposals of their image find, on average over the IoU "
-        "from 0.50 to 0.95 that counts as found.",
+        "AR@K: the share of objects that the K best-ranked proposals of their image find, averaged over IoU thresholds "
+        "from 0.50 to 0.95.",
     ]
     shown = [each["id"] for each in results.skipped]
-    if shown and is_frame_field(samples, config.gt_field):  # of frames, their videos are shown
+    if shown and is_frame_field(samples, config.gt_field):  # the ids are those of frames: show their videos
         shown = samples.match_frames(F("_id").is_in(list(map(ObjectId, shown)))).values("id")
     metrics = {name: None if math.isnan(value) else value for name, value in results.metrics().items()}
     return Outcome(

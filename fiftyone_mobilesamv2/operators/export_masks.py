@@ -16,7 +16,7 @@ from .operator import Operator
 class ExportMasks(Operator):
     identifier = "export_masks"
     title = "Export masks as COCO"
-    description = "Write masks as RLE into a JSON file in COCO's format, and compare it with what is stored"
+    description = "Write masks as RLE to a JSON file in COCO format, and verify it against the stored masks"
     icon = "curate"
 
     def form(self, form: Form) -> None:
@@ -30,7 +30,7 @@ class ExportMasks(Operator):
         if form.problems:
             return
         if not have_masks(samples, field):
-            raise FormError(f"Labels in '{field}' have no masks: make some by 'Segment from prompts'.")
+            raise FormError(f"Labels in '{field}' have no masks: create them with 'Segment from prompts'.")
         default = Path(fo.config.default_dataset_dir, form.dataset.slug, "masks.json")
         typed = form.text("path", str(default), "File", "Path on the machine of the App's server; must end with .json")
         try:
@@ -42,7 +42,7 @@ class ExportMasks(Operator):
                 "overwrite", False, "Overwrite", "The file exists; it is replaced when the new one is complete"
             )
             check_path(path, overwrite)
-        except (ValueError, OSError, RuntimeError) as error:  # the last is of a "~name" that nobody has
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: "~name" of an unknown user
             form.problem(f"File: {error}")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
@@ -51,8 +51,8 @@ class ExportMasks(Operator):
         export = export_masks(form.samples, progress=progress, **form.values)
         lines = [
             f"**{count(export.annotations, 'mask')} of {count(export.images, 'image')}**",
-            f"Written to {code(export.path)} ({export.bytes / 1e6:,.1f} MB), read back with pycocotools, and equal to "
-            "what is stored.",
+            f"Written to {code(export.path)} ({export.bytes / 1e6:,.1f} MB), read back with pycocotools, and "
+            "identical to the stored masks.",
             f"Images are named relative to {code(export.root)}.",
         ]
         result = vars(export) | {"path": str(export.path), "root": str(export.root)}

@@ -1,4 +1,4 @@
-"""Find labels that cover the same object, and those that are parts of others."""
+"""Find labels that cover the same object, and labels that are parts of others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOW = {
 class FindDuplicates(Operator):
     identifier = "find_duplicates"
     title = "Find duplicates and parts"
-    description = "Find labels that cover the same object twice, and those that are parts of others"
+    description = "Find labels that cover the same object, and labels that are parts of others"
     icon = "curate"
 
     def form(self, form: Form) -> None:
@@ -48,18 +48,18 @@ class FindDuplicates(Operator):
 
         options = dict(form.values)
         show = options.pop("show")
-        found = find_duplicates(form.samples, progress=progress, **options)
-        counts = found.counts
+        duplicates = find_duplicates(form.samples, progress=progress, **options)
+        counts = duplicates.counts
         lines = [
             f"**{count(counts['duplicate'], 'duplicate')}, {count(counts['part'], 'part')} of "
             f"{count(counts['whole'], 'label')}**",
-            f"Tagged in `{found.field}`; `{ATTRIBUTES['duplicate']}` and `{ATTRIBUTES['part']}` hold the id of the "
-            f"other label.",
+            f"Tagged in `{duplicates.field}`; `{ATTRIBUTES['duplicate']}` and `{ATTRIBUTES['part']}` hold the id of "
+            f"the other label.",
         ]
-        result = {"field": found.field, "counts": counts, "skipped": found.skipped}
+        result = {"field": duplicates.field, "counts": counts, "skipped": duplicates.skipped}
         return Outcome(
-            "\n\n".join(lines + skipped_text(found.skipped)),
+            "\n\n".join(lines + skipped_text(duplicates.skipped)),
             result,
-            view=found.patches(show) if counts[show] else None,
-            buttons=skipped_button(found.skipped),
+            view=duplicates.patches(show) if counts[show] else None,
+            buttons=skipped_button(duplicates.skipped),
         )

@@ -59,34 +59,36 @@ class FindUnlabeledObjects(Operator):
         options = dict(form.values)
         of_objects = options.pop("look_for") == OBJECTS
         find = find_unlabeled_objects if of_objects else find_unsupported_labels
-        found = find(form.samples, progress=progress, **options)
-        number = len(found)
+        findings = find(form.samples, progress=progress, **options)
+        number = len(findings)
         what, lacks = ("object", "a label") if of_objects else ("label", "an object")
         lines = [f"**{count(number, what)} without {lacks}**"]
         if number:
-            order = "the surest" if of_objects else "those that overlap least with any proposal"
+            order = "highest score" if of_objects else "least overlap with any proposal"
             lines.append(
-                f"In {found.num_samples:,} of {count(len(form.samples), 'image')}, tagged `{found.tag}` in "
-                f"`{found.field}`. They are shown, {order} first."
+                f"In {findings.num_samples:,} of {count(len(form.samples), 'image')}, tagged `{findings.tag}` in "
+                f"`{findings.field}`. They are shown, {order} first."
             )
             if of_objects:
-                lines.append("Tick some, and 'Promote to labels' makes them labels, or dismisses them for good.")
-        if found.left_out:
+                lines.append(
+                    "Select some of them and run 'Promote to labels' to make them labels, or to dismiss them for good."
+                )
+        if findings.left_out:
             lines.append(
-                f"{count(found.left_out, 'image')} left out, with nothing in `{options['pred_field']}`: segment them "
-                f"first."
+                f"{count(findings.left_out, 'image')} left out because of an empty `{options['pred_field']}`: segment "
+                f"them first."
             )
         result = {
-            "field": found.field,
-            "tag": found.tag,
+            "field": findings.field,
+            "tag": findings.tag,
             "found": number,
-            "samples": found.num_samples,
-            "left_out": found.left_out,
-            "skipped": found.skipped,
+            "samples": findings.num_samples,
+            "left_out": findings.left_out,
+            "skipped": findings.skipped,
         }
         return Outcome(
-            "\n\n".join(lines + skipped_text(found.skipped)),
+            "\n\n".join(lines + skipped_text(findings.skipped)),
             result,
-            view=found.patches if number else None,
-            buttons=skipped_button(found.skipped),
+            view=findings.patches if number else None,
+            buttons=skipped_button(findings.skipped),
         )

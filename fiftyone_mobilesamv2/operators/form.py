@@ -1,4 +1,4 @@
-"""An operator's form as the user has filled it in."""
+"""An operator's form, with the values that the user has entered."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Default = TypeVar("Default", bound=str | None)
 
-_MAX_TEXT = 4096  # as the longest path on Linux
+_MAX_TEXT = 4096  # the longest path on Linux
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Form:
-    """An operator's form as the user has filled it in: each method adds an input and returns its value.
+    """An operator's form, with the values that the user has entered. Each method adds an input and returns its value.
 
     Attributes:
         ctx: FiftyOne's context.
-        values: of all inputs by name, defaults where nothing was given.
-        samples: those to work on; there are none before :meth:`target` was called.
-        problems: what has to be mended before the operator can run.
+        values: the values of all inputs by name; defaults for empty inputs.
+        samples: the samples to work on, set by :meth:`target`.
+        problems: what must be corrected before the operator can run.
     """
 
     samples: SampleCollection
@@ -57,24 +57,24 @@ class Form:
 
     @property
     def size(self) -> int:
-        """How many samples there are to work on."""
+        """The number of samples to work on."""
         return cached(len, self.samples)
 
     def target(self, action: str) -> SampleCollection:
-        """Which samples: the dataset, the view or the selected ones. `action` is what is done to them, as a verb."""
+        """The samples: the dataset, the view or the selected ones. `action` is a verb for what is done to them."""
         if self.ctx.dataset is None:
             raise FormError("Open a dataset first.")
         if not all(map(ObjectId.is_valid, self.ctx.selected)):
             raise FormError("The selected samples no longer exist. Select others.")
-        target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there
-        if target and target not in ViewTarget.values():  # which FiftyOne would take for the whole dataset
+        target = self.ctx.request_params.get("view_target")  # FiftyOne moves it there from the parameters
+        if target and target not in ViewTarget.values():  # FiftyOne would use the whole dataset
             raise FormError(
                 f"{_shortened(target)} is not a valid target: choose one of {', '.join(ViewTarget.values())}."
             )
         if is_generated(self.ctx.view):  # patches, clips or frames, which the App shows in place of the samples
             self.note("This works on the whole dataset, not on the patches, clips or frames of this view.")
             self.samples = self.dataset
-        else:  # of groups, the slice that the App shows
+        else:  # of grouped datasets, the slice that the App shows
             self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
             self.samples = self.ctx.target_view(require_flat=True)
         if not self.size:
@@ -83,7 +83,7 @@ class Form:
         return self.samples
 
     def parameter(self, parameter: Parameter, default: Any = None) -> Any:
-        """A parameter of the model, as it is declared; `default` in place of the declared one."""
+        """A parameter of the model, as declared; `default` replaces the declared default."""
         name, title, text = parameter.name, parameter.title, parameter.description
         default = parameter.default if default is None else default
         if parameter.choices:
@@ -104,10 +104,10 @@ class Form:
         max: float | None = None,
         whole: bool = False,
     ) -> float | None:
-        """A number; whole ones may be required. The default where it is empty or not valid."""
+        """A number, or a whole number. Returns the default if the input is empty or not valid."""
         add = self.inputs.int if whole else self.inputs.float
-        # Limits are checked here, not by FiftyOne, which would not say what is expected.
-        found = add(name, label=label, description=description, default=default)
+        # FiftyOne could check the limits, but would not say what is expected.
+        prop = add(name, label=label, description=description, default=default)
         value = self._value(name, default)
         if value is None:
             return None
@@ -119,26 +119,26 @@ class Form:
         if (
             not isinstance(value, (int, float))
             or isinstance(value, bool)
-            or not abs(value) <= sys.maxsize  # NaN isn't
+            or not abs(value) <= sys.maxsize  # true for NaN, too
             or (whole and value != int(value))
             or (min is not None and value < min)
             or (max is not None and value > max)
         ):
-            self._invalid(found, f"{label}: {expected} was expected, not {_shortened(value)}.")
+            self._invalid(prop, f"{label}: {expected} was expected, not {_shortened(value)}.")
             return default
         if whole:
             value = self.values[name] = int(value)
         return value
 
     def switch(self, name: str, default: bool, label: str, description: str | None = None) -> bool:
-        """Yes or no."""
+        """A switch."""
         self.inputs.bool(name, label=label, description=description, default=default, view=types.SwitchView())
         return bool(self._value(name, default))
 
     def text(self, name: str, default: Default, label: str, description: str | None = None) -> str | Default:
         """A line of text."""
-        found = self.inputs.str(name, label=label, description=description, default=default)
-        return self.text_of(found, name, default, label)
+        prop = self.inputs.str(name, label=label, description=description, default=default)
+        return self.text_of(prop, name, default, label)
 
     def choice(
         self,
@@ -149,14 +149,14 @@ class Form:
         description: str | None = None,
         radio: bool = False,
     ) -> str:
-        """One of `choices`: values and what the user reads."""
+        """One of `choices`, which maps values to the texts that the user reads."""
         view = types.RadioGroup() if radio else types.DropdownView()
         for value, text in choices.items():
             view.add_choice(value, label=text)
-        found = self.inputs.enum(name, list(choices), label=label, description=description, default=default, view=view)
-        value = self.text_of(found, name, default, label)
-        if value not in choices and not found.invalid:
-            self._invalid(found, f"{label}: {value!r} is no longer available. Choose one of {', '.join(choices)}.")
+        prop = self.inputs.enum(name, list(choices), label=label, description=description, default=default, view=view)
+        value = self.text_of(prop, name, default, label)
+        if value not in choices and not prop.invalid:
+            self._invalid(prop, f"{label}: {value!r} is no longer available. Choose one of {', '.join(choices)}.")
         return value
 
     def label_field(
@@ -173,59 +173,58 @@ class Form:
         Raises:
             FormError: no field holds such labels.
         """
-        found = label_fields(self.samples, kinds)
-        found = [each for each in found if each != without]
-        if not found:
+        fields = [field for field in label_fields(self.samples, kinds) if field != without]
+        if not fields:
             names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
-            other = f" beside '{without}'" if without else ""
+            other = f" other than '{without}'" if without else ""
             raise FormError(f"{label}: {self.dataset.name} has no field of {names}{other}.")
         return self.choice(
-            name, {each: each for each in found}, default if default in found else found[0], label, description
+            name, {field: field for field in fields}, default if default in fields else fields[0], label, description
         )
 
     def new_field(self, name: str, default: str, label: str, description: str, known: Sequence[str] = ()) -> str:
-        """The name of a field, which need not exist; `known` are suggested."""
+        """The name of a field, which need not exist; the fields `known` are suggested."""
         view = types.AutocompleteView(allow_clearing=False)
         for each in dict.fromkeys([default, *known]):
             view.add_choice(each, label=each)
-        found = self.inputs.str(name, label=label, description=description, default=default, view=view)
-        return self.text_of(found, name, default, label)
+        prop = self.inputs.str(name, label=label, description=description, default=default, view=view)
+        return self.text_of(prop, name, default, label)
 
     @contextmanager
     def checks(self, label: str = "") -> Iterator[None]:
-        """What this block refuses becomes a problem of the form; `label` says of which input, such as "File: "."""
+        """Turns errors raised in this block into problems of the form; `label` names the input, such as "File: "."""
         try:
             yield
         except MobileSAMv2Error as error:
             self.problem(f"{label}{error}")
 
     def note(self, text: str) -> None:
-        """Something good to know."""
+        """Shows a note."""
         self._message("note", types.Notice(label=text))
 
     def warn(self, text: str) -> None:
-        """Something to think about before running."""
+        """Shows a warning to consider before running."""
         self._message("warning", types.Warning(label=text))
 
     def problem(self, text: str) -> None:
-        """Something that has to be mended first."""
+        """Shows an error that must be corrected before running."""
         self._invalid(self._message("problem", types.Error(label=text)), text)
 
     def _message(self, kind: str, view: types.View) -> types.Property:
         number = sum(name.startswith(f"{kind}_") for name in self.inputs.properties)
-        return self.inputs.view(f"{kind}_{number + 1}", view)  # the App shows the name where it can't execute
+        return self.inputs.view(f"{kind}_{number + 1}", view)  # the App shows this name if it can't execute
 
-    def text_of(self, found: types.Property, name: str, default: Default, label: str) -> str | Default:
-        """The text that was given for the input `found`."""
+    def text_of(self, prop: types.Property, name: str, default: Default, label: str) -> str | Default:
+        """The text entered in the input `prop`."""
         value = self._value(name, default)
         if value is None:
             return default
         if not isinstance(value, str):
-            self._invalid(found, f"{label}: text was expected, not {_shortened(value)}.")
+            self._invalid(prop, f"{label}: text was expected, not {_shortened(value)}.")
         elif len(value) > _MAX_TEXT:
-            self._invalid(found, f"{label}: at most {_MAX_TEXT:,} characters were expected, not {len(value):,}.")
+            self._invalid(prop, f"{label}: at most {_MAX_TEXT:,} characters were expected, not {len(value):,}.")
         elif _CONTROLS.search(value):
-            self._invalid(found, f"{label}: text on one line was expected, not {_shortened(value)}.")
+            self._invalid(prop, f"{label}: text on one line was expected, not {_shortened(value)}.")
         else:
             return value
         self.values[name] = default  # for the rest of the form
@@ -236,26 +235,26 @@ class Form:
         self.values[name] = value = default if value is None or value == "" else value
         return value
 
-    def _invalid(self, found: types.Property, text: str) -> None:
+    def _invalid(self, prop: types.Property, text: str) -> None:
         self.problems.append(text)
-        found.invalid = True
-        found.error_message = text
+        prop.invalid = True
+        prop.error_message = text
 
 
 def _state(compute: Callable[..., object], samples: SampleCollection, *args: Hashable) -> Hashable:
-    """What changes when the result of `compute(samples, *args)` may have changed."""
+    """A cache key, which changes whenever the result of `compute(samples, *args)` may have changed."""
     dataset = root_dataset(samples)
     collections = [sample_collection(dataset)]
     if (frames := frame_collection(dataset)) is not None:
         collections.append(frames)
-    newest = [("last_modified_at", -1)]  # FiftyOne keeps an index of it
+    newest = [("last_modified_at", -1)]  # FiftyOne indexes it
     state = [(c.estimated_document_count(), c.find_one({}, {newest[0][0]: True}, sort=newest)) for c in collections]
     view = hashlib.sha256(str(serialized_view(samples, include_uuids=False)).encode()).digest()  # it may list ids
     return compute, args, dataset.name, view, str(state)
 
 
 def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable) -> T:
-    """`compute(samples, *args)`, once for the samples as they are: a form is resolved anew at every keystroke."""
+    """`compute(samples, *args)`, cached until the samples change: a form is resolved again at every keystroke."""
     result: T = _cached(compute, samples, *args)
     return result
 
@@ -266,7 +265,7 @@ def _cached(compute: Callable[..., Any], samples: SampleCollection, *args: Hasha
 
 
 def code(text: object) -> str:
-    """Markdown that shows a text as it is, whatever is in it."""
+    """Markdown that shows a text literally, whatever it contains."""
     return "`" + "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'") + "`"
 
 
@@ -276,5 +275,5 @@ def _shortened(value: object) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Such as "1 image" or "2,000 images"."""
+    """A number with its noun, such as "1 image" or "2,000 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -12,7 +12,7 @@ class ImageCoverage(Operator):
     identifier = "image_coverage"
     title = "Measure image coverage"
     description = (
-        "Store on each sample how much of its image is covered by objects, how many there are and of what size"
+        "Store on each sample how much of its image objects cover, how many objects there are, and their sizes"
     )
     icon = "curate"
     risk = "low"
@@ -41,11 +41,11 @@ class ImageCoverage(Operator):
         lines = [f"**{count(coverage.images, 'image')} measured**"]
         if coverage.images:
             lines.append(
-                f"On average {means['coverage']:.1%} covered, by {means['objects']:.1f} objects: {means['small']:.1f} "
+                f"On average, {means['objects']:.1f} objects cover {means['coverage']:.1%}: {means['small']:.1f} "
                 f"small, {means['medium']:.1f} medium, {means['large']:.1f} large."
             )
             lines.append(f"Sort the images by `{field}_coverage`, or filter them in the sidebar.")
         if coverage.unsegmented:
-            lines.append(f"{coverage.unsegmented:,} have nothing in `{field}`, and got no numbers: segment them first.")
+            lines.append(f"Not measured: {coverage.unsegmented:,} without a value in `{field}`. Segment them first.")
         lines += skipped_text(coverage.skipped)
         return Outcome("\n\n".join(lines), vars(coverage), buttons=skipped_button(coverage.skipped))

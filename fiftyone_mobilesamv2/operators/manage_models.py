@@ -1,4 +1,4 @@
-"""Which weights are here; downloading, verifying and deleting them; asking their hosts."""
+"""List, download, verify and delete model weights, and check their sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACTIONS = {
     "download": "Download missing files",
     "verify": "Verify files: read every byte and compare hashes",
     "delete": "Delete files that no other downloaded model needs",
-    "check_sources": "Check sources: ask each host for its file, without downloading",
+    "check_sources": "Check sources: ask each host whether it has the file, without downloading",
 }
 
 
@@ -95,17 +95,18 @@ def _verify(model: str, progress: Progress) -> Outcome:
 
     total = len(model_files(model))
 
-    def tell(number: int, weights: Weights) -> None:
+    def report(number: int, weights: Weights) -> None:
         progress.tell(number / total, f"Reading {weights.filename}, {weights.megabytes:,} MB")
 
-    found = verify_model(model, tell)
+    results = verify_model(model, report)
     rows = [
         {"file": f"`{weights.filename}`", "sha256": f"`{verified.sha256}`", "hash": pin(weights)}
-        for weights, verified in found.items()
+        for weights, verified in results.items()
         if verified.sha256
     ]
-    wrong = {weights.filename: verified.problem for weights, verified in found.items() if verified.problem}
-    pinned = all(weights.sha256 or weights.git_blob for weights in found)  # else there is nothing to compare with
+    wrong = {weights.filename: verified.problem for weights, verified in results.items() if verified.problem}
+    # Without a published hash, there is nothing to compare with.
+    pinned = all(weights.sha256 or weights.git_blob for weights in results)
     bad, good = (
         f"**{count(len(wrong), 'file')} wrong or missing**",
         f"**All files of {model} {'are correct' if pinned else 'can be read'}**",
@@ -114,7 +115,7 @@ def _verify(model: str, progress: Progress) -> Outcome:
     if rows:
         lines.append(_markdown(rows))
     lines += [f"**`{name}`**: {problem}" for name, problem in wrong.items()]
-    files = {weights.filename: vars(verified) for weights, verified in found.items()}
+    files = {weights.filename: vars(verified) for weights, verified in results.items()}
     return Outcome("\n\n".join(lines), {"model": model, "files": files})
 
 
@@ -138,7 +139,7 @@ def _check_sources(model: str, progress: Progress) -> Outcome:
     checks = []
     for check in check_sources(files):
         checks.append(check)
-        progress.tell(len(checks) / total, f"Asked {count(len(checks), 'source')} of {total}")
+        progress.tell(len(checks) / total, f"Checked {len(checks)} of {count(total, 'source')}")
     wrong = sum(check.verdict != "right" for check in checks)
     verdict = f"**{count(wrong, 'source')} wrong or unreachable**" if wrong else "**All sources are correct**"
     rows = list(map(source_row, checks))

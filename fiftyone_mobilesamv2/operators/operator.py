@@ -1,4 +1,4 @@
-"""What the operators share: forms that say what is wrong, work with a bar and a Cancel button, a summary at the end."""
+"""The base of the operators: a form that shows problems, work with progress and a Cancel button, a final summary."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-MANY_IMAGES = 500  # from which on work is better scheduled than watched
+MANY_IMAGES = 500  # above this, the App suggests scheduling
 _PACKAGE = Path(__file__).resolve().parents[1]
-# A wheel's plugin is the package, a checkout's the folder around it.
+# The plugin's folder is the package in a wheel, and the folder around it in a checkout.
 _ICONS = "/icons" if (_PACKAGE / "fiftyone.yml").exists() else f"/{_PACKAGE.name}/icons"
 
 
 class Operator(foo.Operator):
-    """A form, and a call into the layers below. Subclasses give the attributes and the two methods.
+    """A form and a call into the layers below. Subclasses define the attributes, :meth:`form` and :meth:`run`.
 
     Attributes:
         identifier: the last part of the URI.
-        title: what the App calls it.
+        title: its name in the App.
         description: what it is for.
         icon: the name of its icon.
-        risk: FiftyOne's risk level: assistants ask first where it is high.
+        risk: FiftyOne's risk level; assistants ask before they run an operator with a high risk.
     """
 
     identifier: str
@@ -48,7 +48,7 @@ class Operator(foo.Operator):
     risk = "medium"
 
     def form(self, form: Form) -> None:
-        """Adds the inputs. Raises ArgumentError where the rest of them would make no sense."""
+        """Adds the inputs. Raises ArgumentError if the remaining inputs would make no sense."""
         raise NotImplementedError
 
     def run(self, form: Form, progress: Progress) -> Outcome:
@@ -78,13 +78,13 @@ class Operator(foo.Operator):
         selected_labels: Sequence[Mapping[str, Any]] = (),
         **params: object,
     ) -> ExecutionResult:
-        """Runs the operator on a dataset or view from Python; its summary is in `result` of what comes back.
+        """Runs the operator on a dataset or view from Python. The summary is in the `result` of the returned object.
 
         Args:
-            delegate: schedules it instead, for a `fiftyone delegated launch` worker.
-            selected: ids of samples, as if selected in the App.
-            selected_labels: likewise, in the form of `session.selected_labels`.
-            params: what the form would ask for; the rest are its defaults.
+            delegate: whether to schedule it for a `fiftyone delegated launch` worker instead.
+            selected: ids of samples to treat as selected in the App.
+            selected_labels: labels to treat as selected, in the format of `session.selected_labels`.
+            params: values of the form's inputs; the others have their defaults.
         """
         ctx = {"view" if isinstance(samples, fo.DatasetView) else "dataset": samples}
         ctx |= {"selected": list(selected), "selected_labels": list(selected_labels)}
@@ -95,11 +95,11 @@ class Operator(foo.Operator):
 
     def resolve_execution_options(self, ctx: ExecutionContext) -> foo.ExecutionOptions:
         form, many = Form(ctx), False
-        with suppress(FormError):  # the form itself tells
+        with suppress(FormError):  # the form itself shows the error
             if ctx.dataset is not None:
                 form.target(self.title)
                 many = form.size > MANY_IMAGES
-        # Where nobody has allowed workers to take scheduled work, the App can't schedule.
+        # Without this setting, workers don't take scheduled work, and the App can't schedule.
         can_schedule = fo.config.allow_legacy_orchestrators
         return foo.ExecutionOptions(
             allow_immediate_execution=True,
@@ -113,7 +113,7 @@ class Operator(foo.Operator):
             raise ArgumentError(" ".join(form.problems))
         if ctx.delegated:
             return self.run(form, Progress(throttled(ctx.set_progress))).result
-        if "spaces" not in ctx.request_params:  # which panels are open: only the App tells
+        if "spaces" not in ctx.request_params:  # the open panels, which only the App sends
             with tqdm(total=1, bar_format="{l_bar}{bar}| {elapsed}") as bar:
                 return self.run(form, Progress(throttled(lambda share, label: advance(bar, share, label)))).result
         return self._run_in_app(ctx, form)
@@ -132,6 +132,6 @@ class Operator(foo.Operator):
             while not work.finished.wait(REFRESH):
                 yield show_progress(ctx, work)
             yield from show_outcome(ctx, self.title, work)
-        finally:  # also when nobody listens any more, because the tab was closed
+        finally:  # also if the tab was closed and nobody consumes the messages any more
             work.progress.cancelled.set()
             del running[work.id]

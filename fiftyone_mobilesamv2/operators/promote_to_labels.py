@@ -49,14 +49,14 @@ class PromoteToLabels(Operator):
         view = types.AutocompleteView()
         for name in self._classes(form.dataset, gt_field):
             view.add_choice(name, label=name)
-        # Nothing is suggested: what is confirmed unread ends up in the ground truth.
-        found = form.inputs.str("label", label="Class", description="Existing or new class", required=True, view=view)
-        label = form.text_of(found, "label", None, "Class")
+        # No class is filled in: a user who doesn't read it would put a wrong one into the ground truth.
+        prop = form.inputs.str("label", label="Class", description="Existing or new class", required=True, view=view)
+        label = form.text_of(prop, "label", None, "Class")
         if label is not None and not label.strip():
             form.problem("Class: a name was expected.")
 
     def _selection(self, form: Form) -> None:
-        """Which proposals: labels that are selected in samples, or patches that are."""
+        """Gets the selected proposals: labels in samples, or patches."""
         ctx = form.ctx
         is_patches = is_patches_view(ctx.view)
         if ctx.selected_labels:
@@ -70,8 +70,7 @@ class PromoteToLabels(Operator):
             form.values["ids"] = [] if form.problems else form.samples.values(f"{field}.id")
         else:
             raise FormError(
-                "Select the proposals first: patches, in a view of them, by their checkboxes; or objects, in an open "
-                "sample, by clicking them."
+                "Select the proposals first: check patches in a patches view, or click objects in an open sample."
             )
 
     def _classes(self, dataset: fo.Dataset, gt_field: str) -> list[str]:
@@ -87,7 +86,8 @@ class PromoteToLabels(Operator):
         if values["verdict"] == DISMISS:
             number = dismiss(form.samples, values["ids"], values["pred_field"])
             return Outcome(
-                f"**{count(number, 'object')} dismissed**\n\nThe tag `dismissed` keeps them from being suggested.",
+                f"**{count(number, 'object')} dismissed**\n\nThe tag `dismissed` keeps them from being suggested "
+                f"again.",
                 {"dismissed": number},
                 view=_shown(form),
             )
@@ -103,16 +103,16 @@ class PromoteToLabels(Operator):
         if promotion.promoted:
             lines.append(f"Stored in {code(values['gt_field'])} of {count(promotion.samples, 'image')}.")
         if promotion.already:
-            lines.append(f"Labels there before, and left as they were: {promotion.already:,}.")
+            lines.append(f"Already labels, left unchanged: {promotion.already:,}.")
         if promotion.missing:
-            lines.append(f"Not there any more: {len(promotion.missing):,}.")
+            lines.append(f"No longer there: {len(promotion.missing):,}.")
         lines += skipped_text(promotion.skipped)
         text, buttons = "\n\n".join(lines), skipped_button(promotion.skipped)
         return Outcome(text, vars(promotion), view=_shown(form), buttons=buttons)
 
 
 def _shown(form: Form) -> fo.DatasetView | None:
-    """The view of patches that is open, without those that have been decided on."""
+    """The open patches view, without the patches that have been decided on; None if no such view is open."""
     view = form.ctx.view
     if not is_patches_view(view):
         return None

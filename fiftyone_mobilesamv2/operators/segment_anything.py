@@ -66,7 +66,7 @@ class SegmentAnything(Operator):
                 known,
             )
             if label_field == field:
-                form.problem(f"'{field}' has the prompts: to write masks into them choose so above.")
+                form.problem(f"'{field}' holds the prompts. To store masks in their own labels, choose that above.")
         replace = form.switch("replace", False, "Replace masks", "Also for labels that already have a mask")
         with form.checks():
             check_prompt_field(form.samples, field, in_place=label_field is None)
@@ -102,8 +102,8 @@ class SegmentAnything(Operator):
             form.problem(f"'{field}' has no labels here.")
         elif not bare:
             form.problem(
-                f"Nothing is left to do: {count(total, 'label')} of '{field}' here, all with masks. Switch on "
-                f"'Replace masks', or select others."
+                f"Nothing to do: '{field}' has {count(total, 'label')} here, all with masks. Switch on 'Replace "
+                f"masks', or select others."
             )
         elif total > bare:
             form.note(f"{bare:,} of {total:,} labels have no mask yet.")
@@ -112,8 +112,10 @@ class SegmentAnything(Operator):
         from ..runs.plan import count_labels
 
         if label_field in detections_fields(form.samples) and not replace:
-            there = cached(count_labels, form.samples, label_field)[1]
-            form.note(f"'{label_field}' has {count(there, 'label')} here. Prompts with a mask there are done.")
+            existing = cached(count_labels, form.samples, label_field)[1]
+            form.note(
+                f"'{label_field}' has {count(existing, 'label')} here. Prompts that have a mask there are skipped."
+            )
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from .. import zoo

@@ -28,7 +28,7 @@ from .choices import (
 from .form import Form, cached, count
 from .operator import MANY_IMAGES, Operator
 
-# Parameters whose input has another default, other choices, or another place than the declaration gives them.
+# Parameters whose inputs differ from the declaration in default, choices or position.
 _OWN_INPUTS = ("prompting", "confidence_thresh", "masks_on_disk", "device", "dtype")
 EXISTING = {
     "keep": "Skip samples that already have masks",
@@ -70,7 +70,7 @@ class SegmentEverything(Operator):
             form.parameter(PARAMETERS["confidence_thresh"], default=CONFIDENCE)
         elif not form.problems:
             prompts = form.values["points_per_side"] ** 2
-            form.note(f"{prompts:,} prompts an image, three masks each, most of which are discarded.")
+            form.note(f"{prompts:,} prompts per image, with three masks each, most of which are discarded.")
         storage_choice(form)
         form.number("batch_size", 1, "Batch size", "Images per batch; progress updates after each", min=1, whole=True)
         runtime_choices(form)
@@ -84,7 +84,7 @@ class SegmentEverything(Operator):
             whole=True,
         )
         advanced_parameters(form, prompting)
-        _part(form)
+        _shard(form)
         if not form.problems and form.values.get("existing") == "keep":
             with form.checks():
                 check_same_parameters(form.samples, form.values["label_field"], parameters_of(model_config(form)))
@@ -117,8 +117,8 @@ class SegmentEverything(Operator):
         done, objects = cached(count_labels, samples, name)
         if failed := failed_samples(samples, name).values("id"):
             form.note(
-                f"The last run into '{name}' failed at {count(len(failed), 'sample')}. To try these alone, show them "
-                f"and open this form again, for the current view."
+                f"The last run into '{name}' failed for {count(len(failed), 'sample')}. To retry only these, show them "
+                f"and open this form again for the current view."
             )
             form.inputs.btn(
                 "show_failed", FAILED, on_click=SHOW_SAMPLES, params={"samples": failed}, variant="outlined"
@@ -127,7 +127,7 @@ class SegmentEverything(Operator):
             return
         existing = form.choice("existing", EXISTING, "keep", f"'{name}' exists", radio=True)
         left = form.size - done
-        if "shard" in form.ctx.params:  # what is left is told by the operation that has scheduled this part
+        if "shard" in form.ctx.params:  # the form that scheduled this shard has already shown what is left
             return
         if existing == "replace":
             form.warn(f"{count(objects, 'label')} of {count(done, 'sample')} in '{name}' will be deleted and replaced.")
@@ -140,9 +140,9 @@ class SegmentEverything(Operator):
         from .. import zoo
         from ..runs.segment import segment_everything
 
-        values, part = form.values, _part(form)
-        if values["num_shards"] > 1 and part is None:
-            return self._schedule_parts(form)
+        values, shard = form.values, _shard(form)
+        if values["num_shards"] > 1 and shard is None:
+            return self._schedule_shards(form)
         fetch_with_progress(values["model"], progress)
         progress.tell(None, f"Loading {values['model']}")
         model = zoo.MobileSAMv2Model(model_config(form))
@@ -158,11 +158,11 @@ class SegmentEverything(Operator):
             replace=values.get("existing") == "replace",
             batch_size=values["batch_size"],
             progress=report,
-            shard=part,
+            shard=shard,
         )
         return segmentation_outcome(run, values.get("existing") == "replace")
 
-    def _schedule_parts(self, form: Form) -> Outcome:
+    def _schedule_shards(self, form: Form) -> Outcome:
         from ..runs.plan import prepare
 
         values, group = form.values, uuid.uuid4().hex
@@ -178,18 +178,18 @@ class SegmentEverything(Operator):
         text = (
             f"**Scheduled as {count(len(ids), 'operation')}**, for any number of `fiftyone delegated launch -t local` "
             f"workers on this database. `fiftyone delegated list` shows them; `fiftyone delegated rerun <id>` repeats "
-            f"one whose worker died: it does what is missing."
+            f"one whose worker died: it does only what is missing."
         )
         return Outcome(text, {"label_field": values["label_field"], "operations": ids})
 
 
-def _part(form: Form) -> Shard | None:
-    """Of an operation that does one of several parts: which one. Scheduling gives it; the form doesn't ask for it."""
+def _shard(form: Form) -> Shard | None:
+    """The shard of an operation that does one of several; scheduling sets it, the form doesn't ask for it."""
     given = form.ctx.params.get("shard")
     if given is None:
         return None
     try:
         return Shard(**given)
     except (TypeError, ValueError) as error:
-        form.problem(f"shard: index, count and group of a part were expected, not {given!r} ({error}).")
+        form.problem(f"shard: index, count and group of a shard were expected, not {given!r} ({error}).")
         return None

@@ -20,7 +20,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # The model takes torch and FiftyOne; the declaration of its parameters has to do without.
+    # The model needs torch and FiftyOne, which `zoo.config` must not import.
     if name in __all__:
         name = {"MobileSAMv2ModelConfig": "ZooModelConfig"}.get(name, name)
         return getattr(import_module(".model", __name__), name)

@@ -1,4 +1,4 @@
-"""Parameters of a model: declared here once. Checks, forms, command line and docs/parameters.md are made from it."""
+"""The one declaration of a model's parameters: checks, forms, the command line and docs/parameters.md come from it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ..modeling.defaults import (
     STABILITY_SCORE_THRESH,
 )
 
-_NOT_IN_PATHS = re.compile("[\0\ud800-\udfff]")  # the latter are bytes that are not UTF-8: no database takes them
-_MAX_INT64 = 2**63 - 1  # of a whole number in the database
+_NOT_IN_PATHS = re.compile("[\0\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8: databases reject them
+_MAX_INT64 = 2**63 - 1  # the largest integer that fits into the database
 CHECKPOINTS = ("encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint")
 
 
 def _plain_number(value: object) -> float:
-    """Numbers of any library as Python's own, which JSON and the database take."""
+    """Converts numbers of any library to Python's own, which JSON and the database accept."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError("not a number")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -52,7 +52,7 @@ def _usable_text(value: str) -> str:
 
 
 def _device_name(value: object) -> object:
-    torch = sys.modules.get("torch")  # not imported here: the command line's help need not wait for it
+    torch = sys.modules.get("torch")  # not imported here, so that the command line's help need not wait for it
     return str(value) if torch is not None and isinstance(value, torch.device) else value
 
 
@@ -61,7 +61,7 @@ Share = Annotated[float, BeforeValidator(_plain_number), Field(ge=0, le=1)]
 Text = Annotated[str, AfterValidator(_usable_text)]
 Prompting = Literal["object_aware", "grid"]
 T = TypeVar("T")
-_REQUIRED: Any = ...  # in place of a default
+_REQUIRED: Any = ...  # in place of the default of a required parameter
 
 
 def _declared(
@@ -78,17 +78,17 @@ def _declared(
     changes_results: bool = True,
     fixed: bool = False,
 ) -> T:
-    """A field of the configuration.
+    """Declares a parameter: a field of the configuration.
 
     Args:
-        title, description: what forms, the command line and the docs say.
-        choices: the values there are, and what a form says of each.
-        applies_to: the prompting that takes it; None: both do.
-        advanced: shown only where a form is asked for more.
-        in_forms: False where it makes sense only in Python and on the command line.
-        changes_results: False where it changes only where or how masks are computed or stored: a run may go on with
-            another value.
-        fixed: it takes effect when a model is loaded, and cannot be changed after that.
+        title, description: texts for forms, the command line and the docs.
+        choices: its values, and the text of each in a form.
+        applies_to: the prompting that uses it; None if both do.
+        advanced: whether forms show it only on request.
+        in_forms: False if it makes sense only in Python and on the command line.
+        changes_results: False if it changes only where or how masks are computed or stored, so that a run may continue
+            with another value.
+        fixed: whether it takes effect when a model is loaded and cannot be changed afterwards.
     """
     return Field(
         default,
@@ -108,13 +108,13 @@ def _declared(
 
 
 def _declared_file(part: str) -> Any:
-    """A file of weights. Runs compare the hash of what it holds, not its path."""
+    """Declares a weights file. Runs compare the hash of its content, not its path."""
     text = "File to use instead of the zoo's own"
     return _declared(None, f"{part} checkpoint", text, in_forms=False, changes_results=False, fixed=True)
 
 
 class MobileSAMv2ModelConfig(BaseModel):
-    # Its docstring is written from the fields, at the end of this file.
+    # Its docstring is generated from the fields, at the end of this file.
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_default=False)
 
     name: Text = _declared(_REQUIRED, "Model", "Name of the zoo model", in_forms=False, fixed=True)
@@ -128,10 +128,10 @@ class MobileSAMv2ModelConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = _declared(
         "float32",
         "Precision",
-        "Of the heavy computation",
+        "Number format of the heavy computation",
         choices={
             "float32": "float32: exact",
-            "bfloat16": "bfloat16: faster where the processor has it; a few pixels of each outline differ",
+            "bfloat16": "bfloat16: faster on processors that support it; a few pixels of each outline differ",
             "float16": "float16: for GPUs without bfloat16",
         },
         fixed=True,
@@ -148,8 +148,8 @@ class MobileSAMv2ModelConfig(BaseModel):
     confidence_thresh: Share | None = _declared(
         None,
         "Minimum confidence",
-        f"Lower finds more objects and more false ones. Unset: the paper's {CONFIDENCE} for detected boxes; all masks "
-        "of the grid and of your own prompts, whose confidence is the predicted IoU",
+        f"Lower finds more objects and more false ones. If unset: the paper's {CONFIDENCE} for detected boxes, and no "
+        "minimum for the grid and your own prompts, where the confidence is the predicted IoU",
     )
     iou: Share = _declared(NMS_IOU, "NMS IoU", "Boxes with a higher IoU count as one object", applies_to="object_aware")
     max_prompts: Whole = _declared(
@@ -163,7 +163,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     points_per_side: Whole = _declared(
         POINTS_PER_SIDE,
         "Points per side",
-        "Of the grid over an image",
+        "Size of the grid over an image",
         min=1,
         max=MAX_POINTS_PER_SIDE,
         applies_to="grid",
@@ -171,18 +171,20 @@ class MobileSAMv2ModelConfig(BaseModel):
     pred_iou_thresh: Share = _declared(
         PRED_IOU_THRESH,
         "Minimum predicted IoU",
-        "Of the grid's masks; 0 keeps all",
+        "For masks of the grid; 0 keeps all",
         applies_to="grid",
         advanced=True,
     )
     stability_score_thresh: Share = _declared(
         STABILITY_SCORE_THRESH,
         "Minimum stability",
-        "Of the grid's masks; 0 keeps all",
+        "For masks of the grid; 0 keeps all",
         applies_to="grid",
         advanced=True,
     )
-    min_area: Whole = _declared(0, "Minimum mask area (pixels)", "0 keeps all; prompts of your own always do", min=0)
+    min_area: Whole = _declared(
+        0, "Minimum mask area (pixels)", "0 keeps all; masks of your own prompts are always kept", min=0
+    )
     max_masks: Whole | None = _declared(
         None, "Maximum masks per image", "The most confident are stored; unset keeps all", min=1, advanced=True
     )
@@ -212,7 +214,7 @@ class MobileSAMv2ModelConfig(BaseModel):
     detector_checkpoint: Text | None = _declared_file("Detector")
 
     def __init__(self, d: Mapping[str, object]) -> None:
-        """From parameters by name, where None means the default. Raises ArgumentError for one that is not valid."""
+        """Takes parameters by name; None means the default. Raises ArgumentError if one is unknown or invalid."""
         if unknown := [key for key in d if key not in PARAMETERS]:
             raise ArgumentError(
                 f"Unknown parameter {', '.join(unknown)} of {d.get('name')}; it takes {', '.join(PARAMETERS)}."
@@ -224,7 +226,7 @@ class MobileSAMv2ModelConfig(BaseModel):
             raise PARAMETERS[name].refusal(d.get(name)) from None
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Sets a parameter for what follows. Raises ArgumentError for one that is not valid, or that is fixed."""
+        """Sets a parameter for later calls. Raises ArgumentError if it is unknown or fixed, or the value is invalid."""
         parameter = PARAMETERS.get(name)
         if parameter is None:
             raise ArgumentError(f"Unknown parameter {name} of {self.name}; it takes {', '.join(PARAMETERS)}.")
@@ -237,17 +239,17 @@ class MobileSAMv2ModelConfig(BaseModel):
 
     @property
     def files(self) -> dict[str, str]:
-        """The files to use instead of the zoo's, by the name of their parameter."""
+        """The files to use instead of the zoo's, by parameter name."""
         return {name: value for name in CHECKPOINTS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What the declaration says of a parameter; see :func:`_declared`."""
+    """The declaration of a parameter; see :func:`_declared`."""
 
     name: str
     kind: type  # bool, int, float or str
-    default: Any  # None where there is none
+    default: Any  # None if the parameter is required
     title: str
     description: str
     min: int | None
@@ -261,10 +263,10 @@ class Parameter:
 
     @classmethod
     def of(cls, name: str, field: FieldInfo) -> Parameter:
-        """That of a field of the configuration."""
+        """The declaration in a field of the configuration."""
         kind, limits = _kind_and_limits(field.annotation)
         limits |= {type(each): each for each in field.metadata}
-        extra: Any = field.json_schema_extra  # as `_declared` gives it
+        extra: Any = field.json_schema_extra  # as set by `_declared`
         return cls(
             name=name,
             kind=kind,
@@ -283,7 +285,7 @@ class Parameter:
 
     @property
     def expected(self) -> str:
-        """What its values are, in words."""
+        """Its valid values, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.kind is bool:
@@ -294,12 +296,12 @@ class Parameter:
         return f"{number} of at least {self.min}" if self.max is None else f"{number} from {self.min} to {self.max}"
 
     def refusal(self, value: object) -> ArgumentError:
-        """The error that says what was expected."""
+        """The error for an invalid value, which says what was expected."""
         return ArgumentError(f"{self.name} must be {self.expected}, not {value!r}.")
 
 
 def _kind_and_limits(annotation: object) -> tuple[type, dict[type, Any]]:
-    """The plain type in an annotation such as ``Annotated[int, ...] | None``, and the limits that stand beside it."""
+    """The plain type in an annotation such as ``Annotated[int, ...] | None``, and its limits."""
     if isinstance(annotation, type):
         return annotation, {}
     if get_origin(annotation) is Literal:
@@ -317,7 +319,7 @@ MobileSAMv2ModelConfig.__doc__ = "\n".join(
     [
         "Parameters of a :class:`MobileSAMv2Model`; all can be given to `load_zoo_model`.",
         "",
-        "Those that take effect when a model is loaded are fixed from then on; the others can be set:",
+        "Parameters that take effect when a model is loaded are fixed afterwards; the others can be changed:",
         "",
         '>>> model = foz.load_zoo_model("mobilesamv2-tinyvit-torch")',
         ">>> model.config.max_prompts = 100",
@@ -329,7 +331,7 @@ MobileSAMv2ModelConfig.__doc__ = "\n".join(
 
 
 def mask_folder(config: MobileSAMv2ModelConfig) -> str:
-    """Where masks on disk go."""
-    import fiftyone as fo  # here, like torch above
+    """The folder for masks on disk."""
+    import fiftyone as fo  # not at the top, like torch above
 
     return os.path.abspath(config.mask_dir or os.path.join(fo.config.default_dataset_dir, "mobilesamv2_masks"))

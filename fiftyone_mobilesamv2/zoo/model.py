@@ -40,20 +40,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-APPLIED = "apply_model"  # in place of a field's name, which FiftyOne does not tell a model
-SETTLE_AFTER = 86_400  # seconds
-MAX_UNCONFIRMED = 1000  # images whose labels FiftyOne may not have stored yet: many times what it collects
+APPLIED = "apply_model"  # in place of the field's name, which FiftyOne does not pass to a model
+SETTLE_AFTER = 86_400  # seconds: a day
+MAX_UNCONFIRMED = 1000  # images whose labels may not be stored yet: many times what FiftyOne collects before storing
 
 
 class ZooModelConfig(MobileSAMv2ModelConfig, fozm.HasZooModel):
-    """The configuration as FiftyOne's zoo builds it, from the manifest. `zoo.MobileSAMv2ModelConfig` is this class."""
+    """The configuration, as FiftyOne's zoo builds it from the manifest. `zoo.MobileSAMv2ModelConfig` is this class."""
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> ZooModelConfig:
         return cls(d)
 
     def __setattr__(self, name: str, value: object) -> None:
-        # The zoo tells where its note of the download is; the files themselves are in the weights folder.
+        # The zoo sets these to its own record of the download. The files themselves are in the weights folder.
         if name not in ("model_name", "model_path"):
             super().__setattr__(name, value)
 
@@ -62,17 +62,17 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
     """MobileSAMv2 for `apply_model`.
 
     Without prompts, every image gets :class:`fiftyone.core.labels.Detections` of all its objects, labelled "object".
-    With ``apply_model(..., prompt_field="ground_truth")`` the boxes or keypoints of that field become masks and keep
-    label, id and attributes.
+    With ``apply_model(..., prompt_field="ground_truth")``, the boxes or keypoints of that field become masks and keep
+    their labels, ids and attributes.
 
-    An image that can't be read or segmented is logged, listed in :attr:`failures`, and its field is left as it was;
-    the others of its batch are stored. With the parameter ``raise_failures=True`` it raises; `skip_failures` of
-    `apply_model` does not reach a model.
+    An image that can't be read or segmented is logged and listed in :attr:`failures`, and its field is left unchanged;
+    the rest of its batch is stored. With the parameter ``raise_failures=True``, the failure is raised instead. FiftyOne
+    does not pass the `skip_failures` of `apply_model` to the model.
 
     Attributes:
-        failures: the images of the current or last run that were not segmented.
-        num_images, num_labels: how many images that run has gone through, and how many objects it has found.
-        writer: how what is found becomes detections.
+        failures: the images of the current or last run that could not be segmented.
+        num_images, num_labels: the number of images that this run has processed, and of objects that it has found.
+        writer: converts masks to detections.
     """
 
     def __init__(self, config: MobileSAMv2ModelConfig) -> None:
@@ -93,7 +93,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self.num_labels = 0
         self.model.seconds.clear()
         self._unconfirmed.clear()
-        # What `apply_model` has not stored a day after it was made, it never will: it was killed.
+        # If `apply_model` has not stored labels within a day, the process was killed, and their mask files are useless.
         is_stored = partial(is_referred_to, if_unknown=True)
         settle(apply_model_folder(self.config), lambda *_: True, is_stored, SETTLE_AFTER)
         return self
@@ -117,7 +117,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
 
     @property
     def ragged_batches(self) -> bool:
-        # True would make FiftyOne run batches of one: images of several sizes come as a list, see `collate_fn`.
+        # True would make FiftyOne run batches of one image. `collate_fn` returns a list, so sizes may differ.
         return False
 
     @property
@@ -148,47 +148,47 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         return ImageGetItem(field_mapping, skip_failures=not self.config.raise_failures)
 
     def predict(self, arg: ImageArray | ImageItem) -> fol.Label | None:
-        """Labels of one image; None where it has no prompts. Raises what goes wrong."""
+        """The labels of one image; None if it has no prompts. Failures are handled as in :meth:`predict_all`."""
         return self.predict_all([arg])[0]
 
     def predict_all(self, args: Sequence[ImageArray | ImageItem]) -> list[fol.Label | None]:
-        """Labels of images: uint8 RGB arrays [H, W, 3] of any sizes, or items of a data loader.
+        """The labels of images: uint8 RGB arrays [H, W, 3] of any sizes, or items of a data loader.
 
-        What goes wrong with an array is raised; with an item, as it says.
+        A failure with an array is raised. With an item, its `skip_failures` decides.
         """
         items = [arg if isinstance(arg, ImageItem) else ImageItem(image=np.asarray(arg)) for arg in args]
-        found = self.segment_all(items)
-        return [each and self._attempt(item, self._to_detections, item, each) for item, each in zip(items, found)]
+        masks = self.segment_all(items)
+        return [each and self._attempt(item, self._to_detections, item, each) for item, each in zip(items, masks)]
 
     def segment_all(self, items: Sequence[ImageItem]) -> list[ImageMasks | None]:
-        """The part of :meth:`predict_all` that takes a model: what is found, before it becomes labels."""
+        """The masks of images, before they become labels: the part of :meth:`predict_all` that runs the model."""
         good = [item for item in items if item.error is None]
         for item in items:
             if item.error is not None:
                 self.fail(item, item.error)
         try:
-            found = self._segment(good)
+            masks = self._segment(good)
         except Exception as error:
             if not all(item.skip_failures for item in items):
                 raise
-            # One image may have failed the others, or they need too much memory together: each gets a try of its own.
+            # One image may have made the batch fail, or it needs too much memory as a whole: segment each image alone.
             if len(good) > 1:
-                told = message_of(error)
-                logger.warning("%d images failed as a batch, so each is segmented by itself: %s", len(good), told)
-            found = [self._attempt(item, lambda item: self._segment([item])[0], item) for item in good]
+                cause = message_of(error)
+                logger.warning("%d images failed as a batch; each is segmented by itself: %s", len(good), cause)
+            masks = [self._attempt(item, lambda item: self._segment([item])[0], item) for item in good]
         self.num_images += len(items)
-        self.num_labels += sum(len(each.masks) for each in found if each)
-        of_good = iter(found)
+        self.num_labels += sum(len(each.masks) for each in masks if each)
+        of_good = iter(masks)
         return [next(of_good) if item.error is None else None for item in items]
 
-    def _to_detections(self, item: ImageItem, found: ImageMasks) -> fol.Detections:
+    def _to_detections(self, item: ImageItem, masks: ImageMasks) -> fol.Detections:
         files = MaskFiles(apply_model_folder(self.config), item.sample_id or str(ObjectId()), APPLIED)
         try:
-            detections = self.writer.detections(found, files)
+            detections = self.writer.detections(masks, files)
         except BaseException:
             files.discard()
             raise
-        if item.sample_id is None:  # of an array: the caller decides what becomes of the labels
+        if item.sample_id is None:  # an array: the caller decides what to do with the labels
             files.confirm()
         elif not files.is_empty:
             self._unconfirmed.append(files)
@@ -197,7 +197,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         return detections
 
     def _attempt(self, item: ImageItem, work: Callable[..., T], *args: object) -> T | None:
-        """None where it fails, which is recorded, or raised where the item says so."""
+        """The result of `work(*args)`. A failure is recorded and gives None, or is raised if the item requires that."""
         try:
             return work(*args)
         except Exception as error:
@@ -207,7 +207,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             return None
 
     def fail(self, item: ImageItem, error: str) -> None:
-        """Notes an image that was not segmented."""
+        """Records and logs an image that could not be segmented."""
         failure = Failure(item.sample_id, item.filepath, error)
         self.failures.append(failure)
         logger.warning("Sample %s was not segmented: %s", item.sample_id, failure)
@@ -216,7 +216,7 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         if items and items[0].prompted:
             return [self._segment_anything(item) for item in items]
         config = self.config
-        found = self.model.segment_everything(
+        results = self.model.segment_everything(
             [item.pixels for item in items],
             prompting=config.prompting,
             conf=CONFIDENCE if config.confidence_thresh is None else config.confidence_thresh,
@@ -225,16 +225,16 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
             points_per_side=config.points_per_side,
             grid_filter=GridFilter(config.pred_iou_thresh, config.stability_score_thresh),
         )
-        return [ImageMasks(self._wanted(masks)) for masks in found]
+        return [ImageMasks(self._filtered(masks)) for masks in results]
 
-    def _wanted(self, found: Segmentation) -> Segmentation:
+    def _filtered(self, masks: Segmentation) -> Segmentation:
         if self.config.confidence_thresh is not None:
-            found = found.select(np.flatnonzero(found.confidence >= self.config.confidence_thresh))
+            masks = masks.select(np.flatnonzero(masks.confidence >= self.config.confidence_thresh))
         if self.config.min_area:
-            found = found.select(np.flatnonzero(found.areas >= self.config.min_area))
+            masks = masks.select(np.flatnonzero(masks.areas >= self.config.min_area))
         if self.config.max_masks is not None:
-            found = found.select(np.argsort(-found.confidence, kind="stable")[: self.config.max_masks])
-        return found
+            masks = masks.select(np.argsort(-masks.confidence, kind="stable")[: self.config.max_masks])
+        return masks
 
     def _segment_anything(self, item: ImageItem) -> ImageMasks | None:
         prompts = labels_of(item.prompts)
@@ -245,36 +245,39 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         if isinstance(prompts[0], fol.Detection):
             boxes = np.array([prompt.bounding_box for prompt in prompts], np.float32).reshape(-1, 2, 2)
             corners = (np.stack([boxes[:, 0], boxes[:, 0] + boxes[:, 1]], 1) * scale).reshape(-1, 4)
-            found = self.model.segment_anything([item.pixels], boxes=[corners])[0]
+            masks = self.model.segment_anything([item.pixels], boxes=[corners])[0]
         else:
             points, point_labels = zip(*(keypoint_prompt(prompt) for prompt in prompts))
             in_pixels = [p * scale for p in points]
-            found = self.model.segment_anything([item.pixels], points=[in_pixels], point_labels=[point_labels])[0]
+            masks = self.model.segment_anything([item.pixels], points=[in_pixels], point_labels=[point_labels])[0]
         if self.config.confidence_thresh is not None:
-            kept = np.flatnonzero(found.predicted_iou >= self.config.confidence_thresh)
-            found, prompts = found.select(kept), [prompts[i] for i in kept]
-        return ImageMasks(found, prompts)
+            kept = np.flatnonzero(masks.predicted_iou >= self.config.confidence_thresh)
+            masks, prompts = masks.select(kept), [prompts[i] for i in kept]
+        return ImageMasks(masks, prompts)
 
 
 # FiftyOne's interface to a source of zoo models ---------------------------------------------------------------------
 def apply_model_folder(config: MobileSAMv2ModelConfig) -> str:
-    """Where masks in files go that `apply_model` stores: with those of any dataset, for a model is told of none."""
+    """The folder for mask files of `apply_model`. All datasets share it, since a model doesn't know its dataset."""
     return os.path.join(mask_folder(config), APPLIED)
 
 
 def download_model(name: str, path: str | None) -> None:
-    """Makes sure of a model's files. `path` gets a note of them: FiftyOne takes a model for downloaded if it exists."""
+    """Verifies a model's files, downloading missing ones.
+
+    Then lists them in the file `path`, if given: FiftyOne considers a model downloaded if that file exists.
+    """
     files = fetch_model(name)
     if path is None:
         return
     try:
         Path(path).write_text(json.dumps({key: str(file) for key, file in files.items()}))
-    except OSError as error:  # the zoo may be read-only; the files are verified again at every load
+    except OSError as error:  # the zoo's folder may be read-only; the files are verified at every load anyway
         logger.debug("Could not write %s: %s", path, error)
 
 
 def load_model(name: str, **parameters: object) -> MobileSAMv2Model:
-    """The zoo model `name` with :class:`MobileSAMv2ModelConfig`'s parameters."""
+    """The zoo model `name` with the given parameters of :class:`MobileSAMv2ModelConfig`."""
     return MobileSAMv2Model(MobileSAMv2ModelConfig({"name": name, **parameters}))
 
 
@@ -304,6 +307,6 @@ def _add_input(inputs: types.Object, parameter: Parameter) -> None:
 
 
 def parse_parameters(name: str, ctx: ExecutionContext, params: MutableMapping[str, Any]) -> None:
-    """Drops what the form left empty, so that the defaults apply."""
+    """Drops empty inputs of the form, so that the defaults apply."""
     for key in [key for key, value in params.items() if value is None or value == ""]:
         del params[key]

@@ -16,11 +16,11 @@ from ..modeling.arrays import ImageArray
 
 @dataclass(frozen=True)
 class ImageItem:
-    """What a data loader's worker hands over: an image and its prompts, or why there is none.
+    """An image and its prompts from a worker of the data loader, or the error that occurred instead.
 
     Attributes:
-        prompted: whether the prompts, and not all objects, are to be segmented.
-        skip_failures: whether an error is to be recorded; otherwise it is raised.
+        prompted: whether to segment the prompts instead of all objects.
+        skip_failures: whether to record a failure; otherwise it is raised.
     """
 
     sample_id: str | None = None
@@ -33,18 +33,18 @@ class ImageItem:
 
     @property
     def pixels(self) -> ImageArray:
-        """`image`. Raises ArgumentError where there is none."""
+        """`image`. Raises ArgumentError if it could not be read."""
         if self.image is None:
-            raise ArgumentError(f"{self.filepath} has not been read: {self.error}")
+            raise ArgumentError(f"{self.filepath} could not be read: {self.error}")
         return self.image
 
 
 class ImageGetItem(fout.GetItem):
-    """Reads the image of a sample, and its prompts where a `prompt_field` is mapped.
+    """Reads the image of a sample, and its prompts if `prompt_field` is mapped.
 
     Args:
         field_mapping: may map "prompt_field" to a field of detections or keypoints.
-        skip_failures: hand an unreadable image over as an error of its own. Raised, it would cost its whole batch.
+        skip_failures: whether to return the error of an unreadable image; raised, it would fail the whole batch.
     """
 
     def __init__(self, field_mapping: dict[str, str] | None = None, skip_failures: bool = True) -> None:

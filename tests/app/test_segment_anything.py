@@ -35,7 +35,7 @@ def test_masks_for_all_boxes(app, boxed):
     assert f"{len(detections)} objects in 6 images" in text
     assert all(detection.mask is not None and detection.label == "thing" for detection in detections)
     app.operator("Segment from prompts")
-    assert f"{len(detections)} labels of 'boxes' here, all with masks" in app.form_text()
+    assert f"'boxes' has {len(detections)} labels here, all with masks" in app.form_text()
     app.cancel()
 
 

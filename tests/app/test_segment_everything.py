@@ -121,7 +121,7 @@ def test_failures_are_shown(app, bare, tmp_path):
     shutil.copy(bare.first().filepath, broken)
     app.page.locator(TOOLBAR).click()
     app.wait_form()
-    assert "The last run into 'segmentations' failed at 1 sample. To try these alone" in app.form_text()
+    assert "The last run into 'segmentations' failed for 1 sample. To retry only these" in app.form_text()
     app.screenshot("segment-everything-failed-before")
     app.form.get_by_role("button", name="Show failed samples").click()
     app.wait_samples("1 sample")

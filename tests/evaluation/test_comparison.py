@@ -201,7 +201,8 @@ def test_failed_images_are_reported(scenes, model, tmp_path, unchanged):
 def test_summary_sentence_and_table(scenes):
     result = Comparison(scenes.view(), 32, measurement(16.6, 0.081), measurement(1024, 4.93, crop=0.2))
     assert str(result) == (
-        "Object-aware prompting decoded 17 prompts an image in 0.081 s; the 32x32 grid 1024 in 4.9 s: 61 times as long."
+        "Object-aware prompting decoded 17 prompts per image in 0.081 s; the 32x32 grid 1024 in 4.9 s: "
+        "61 times as long."
     )
     assert result.ratio == pytest.approx(5.13 / 0.091)
     table = result.table()

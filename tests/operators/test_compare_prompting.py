@@ -76,7 +76,7 @@ def test_comparison_leaves_nothing_behind(plugin, scenes):
     datasets, fields = fo.list_datasets(), set(scenes.get_field_schema(flat=True))
     text, calls = plugin.run_to_the_end(NAME, scenes, DEMO)
     prompts, seconds, grid_seconds, times = re.search(
-        r"\*\*Object-aware prompting decoded (\d+) prompts an image in ([\d.]+) s; the 16x16 grid 256 in ([\d.]+) s: "
+        r"\*\*Object-aware prompting decoded (\d+) prompts per image in ([\d.]+) s; the 16x16 grid 256 in ([\d.]+) s: "
         r"([\d.]+) times as long\.\*\*",
         text,
     ).groups()
@@ -131,10 +131,10 @@ def test_image_without_objects(plugin, dataset, tmp_path):
     cells = table(text)
     assert cells["object-aware"]["objects"] == cells["grid 16x16"]["objects"] == "0.0"
     assert "Object-aware prompting found no object to decode; the 16x16 grid 256 in " in text
-    assert "SAM's filters leave 0.0 of the grid's masks an image" in text and "Switch them off" in text
+    assert "SAM's filters keep 0.0 of the grid's masks per image" in text and "Switch the filters off" in text
     assert "AR@10" not in cells["object-aware"]
     unfiltered, _ = plugin.run_to_the_end(NAME, dataset, DEMO)
-    assert float(table(unfiltered)["grid 16x16"]["objects"]) > 0 and "Switch them off" not in unfiltered
+    assert float(table(unfiltered)["grid 16x16"]["objects"]) > 0 and "Switch the filters off" not in unfiltered
 
 
 @pytest.mark.slow

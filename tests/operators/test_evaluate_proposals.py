@@ -70,7 +70,7 @@ def test_recorded_proposals_are_the_default(plugin, proposed):
         ({"ks": "1.5"}, "not '1.5'"),
         ({"ks": "10001"}, "not '10001'"),
         ({"ks": ","}, "not ','"),
-        ({"eval_key": "my run"}, "Evaluation key: 'my run' can't be one"),
+        ({"eval_key": "my run"}, "Evaluation key: 'my run' is not valid"),
         ({"eval_key": "other"}, "'other' is an evaluation of another kind"),
         ({"pred_field": "gone"}, "Proposals: 'gone' is no longer available"),
         ({"pred_field": "ground_truth", "gt_field": "ground_truth"}, "Ground truth: 'ground_truth' is no longer"),
@@ -95,7 +95,7 @@ def test_form_without_fields(plugin, scenes, dataset):
     scenes.clone_sample_field("ground_truth", "segmentations")
     scenes.delete_sample_field("ground_truth")
     (error,) = plugin.form(NAME, scenes).errors
-    assert "no field of Detections or Polylines or Detection or Polyline beside 'segmentations'" in error
+    assert "no field of Detections or Polylines or Detection or Polyline other than 'segmentations'" in error
     scenes.delete_sample_field("segmentations")
     assert "no field of proposals yet" in plugin.form(NAME, scenes).errors[0]
 
@@ -162,7 +162,7 @@ def test_earlier_evaluation_is_replaced(plugin, proposed):
     form = plugin.form(NAME, proposed)
     assert form.errors == form.messages == [] and form.default("eval_key") == "ar_2"
     form = plugin.form(NAME, proposed, {"eval_key": "ar"})
-    assert form.errors == [] and form.messages == ["There is an evaluation 'ar', which will be replaced."]
+    assert form.errors == [] and form.messages == ["The existing evaluation 'ar' will be replaced."]
     plugin.call(NAME, proposed, ks="2", eval_key="ar")
     assert proposed.get_evaluation_info("ar").config.ks == [2]
 

@@ -53,7 +53,7 @@ def test_exported_masks_equal_the_stored_ones(plugin, scenes, tmp_path):
     path = tmp_path / "new" / "masks.json"
     text, _ = plugin.run_to_the_end(NAME, scenes, {"path": str(path)})
     objects = scenes.count("ground_truth.detections")
-    assert f"{objects} masks of 4 images" in text and str(path) in text and "equal to what is stored" in text
+    assert f"{objects} masks of 4 images" in text and str(path) in text and "identical to the stored masks" in text
     coco = COCO(str(path))
     for image, sample in zip(coco.dataset["images"], scenes):
         assert image["file_name"] == sample.filename

@@ -63,7 +63,7 @@ def test_form_names_missing_data(plugin, scenes, dataset):
     assert "Open a dataset" in plugin.form(NAME, None).errors[0]
     assert "Run 'Segment everything' first" in plugin.form(NAME, scenes).errors[0]  # only ground_truth
     scenes.rename_sample_field("ground_truth", "segmentations")
-    assert "no field of Detections or Polylines beside 'segmentations'" in plugin.form(NAME, scenes).errors[0]
+    assert "no field of Detections or Polylines other than 'segmentations'" in plugin.form(NAME, scenes).errors[0]
     dataset.add_sample(fo.Sample("/nowhere/0.png"))
     dataset.add_sample_field("classes", fo.EmbeddedDocumentField, embedded_doc_type=fo.Classification)
     assert "no field of proposals" in plugin.form(NAME, dataset).errors[0]

@@ -54,8 +54,8 @@ def test_figures_are_stored_and_summarized(plugin, scenes):
     assert scenes.values("ground_truth_coverage") == [*covered, None]
     assert scenes.values("ground_truth_objects") == [*objects, None]
     assert "4 images measured" in text and "reload_dataset" in calls
-    assert f"{np.mean(covered):.1%} covered, by {np.mean(objects):.1f} objects" in text
-    assert "1 have nothing in `ground_truth`" in text
+    assert f"{np.mean(objects):.1f} objects cover {np.mean(covered):.1%}" in text
+    assert "Not measured: 1 without a value in `ground_truth`" in text
 
 
 def test_only_the_view_is_measured(plugin, scenes):

@@ -72,7 +72,7 @@ def test_form_says_what_is_wrong(plugin, proposed, params, error):
 def test_form_refuses_labels_that_are_not_proposals(plugin, proposed):
     labels = selected_labels(proposed, 1)
     labels[0] = {**labels[0], "field": "ground_truth"}
-    assert "several fields, ground_truth, proposals" in plugin.form(NAME, proposed, selected_labels=labels).errors[0]
+    assert "several fields: ground_truth, proposals" in plugin.form(NAME, proposed, selected_labels=labels).errors[0]
     gone = [{**label, "field": "gone"} for label in labels]
     assert "no field 'gone'" in plugin.form(NAME, proposed, selected_labels=gone).errors[0]
     kinds = proposed.to_patches("ground_truth")
@@ -89,7 +89,7 @@ def test_selected_labels_are_promoted(plugin, proposed):
     assert proposed.count_values("ground_truth.detections.label") == {"dog": 4, "cat": 8}
     assert proposed.count_label_tags("proposals")["promoted"] == 8
     text, _ = plugin.run_to_the_end(NAME, proposed, {"label": "cow"}, selected_labels=labels)
-    assert "0 objects labeled" in text and "left as they were: 8" in text
+    assert "0 objects labeled" in text and "left unchanged: 8" in text
 
 
 def test_selected_patches_are_promoted(plugin, proposed):
@@ -115,7 +115,7 @@ def test_deleted_proposals_are_reported(plugin, proposed):
     labels = selected_labels(proposed)
     proposed.delete_labels(ids=[labels[0]["label_id"]], fields="proposals")
     text, _ = plugin.run_to_the_end(NAME, proposed, {"label": "cat"}, selected_labels=labels)
-    assert "7 objects labeled" in text and "Not there any more: 1" in text
+    assert "7 objects labeled" in text and "No longer there: 1" in text
 
 
 def test_missing_class_is_refused(plugin, proposed):

@@ -127,7 +127,7 @@ def test_only_selected_labels_get_masks(plugin, boxed, sam):
     assert plugin.call("segment_anything", boxed, prompt_field="boxes", **DEMO)["objects"] == 10
     assert np.array_equal(boxed.first().boxes.detections[0].mask, first)
     assert (
-        "12 labels of 'boxes' here, all with masks"
+        "'boxes' has 12 labels here, all with masks"
         in plugin.form("segment_anything", boxed, {"prompt_field": "boxes"}).errors[0]
     )
 
@@ -276,13 +276,14 @@ def test_form_says_what_is_wrong(plugin, boxed, dataset):
         return plugin.form("segment_anything", samples, params, **request).errors[0]
 
     assert "has no samples" in errors(dataset)
-    assert "'boxes' has the prompts" in errors(boxed, {"prompt_field": "boxes", "place": "new", "label_field": "boxes"})
+    same = {"prompt_field": "boxes", "place": "new", "label_field": "boxes"}
+    assert "'boxes' holds the prompts" in errors(boxed, same)
     assert "is no longer available" in errors(boxed, {"prompt_field": "gone"})
     form = plugin.form("segment_anything", boxed.to_patches("boxes"), {"prompt_field": "boxes"})
     assert form.errors == [] and "works on the whole dataset" in form.messages[0]
     sample = boxed.first()
     mixed = selected(sample, "boxes", [0]) + selected(sample, "ground_truth", [0])
-    assert "of several fields, boxes, ground_truth" in errors(boxed, selected_labels=mixed)
+    assert "in several fields: boxes, ground_truth" in errors(boxed, selected_labels=mixed)
     gone = [{"label_id": "0" * 24, "sample_id": sample.id, "field": "boxes"}]
     assert "no longer exist" in errors(boxed, selected_labels=gone)
     never = [{"label_id": "0" * 24, "sample_id": sample.id, "field": "deleted"}]

@@ -73,7 +73,7 @@ def test_form_shows_which_weights_are_downloaded(plugin, scenes, monkeypatch, tm
 def test_grid_has_its_own_inputs(plugin, scenes):
     form = plugin.form("segment_everything", scenes, {"prompting": "grid", "points_per_side": 16})
     assert "max_prompts" not in form.inputs
-    assert any("256 prompts an image" in message for message in form.messages)
+    assert any("256 prompts per image" in message for message in form.messages)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_failed_samples_can_be_retried_alone(plugin, scenes, expected, scene_fil
     scenes.add_sample(fo.Sample(str(late)))
     plugin.call("segment_everything", scenes, **DEMO)
     form = plugin.form("segment_everything", scenes, DEMO)
-    assert any("failed at 1 sample. To try these alone" in message for message in form.messages)
+    assert any("failed for 1 sample. To retry only these" in message for message in form.messages)
     view = form.inputs["show_failed"].view
     assert view.operator == "@voxel51/operators/show_samples" and view.params == {"samples": [scenes.last().id]}
     failed = segmentation_runs.failed_samples(scenes, "segmentations")
@@ -415,7 +415,7 @@ def test_shards_are_scheduled(plugin, scenes, expected):
 @pytest.mark.parametrize("shard", [5, {"index": 3, "count": 3, "group": "x"}, {"index": 0}, {"index": "0", "count": 2}])
 def test_invalid_shard_is_refused(plugin, scenes, shard):
     (error,) = plugin.form("segment_everything", scenes, {**DEMO, "shard": shard}).errors
-    assert "index, count and group of a part were expected" in error
+    assert "index, count and group of a shard were expected" in error
 
 
 def test_killed_run_is_recorded_as_cancelled(plugin, scenes):

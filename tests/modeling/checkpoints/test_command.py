@@ -44,7 +44,7 @@ def test_download_verify_delete(capsys, folder):
     assert (folder / "a.pt").read_bytes() == CONTENT
 
     status, out, _ = run(capsys, "--verify", "one")
-    assert status == 0 and f"a.pt: right, sha256 {SHA256}" in out
+    assert status == 0 and f"a.pt: correct, sha256 {SHA256}" in out
     (folder / "a.pt").write_bytes(b"damaged")
     status, out, _ = run(capsys, "--verify", "one")
     assert status == 1 and "a.pt is not a.pt: its sha256 is" in out
