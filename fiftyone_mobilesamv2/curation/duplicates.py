@@ -36,14 +36,14 @@ class Duplicates:
 
     Attributes:
         samples: the samples that were searched.
-        field: the field of the labels.
+        label_field: the field of the labels.
         ids: tag ("duplicate", "part" or "whole") -> ids of the labels that have it now, strongest relation first:
             duplicates by IoU, parts by the share inside, wholes by their number of parts.
         skipped: id, filepath and cause of each image with an unusable label.
     """
 
     samples: SampleCollection = dataclasses.field(repr=False)
-    field: str
+    label_field: str
     ids: dict[str, list[str]] = dataclasses.field(repr=False)
     skipped: list[Skipped] = dataclasses.field(repr=False)
 
@@ -54,7 +54,7 @@ class Duplicates:
 
     def patches(self, tag: str = DUPLICATE) -> fo.core.patches.PatchesView:
         """The labels with a tag in the order of `ids`, except those that have lost it since."""
-        return patches_of(self.samples, self.field, tag, self.ids[tag])
+        return patches_of(self.samples, self.label_field, tag, self.ids[tag])
 
 
 def find_duplicates(

@@ -37,7 +37,7 @@ class FoundLabels:
 
     Attributes:
         samples: the samples that were searched.
-        field: the field of the labels.
+        label_field: the field of the labels.
         tag: their tag, which no other label of the field in `samples` has.
         ids: the ids of the labels, in the order in which to review them.
         num_samples: number of samples with such labels.
@@ -46,7 +46,7 @@ class FoundLabels:
     """
 
     samples: SampleCollection = dataclasses.field(repr=False)
-    field: str
+    label_field: str
     tag: str
     ids: list[str] = dataclasses.field(repr=False)
     num_samples: int
@@ -59,7 +59,7 @@ class FoundLabels:
     @property
     def patches(self) -> fo.core.patches.PatchesView:
         """These labels in this order, except those that have lost the tag since."""
-        return patches_of(self.samples, self.field, self.tag, self.ids)
+        return patches_of(self.samples, self.label_field, self.tag, self.ids)
 
 
 def find_unlabeled_objects(

@@ -53,10 +53,10 @@ class FindDuplicates(Operator):
         lines = [
             f"**{count(counts['duplicate'], 'duplicate')}, {count(counts['part'], 'part')} of "
             f"{count(counts['whole'], 'label')}**",
-            f"Tagged in `{duplicates.field}`; `{ATTRIBUTES['duplicate']}` and `{ATTRIBUTES['part']}` hold the id of "
-            f"the other label.",
+            f"Tagged in `{duplicates.label_field}`; `{ATTRIBUTES['duplicate']}` and `{ATTRIBUTES['part']}` hold the "
+            "id of the other label.",
         ]
-        result = {"field": duplicates.field, "counts": counts, "skipped": duplicates.skipped}
+        result = {"field": duplicates.label_field, "counts": counts, "skipped": duplicates.skipped}
         return Outcome(
             "\n\n".join(lines + skipped_text(duplicates.skipped)),
             result,

@@ -67,7 +67,7 @@ class FindUnlabeledObjects(Operator):
             order = "highest score" if of_objects else "least overlap with any proposal"
             lines.append(
                 f"In {findings.num_samples:,} of {count(len(form.samples), 'image')}, tagged `{findings.tag}` in "
-                f"`{findings.field}`. They are shown, {order} first."
+                f"`{findings.label_field}`. They are shown, {order} first."
             )
             if of_objects:
                 lines.append(
@@ -79,7 +79,7 @@ class FindUnlabeledObjects(Operator):
                 f"them first."
             )
         result = {
-            "field": findings.field,
+            "field": findings.label_field,
             "tag": findings.tag,
             "found": number,
             "samples": findings.num_samples,

@@ -14,7 +14,7 @@ from fiftyone_mobilesamv2.labels.masks import masks_of
 
 
 def found_names(result):
-    return [patch[result.field].label for patch in result.patches]
+    return [patch[result.label_field].label for patch in result.patches]
 
 
 def tagged_names(dataset, field, tag):
