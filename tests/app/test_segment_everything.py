@@ -41,7 +41,7 @@ def test_dataset_is_segmented_from_the_toolbar(app, bare, scenes_template):
     objects = scenes_template.count("proposals.detections")
     text = app.wait_output("objects in 6 images")
     app.screenshot("segment-everything-summary")
-    assert f"{objects} objects in 6 images" in text and "images a second" in text
+    assert f"{objects} objects in 6 images" in text and "images per second" in text
     app.done()
     app.page.get_by_text("segmentations", exact=True).first.wait_for()
     app.wait_grid()

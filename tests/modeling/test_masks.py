@@ -78,6 +78,7 @@ def assert_as_upsampled(logits: torch.Tensor, image_size: int, size: tuple[int, 
 @example(kinds=KINDS, geometry="demo", height=1, width=333, seed=0)
 @example(kinds=KINDS, geometry="demo", height=333, width=1, seed=0)
 @example(kinds=KINDS, geometry="tiny", height=1, width=1, seed=0)
+@example(kinds=["smooth", "smooth", "steps"], geometry="demo", height=33, width=96, seed=0)  # exact zeros
 def test_crops_equal_the_upsampled_masks(kinds, geometry, height, width, seed):
     side, image_size = GEOMETRIES[geometry]
     generator = torch.Generator().manual_seed(seed)
