@@ -154,11 +154,10 @@ def run_lengths(counts: str | bytes) -> IntArray:
     if (ends - starts).max(initial=0) > 6:  # 35 bits
         raise ArgumentError("a run is longer than any image")
     position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    numbers = np.add.reduceat((codes & 0x1F) << 5 * position, starts)
+    numbers: IntArray = np.add.reduceat((codes & 0x1F) << 5 * position, starts)
     numbers -= np.where(codes[ends] & 0x10 != 0, 1 << 5 * (ends - starts + 1), 0)  # two's complement
-    runs = numbers.copy()
-    runs[1::2], runs[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
-    return runs
+    numbers[1::2], numbers[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
+    return numbers
 
 
 def _rle_from_changes(changes: IntArray, size: tuple[int, int]) -> RLE:
