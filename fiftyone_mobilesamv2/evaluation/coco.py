@@ -6,25 +6,21 @@ so that the position of the mask's pixels is no longer exact.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import fiftyone as fo
 import fiftyone.core.labels as fol
 import numpy as np
-from pycocotools import mask as mask_utils
 
-from ..errors import ArgumentError, message_of
+from ..errors import ArgumentError
 from ..labels.fields import GROUND_TRUTH_FIELD
-from ..modeling.arrays import MaskArray
+from .instances import Entry, Id, Instances, read_instances
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +42,8 @@ def load_coco(
     - `mask`: bool [h, w], the pixels according to pycocotools, cropped to their tight box.
     - `bounding_box`: that tight box, [x, y, w, h] relative to the image; a whole number of pixels.
     - `iscrowd`: bool.
-    - `area`: the area in the file, in pixels; for polygons, it may differ slightly from the mask's pixel count.
+    - `area`: the area in the file, in pixels; for polygons, it may differ slightly from the mask's pixel count, which
+      it is where the file states none.
 
     An object without pixels, such as a polygon of two points, keeps the file's box, rounded outwards to pixels, and an
     all-False mask: as in pycocotools, no proposal can find it. A warning lists these objects.
@@ -66,70 +63,16 @@ def load_coco(
             dataset of this name exists. Nothing is then left in the database.
     """
     instances = read_instances(annotations)
-    paths = {key: Path(images) / instances.value(image, "file_name") for key, image in instances.images.items()}
+    paths = {key: Path(images) / instances.image_text(key, "file_name") for key in instances.images}
     return make_dataset(instances, paths, sample, seed, name, gt_field)
 
 
-Entry = dict[str, Any]  # an image, category or annotation, as in the file
-
-
-@dataclass(frozen=True)
-class Instances:
-    """The content of a JSON file.
-
-    Attributes:
-        file: its path.
-        images: the entry of each image by its id.
-        categories: the entry of each category by its id.
-        objects: the annotations of each image by its id.
-    """
-
-    file: Path
-    images: dict[int, Entry]
-    categories: dict[int, Entry]
-    objects: Mapping[int, list[Entry]]
-
-    def value(self, entry: Entry, key: str) -> Any:
-        """`entry[key]`. Raises ValueError if it is missing."""
-        if key not in entry:
-            raise ArgumentError(f"{self.file}: entry {entry.get('id')} has no '{key}'; it has {', '.join(entry)}.")
-        return entry[key]
-
-
-def read_instances(file: str | PathLike[str]) -> Instances:
-    """Reads a JSON file in COCO or LVIS format.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it isn't in this format, or an annotation refers to an image or category that it doesn't list.
-    """
-    file = Path(file)
-    try:
-        content = json.loads(file.read_bytes())
-        images, categories = ({entry["id"]: entry for entry in content[key]} for key in ("images", "categories"))
-        objects: dict[int, list[Entry]] = defaultdict(list)
-        for annotation in content["annotations"]:
-            objects[annotation["image_id"]].append(annotation)
-            if annotation["image_id"] not in images or annotation["category_id"] not in categories:
-                raise ArgumentError(
-                    f"annotation {annotation['id']} refers to image {annotation['image_id']} and category "
-                    f"{annotation['category_id']}, but the file doesn't list both: complete 'images' and 'categories', "
-                    "or remove the annotation."
-                )
-    except (KeyError, TypeError) as error:
-        raise ArgumentError(
-            f"{file} isn't in COCO format ({message_of(error)}): it must contain 'images', 'annotations' "
-            "and 'categories', like COCO's instances_*.json and lvis_v1_*.json."
-        ) from error
-    except ValueError as error:
-        raise ArgumentError(f"{file}: {error}") from error
-    return Instances(file, images, categories, objects)
-
-
 def make_dataset(
-    instances: Instances, paths: Mapping[int, Path], sample: int | None, seed: int, name: str | None, gt_field: str
+    instances: Instances, paths: Mapping[Id, Path], sample: int | None, seed: int, name: str | None, gt_field: str
 ) -> fo.Dataset:
     """A dataset of the images `paths` (id -> path) with their objects; otherwise like :func:`load_coco`."""
+    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, Integral) or sample < 1):
+        raise ArgumentError(f"sample must be a number of images, 1 or more, or None for all; got {sample!r}.")
     existing = sorted(key for key, path in paths.items() if path.is_file())
     if len(existing) < (len(paths) if sample is None else sample):
         missing = [str(path) for path in paths.values() if not path.is_file()]
@@ -139,7 +82,7 @@ def make_dataset(
             f"{'.' if sample is None else f', or draw fewer than {sample}.'}"
         )
     if sample is not None:
-        paths = {key: paths[key] for key in sorted(random.Random(seed).sample(existing, sample))}
+        paths = {key: paths[key] for key in sorted(random.Random(seed).sample(existing, int(sample)))}
     if name is not None and fo.dataset_exists(name):
         raise ArgumentError(
             f"A dataset named {name!r} exists. Choose another name, or delete it: fiftyone.delete_dataset({name!r})."
@@ -147,7 +90,7 @@ def make_dataset(
     dataset = fo.Dataset(name, persistent=name is not None)
     try:
         _declare_fields(dataset, instances, gt_field)
-        empty: list[int] = []
+        empty: list[Id] = []
         # A generator, so that only one batch of masks is in memory at a time.
         dataset.add_samples(_samples(instances, paths, gt_field, empty), num_samples=len(paths))
     except BaseException:
@@ -173,11 +116,10 @@ def _declare_fields(dataset: fo.Dataset, instances: Instances, gt_field: str) ->
         dataset.add_sample_field(f"{gt_field}.detections.frequency", fo.StringField)
 
 
-def _samples(instances: Instances, paths: Mapping[int, Path], gt_field: str, empty: list[int]) -> Iterator[fo.Sample]:
+def _samples(instances: Instances, paths: Mapping[Id, Path], gt_field: str, empty: list[Id]) -> Iterator[fo.Sample]:
     """Yields the samples; adds the ids of annotations without pixels to `empty`."""
     for key, path in paths.items():
-        image = instances.images[key]
-        size = instances.value(image, "height"), instances.value(image, "width")
+        size = instances.size(key)
         metadata = fo.ImageMetadata.build_for(str(path))
         if (metadata.height, metadata.width) != size:
             raise ArgumentError(
@@ -197,28 +139,21 @@ def _samples(instances: Instances, paths: Mapping[int, Path], gt_field: str, emp
 
 def _detection(instances: Instances, annotation: Entry, size: tuple[int, int]) -> fol.Detection:
     height, width = size
-    try:
-        mask = decode_segmentation(annotation.get("segmentation"), size)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{instances.file}: the segmentation of annotation {annotation['id']} must be polygons, [[x, y, x, y, "
-            f"...], ...], or RLE of {height} rows and {width} columns ({message_of(error)})."
-        ) from error
+    mask = instances.mask(annotation, size)
     if mask.any():
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
     else:
-        x, y, w, h = instances.value(annotation, "bbox")
+        x, y, w, h = instances.box(annotation)
         (x0, x1), (y0, y1) = _whole_pixels(x, w, width), _whole_pixels(y, h, height)
-    category = instances.categories[annotation["category_id"]]
-    kept = {"frequency": category["frequency"]} if "frequency" in category else {}
+    area, frequency = instances.area(annotation), instances.frequency(annotation)
     return fol.Detection(
-        label=instances.value(category, "name"),
+        label=instances.category_name(annotation),
         bounding_box=[x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height],
         mask=mask[y0:y1, x0:x1].copy(),  # a view would keep the whole image's mask in memory
-        iscrowd=bool(annotation.get("iscrowd", 0)),
-        area=float(instances.value(annotation, "area")),
-        **kept,
+        iscrowd=instances.is_crowd(annotation),
+        area=float(mask.sum()) if area is None else area,
+        **({} if frequency is None else {"frequency": frequency}),
     )
 
 
@@ -226,30 +161,3 @@ def _whole_pixels(start: float, length: float, limit: int) -> tuple[int, int]:
     """The range of pixels in 0 ... `limit` that a range touches, at least one; the end is exclusive."""
     first = min(max(math.floor(start), 0), limit - 1)
     return first, min(max(math.ceil(start + length), first + 1), limit)
-
-
-def decode_segmentation(segmentation: list[list[float]] | Mapping[str, Any] | None, size: tuple[int, int]) -> MaskArray:
-    """Decodes a COCO segmentation to bool [height, width] with pycocotools.
-
-    Args:
-        segmentation: polygons, of which those with fewer than 3 points are ignored; RLE, compressed or not; or None.
-        size: (height, width) of the image.
-
-    Raises:
-        KeyError, TypeError, ValueError: it has none of these forms, or is RLE of a different size.
-    """
-    height, width = size
-    if not isinstance(segmentation, Mapping):
-        polygons = [polygon for polygon in segmentation or () if len(polygon) >= 6]
-        if not polygons:
-            return np.zeros(size, bool)
-        rle = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
-    else:
-        counts = segmentation["counts"]
-        # pycocotools returns uninitialized memory for pixels that uncompressed RLE does not cover.
-        uncompressed = isinstance(counts, list)
-        if list(segmentation["size"]) != [height, width] or (uncompressed and sum(counts) != height * width):
-            raise ArgumentError(f"its size is {segmentation['size']}, or its counts do not add up to the size")
-        rle = mask_utils.frPyObjects(segmentation, height, width) if uncompressed else segmentation
-    mask: MaskArray = mask_utils.decode(rle).astype(bool)
-    return mask

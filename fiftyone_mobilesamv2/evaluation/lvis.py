@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import fiftyone as fo
 
 from ..labels.fields import GROUND_TRUTH_FIELD
-from .coco import make_dataset, read_instances
+from .coco import make_dataset
+from .instances import read_instances
 
 
 def load_lvis(
@@ -30,10 +31,7 @@ def load_lvis(
     The paper uses "100 randomly sampled LVIS images" without naming them: `sample=100` draws different ones.
     """
     instances = read_instances(annotations)
-    paths = {
-        key: _find_image(Path(images), str(instances.value(image, "coco_url")))
-        for key, image in instances.images.items()
-    }
+    paths = {key: _find_image(Path(images), instances.image_text(key, "coco_url")) for key in instances.images}
     return make_dataset(instances, paths, sample, seed, name, gt_field)
 
 

@@ -24,8 +24,9 @@ from ..labels.fields import GROUND_TRUTH_FIELD
 from ..modeling.checkpoints.catalog import DEMO_MODEL, pretrained_model
 from ..modeling.defaults import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
-from .coco import load_coco, read_instances
+from .coco import load_coco
 from .comparison import LABEL_BYTES, OBJECT_AWARE, Measurement, Truth, measure, warm_up
+from .instances import read_instances
 from .lvis import load_lvis
 
 if TYPE_CHECKING:

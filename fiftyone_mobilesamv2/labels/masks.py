@@ -15,12 +15,11 @@ from functools import lru_cache
 import cv2
 import fiftyone.core.storage as fos
 import numpy as np
-from pycocotools import mask as mask_utils
 
 from ..errors import ArgumentError, LabelError, MissingError
 from ..fiftyone_internals import Document
 from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
-from ..modeling.rle import RLE, rle_from_crop
+from ..modeling.rle import RLE, rle_from_crop, rle_from_polygons
 from .documents import name_of
 
 _NO_MASK = np.zeros((0, 0), bool), np.zeros(4, np.int64)
@@ -106,23 +105,42 @@ def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, In
 
 
 def _polygons_mask(label: Document, size: tuple[int, int]) -> RLE:
+    """The area of a polyline, whose shapes FiftyOne and the App fill even-odd."""
+    if not label.get("filled") and not label.get("closed"):
+        raise LabelError(f"{name_of(label)} is an open line without an area: set `closed` or `filled`")
     height, width = size
-    outlines = [np.array(points, float).reshape(-1, 2) * [width, height] for points in label["points"]]
-    polygons = [points.ravel().tolist() for points in outlines if len(points) >= 3]
+    polygons = [points * [width, height] for points in _outlines(label) if len(points) >= 3]
     if not polygons:
         raise LabelError(f"{name_of(label)} has no polygon of at least 3 points")
-    if not np.isfinite(np.concatenate(polygons)).all():
-        raise LabelError(f"{name_of(label)} has non-finite points")
-    merged: RLE = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
-    return merged
+    try:
+        return rle_from_polygons(polygons, size, even_odd=True)
+    except ValueError as error:
+        raise LabelError(f"{name_of(label)} has {error}") from error
+
+
+def _outlines(label: Document) -> list[FloatArray]:
+    """The shapes of a polyline, float64 [N, 2] each, relative to the image."""
+    shapes = []
+    stored = label["points"] or ()
+    for points in stored if isinstance(stored, (list, tuple)) else [stored]:
+        try:
+            array: AnyArray = np.array(points)
+        except ValueError:  # of different lengths
+            array = np.array(None)
+        if array.size and (array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] != 2):
+            raise LabelError(f"{name_of(label)} has points that are not pairs of numbers")
+        shapes.append(array.astype(float).reshape(-1, 2))
+    return shapes
 
 
 def _relative_box(label: Document) -> FloatArray:
     if "points" in label:
-        points = np.array([point for points in label["points"] for point in points], float).reshape(-1, 2)
+        points = np.concatenate([np.zeros((0, 2)), *_outlines(label)])
         if not len(points):
             raise LabelError(f"{name_of(label)} has no points")
-        low, high = points.min(0), points.max(0)
+        if not np.isfinite(points).all():
+            raise LabelError(f"{name_of(label)} has non-finite coordinates")
+        low, high = np.clip(points.min(0), -1, 2), np.clip(points.max(0), -1, 2)  # what reaches further is not in it
         box = [*low, *(high - low)]
     else:
         box = label.get("bounding_box") or []

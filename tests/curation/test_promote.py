@@ -133,7 +133,9 @@ def test_boxes(labelled):
 def test_polylines(labelled, shapes):
     sample = labelled.first()
     sample.proposals.detections[0].mask = None
-    sample["outlines"] = fo.Polylines(polylines=[fo.Polyline(label="dog", points=[[[0, 0], [1, 0], [1, 1]]])])
+    sample["outlines"] = fo.Polylines(
+        polylines=[fo.Polyline(label="dog", points=[[[0, 0], [1, 0], [1, 1]]], closed=True)]
+    )
     sample.save()
     result = promote_to_labels(labelled, ids_of(labelled), "proposals", "outlines", label="cat", progress=False)
     assert counts(result) == (4, 0, 2, [], [])

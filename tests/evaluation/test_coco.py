@@ -119,7 +119,10 @@ WITH_HOLE = rectangle(0, 0, WIDTH, HEIGHT) & ~rectangle(3, 3, 5, 6)
         ([polygon(1, 1, 4, 3)], rectangle(1, 1, 4, 3)),
         ([polygon(1, 1, 4, 3), polygon(6, 5, 11, 9)], TWO_PARTS),
         ([polygon(1, 1, 4, 3), polygon(2, 1, 6, 3)], rectangle(1, 1, 6, 3)),  # a union: overlaps don't cancel
-        ([[1, 1, 4], polygon(1, 1, 4, 3), [5, 5, 6, 6]], rectangle(1, 1, 4, 3)),
+        ([[1, 1], polygon(1, 1, 4, 3), [5, 5, 6, 6]], rectangle(1, 1, 4, 3)),
+        ([[[1, 1], [4, 1], [4, 3], [1, 3]]], rectangle(1, 1, 4, 3)),  # pairs
+        ([polygon(8, 7, 1e8, 1e8)], rectangle(8, 7, WIDTH, HEIGHT)),
+        ([[8, 7, 1e6, 7, 1e6, 1e6, 8, 1e6]], rectangle(8, 7, WIDTH, HEIGHT)),
         ([[5, 5, 6, 6], polygon(1, 1, 4, 3)], rectangle(1, 1, 4, 3)),  # pycocotools would read [5, 5, 6, 6] as a box
         ([polygon(8, 7, 40, 40)], rectangle(8, 7, WIDTH, HEIGHT)),
         (uncompressed(TWO_PARTS), TWO_PARTS),
@@ -190,6 +193,25 @@ def test_named_dataset_persists_and_is_never_overwritten(files):
     assert len(fo.load_dataset("coco-test")) == 1
 
 
+def test_area_that_the_file_lacks_is_that_of_the_mask(files):
+    files.object([polygon(1, 1, 4, 3)], area=None)
+    files.object([polygon(1, 1, 6, 3)])
+    del files.content["annotations"][1]["area"]
+    assert files.load().values("ground_truth.detections.area") == [[6.0, 10.0]]
+
+
+@pytest.mark.parametrize("sample", [0, -1, 1.5, True, "3"])
+def test_invalid_number_of_images_is_refused(files, sample):
+    with pytest.raises(ValueError, match="sample must be a number of images"):
+        files.load(sample=sample)
+
+
+def test_json_nested_without_end_is_refused(files):
+    files.file.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"instances\.json can't be read as JSON"):
+        load_coco(files.images, files.file)
+
+
 def test_missing_images_are_reported(files):
     for key in range(2, 9):
         files.image(key, exists=False)
@@ -208,21 +230,70 @@ def test_sample_is_drawn_from_existing_images(files):
         files.load(sample=6)
 
 
+def changed(key, **changes):
+    """Changes the first entry of a list in the file."""
+    return lambda content: content[key][0].update(changes)
+
+
+def added(key):
+    """Repeats the first entry of a list, with another file name or name."""
+    return lambda content: content[key].append(content[key][0] | {"file_name": "002.png", "name": "dog"})
+
+
+SEGMENTATION = "segmentation of annotation 1 is unusable"
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda c: c["annotations"][0].update(category_id=9), "annotation 1 refers to image 1 and category 9"),
-        (lambda c: c["annotations"][0].update(image_id="1"), "annotation 1 refers to image 1 and category 3"),
-        (lambda c: c["annotations"][0].pop("image_id"), "isn't in COCO format.*image_id"),
-        (lambda c: c["annotations"][0].pop("area"), "entry 1 has no 'area'"),
-        (lambda c: c["annotations"][0].update(segmentation=[1, 1, 4, 1, 4, 3]), "segmentation of annotation 1"),
-        (lambda c: c["annotations"][0]["segmentation"].update(size=[HEIGHT, 2]), "segmentation of annotation 1"),
-        (lambda c: c["annotations"][0]["segmentation"].update(counts=[5, 5]), "segmentation of annotation 1"),
-        (lambda c: c["annotations"][0]["segmentation"].update(counts="abc"), "segmentation of annotation 1"),
-        (lambda c: c["images"][0].pop("file_name"), "entry 1 has no 'file_name'"),
-        (lambda c: c["images"][0].update(width=13), r"001\.png has 12x10 pixels.*13x10"),
-        (lambda c: c["categories"][0].pop("name"), "entry 3 has no 'name'"),
+        (changed("annotations", category_id=9), "annotation 1 refers to image 1 and category 9"),
+        (changed("annotations", image_id="1"), "annotation 1 refers to image '1' and category 3"),
+        (lambda c: c["annotations"][0].pop("image_id"), "isn't in COCO format.*annotation 1 has image_id=None"),
+        (changed("annotations", image_id=[1]), r"annotation 1 has image_id=\[1\]"),
+        (changed("annotations", area="7"), "annotation 1 has area='7': a number"),
+        (changed("annotations", area=NAN), "annotation 1 has area=nan"),
+        (changed("annotations", area=-1), "annotation 1 has area=-1"),
+        (changed("annotations", iscrowd="0"), "annotation 1 has iscrowd='0': 0 or 1 was expected"),
+        (changed("annotations", iscrowd="false"), "annotation 1 has iscrowd='false'"),
+        (changed("annotations", iscrowd=[0]), r"annotation 1 has iscrowd=\[0\]"),
+        (changed("annotations", iscrowd=None), "annotation 1 has iscrowd=None"),
+        (changed("annotations", iscrowd=2), "annotation 1 has iscrowd=2"),
+        (changed("annotations", segmentation=[], bbox=None), "annotation 1 has bbox=None"),
+        (changed("annotations", segmentation=[], bbox=[]), r"annotation 1 has bbox=\[\]"),
+        (changed("annotations", segmentation=[], bbox="0 0 1 1"), "annotation 1 has bbox='0 0 1 1'"),
+        (changed("annotations", segmentation=[], bbox=[0, 0, NAN, 1]), "annotation 1 has bbox="),
+        (changed("annotations", segmentation=[1, 1, 4, 1, 4, 3]), f"{SEGMENTATION}.*polygon is int"),
+        (changed("annotations", segmentation=["1 1 4 1 4 3"]), f"{SEGMENTATION}.*polygon is str"),
+        (changed("annotations", segmentation=[{"x": 1}]), f"{SEGMENTATION}.*polygon is dict"),
+        (changed("annotations", segmentation="abc"), f"{SEGMENTATION}.*it is str"),
+        (changed("annotations", segmentation=[[5, 5, None, 5, 25, 25]]), f"{SEGMENTATION}.*contains None"),
+        (changed("annotations", segmentation=[["5", "5", "9", "5", "9", "9"]]), f"{SEGMENTATION}.*contains '5'"),
+        (changed("annotations", segmentation=[[5, 5, NAN, 5, 25, 25]]), f"{SEGMENTATION}.*coordinate nan"),
+        (changed("annotations", segmentation=[[5, 5, 1e999, 5, 25, 25]]), f"{SEGMENTATION}.*coordinate inf"),
+        (changed("annotations", segmentation=[[5, 5, 2e9, 5, 25, 25]]), f"{SEGMENTATION}.*coordinate 2000000000.0"),
+        (changed("annotations", segmentation=[[5, 5, 10**400, 5, 25, 25]]), f"{SEGMENTATION}.*coordinate 1000+"),
+        (changed("annotations", segmentation=[[5, 5, 9, 5, 9, 9, 5]]), f"{SEGMENTATION}.*odd number of coordinates, 7"),
+        (changed("annotations", segmentation=[[5, 5, 9]]), f"{SEGMENTATION}.*odd number of coordinates, 3"),
+        (changed("annotations", segmentation=[[5, 5], [9, 5], [9, 9]]), f"{SEGMENTATION}.*a list of points"),
+        (changed("annotations", segmentation=[[[5, 5], [9, 5], [9]]]), f"{SEGMENTATION}.*contains \\[5, 5\\]"),
+        (lambda c: c["annotations"][0]["segmentation"].update(size=[HEIGHT, 2]), f"{SEGMENTATION}.*its size"),
+        (lambda c: c["annotations"][0]["segmentation"].update(counts=[5, 5]), f"{SEGMENTATION}.*add up to 10"),
+        (lambda c: c["annotations"][0]["segmentation"].update(counts=""), f"{SEGMENTATION}.*add up to 0"),
+        (lambda c: c["annotations"][0]["segmentation"].update(counts="abc"), SEGMENTATION),
+        (lambda c: c["images"][0].pop("file_name"), "image 1 has no 'file_name'"),
+        (changed("images", file_name=None), "image 1 has file_name=None: text"),
+        (changed("images", width=13), r"001\.png has 12x10 pixels.*13x10"),
+        (changed("images", width="12"), "image 1 has width='12' and height=10: whole numbers"),
+        (changed("images", id=None), "image number 0 has id=None"),
+        (lambda c: c["categories"][0].pop("name"), "category 3 has no 'name'"),
+        (changed("categories", name=7), "category 3 has name=7: text"),
         (lambda c: c.pop("categories"), "isn't in COCO format.*categories"),
+        (lambda c: c.update(images={"1": {}}), "isn't in COCO format.*images"),
+        (lambda c: c.update(annotations=[None]), "isn't in COCO format.*annotations"),
+        (added("images"), "1 ids occur more than once in 'images': 1"),
+        (added("categories"), "1 ids occur more than once in 'categories': 3"),
+        (lambda c: c["images"].append({"id": "1"}), "ids in 'images' are partly text"),
     ],
 )
 def test_errors_name_the_file_and_leave_no_dataset(files, damage, message):
@@ -237,7 +308,7 @@ def test_errors_name_the_file_and_leave_no_dataset(files, damage, message):
 
 def test_invalid_annotation_file_is_refused(files):
     files.file.write_text("images: 3")
-    with pytest.raises(ValueError, match=r"instances\.json: Expecting value"):
+    with pytest.raises(ValueError, match=r"instances\.json can't be read as JSON: Expecting value"):
         load_coco(files.images, files.file)
     files.file.write_text("[1, 2]")
     with pytest.raises(ValueError, match="isn't in COCO format"):

@@ -108,7 +108,7 @@ def test_unknown_category_is_reported(load, content):
 def test_coco_file_is_refused(load, content):
     content["images"][0] = {"id": 1, "file_name": "1.png", "width": WIDTH, "height": HEIGHT, "coco_url": ""}
     del content["images"][0]["coco_url"]
-    with pytest.raises(ValueError, match=r"lvis\.json: entry 1 has no 'coco_url'"):
+    with pytest.raises(ValueError, match=r"lvis\.json: image 1 has no 'coco_url'"):
         load(keys=())
 
 
