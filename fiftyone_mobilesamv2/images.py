@@ -35,7 +35,7 @@ def read_image(path: str | PathLike[str]) -> npt.NDArray[np.uint8]:
             or the path is invalid.
     """
     name = repr(os.fspath(path))
-    _check_is_file(path, name)
+    check_is_file(path)
     try:
         with _open(path) as image:
             if image.format == "EPS":  # PIL would run the file, a program, in Ghostscript
@@ -59,7 +59,21 @@ def read_image(path: str | PathLike[str]) -> npt.NDArray[np.uint8]:
         raise OSError(f"{name} is damaged or not an image: {cause}") from error
 
 
-def _check_is_file(path: str | PathLike[str], name: str) -> None:
+def size_of(path: str | PathLike[str]) -> tuple[int, int]:
+    """(height, width) of an image file as stored, without decoding it. Raises the same errors as :func:`read_image`."""
+    check_is_file(path)
+    try:
+        with _open(path) as image:
+            return image.height, image.width
+    except Image.DecompressionBombError as error:
+        raise ArgumentError(f"{os.fspath(path)!r} is too large: {error}") from error
+    except Exception as error:  # PIL's decoders raise exceptions of all kinds on damaged files
+        raise OSError(f"{os.fspath(path)!r} is damaged or not an image") from error
+
+
+def check_is_file(path: str | PathLike[str]) -> None:
+    """Raises OSError or ValueError unless there is a regular file; reading anything else may never end."""
+    name = repr(os.fspath(path))
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # the path contains invalid characters

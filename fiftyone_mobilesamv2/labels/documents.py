@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
@@ -55,8 +57,10 @@ class StoredImage:
         return self.size
 
     def labels(self, field_name: str) -> list[Document]:
-        """The individual labels of a requested field. Raises LabelError if one has no id."""
+        """The individual labels of a requested field. Raises LabelError if one isn't a label or has no id."""
         labels = labels_in(self.document, field_name)
+        if not isinstance(labels, list) or not all(isinstance(label, dict) for label in labels):
+            raise LabelError(f"'{field_name}' contains something else than labels")
         if not all("_id" in label for label in labels):
             raise LabelError(f"a label in '{field_name}' has no id: it was not stored by FiftyOne")
         return labels
@@ -93,7 +97,7 @@ def labels_in(document: Document, field_name: str) -> list[Document]:
     """The individual labels of a field in a sample or frame document."""
     labels = value_in(document, field_name)
     for name in ("detections", "polylines", "keypoints"):
-        if labels and name in labels:
+        if isinstance(labels, dict) and name in labels:
             return labels[name] or []  # None if a view hides all of them
     return [labels] if labels else []
 
@@ -102,7 +106,7 @@ def value_in(document: Document, field_name: str) -> Document | None:
     """The stored labels of a field in a sample or frame document."""
     value: Document | None = document
     for part in field_name.removeprefix("frames.").split("."):
-        value = (value or {}).get(part)
+        value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
@@ -162,8 +166,18 @@ def ensure_metadata(samples: SampleCollection, progress: Progress = None) -> Non
     if samples.media_type == "video":
         sides = ("metadata.frame_height", "metadata.frame_width")
     missing = samples.match((F(sides[0]) == None) | (F(sides[1]) == None))  # noqa: E711
-    if len(missing):
-        missing.compute_metadata(overwrite=True, progress=progress)
+    endless = [id for id, path in zip(*missing.values(["id", "filepath"])) if _is_special(path)]
+    if len(endless) < len(missing):
+        missing.exclude(endless).compute_metadata(overwrite=True, progress=progress)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a path leads to a pipe or a device, reading which may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def number_of(label: Document, names: Iterable[str]) -> float:

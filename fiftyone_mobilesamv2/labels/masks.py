@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import ArgumentError, LabelError, MissingError
 from ..fiftyone_internals import Document
+from ..images import size_of
 from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
 from ..modeling.rle import RLE, rle_from_crop, rle_from_polygons
 from .documents import name_of
@@ -80,7 +81,7 @@ def _mask_of(label: Document, size: tuple[int, int]) -> RLE:
 
 
 def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, IntArray]:
-    mask = _stored_mask(label)
+    mask = _stored_mask(label, size)
     height, width = size
     x, y, w, h = _relative_box(label) * [width, height, width, height]
     if not mask.any():
@@ -134,6 +135,7 @@ def _outlines(label: Document) -> list[FloatArray]:
 
 
 def _relative_box(label: Document) -> FloatArray:
+    box: object
     if "points" in label:
         points = np.concatenate([np.zeros((0, 2)), *_outlines(label)])
         if not len(points):
@@ -143,32 +145,33 @@ def _relative_box(label: Document) -> FloatArray:
         low, high = np.clip(points.min(0), -1, 2), np.clip(points.max(0), -1, 2)  # what reaches further is not in it
         box = [*low, *(high - low)]
     else:
-        box = label.get("bounding_box") or []
-    if len(box) != 4 or not all(isinstance(v, (int, float)) and abs(v) <= 2 for v in box) or min(box[2:]) <= 0:
+        box = label.get("bounding_box")
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, (int, float)) and abs(v) <= 2 for v in box)
+        or min(box[2:]) <= 0
+    ):
         raise LabelError(
-            f"{name_of(label)} has bounding_box={box}: [x, y, width, height], relative to the image, was expected"
+            f"{name_of(label)} has bounding_box={box!r:.100}: [x, y, width, height], relative to the image, was "
+            "expected"
         )
     return np.array(box, float)
 
 
-def _stored_mask(label: Document) -> MaskArray:
+def _stored_mask(label: Document, size: tuple[int, int]) -> MaskArray:
     """bool [h, w]"""
     _check_has_mask(label)
-    mask: AnyArray | None
+    max_values = 4 * size[0] * size[1] + 2**20  # a finer mask than the image, or one of a small image
     if (stored := label.get("mask")) is not None:
         try:
-            mask = _deserialized(stored)
+            mask = _deserialized(stored, max_values)
         except (zlib.error, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
             raise LabelError(f"{name_of(label)} has a mask that can't be decoded: {error}") from error
     else:
-        path = label["mask_path"]
-        try:
-            content = np.frombuffer(fos.read_file(path, binary=True), np.uint8)
-            mask = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content.size else None
-        except OSError as error:
-            raise LabelError(f"{name_of(label)} has a mask_path that can't be read: {error}") from error
-        if mask is None:
-            raise LabelError(f"{name_of(label)} has a mask_path that is not an image: {path}")
+        mask = _mask_file(label, max_values)
+    if mask.dtype.kind not in "biuf":
+        raise LabelError(f"{name_of(label)} has a mask of type {mask.dtype}: numbers were expected")
     if mask.ndim == 3:
         mask = _single_channel(label, mask)
     if mask.ndim != 2:
@@ -178,6 +181,25 @@ def _stored_mask(label: Document) -> MaskArray:
             raise LabelError(f"{name_of(label)} has a mask with negative or non-finite values")
         mask = mask > 0
     return np.ascontiguousarray(mask)
+
+
+def _mask_file(label: Document, max_values: int) -> AnyArray:
+    path = label["mask_path"]
+    if not isinstance(path, str):
+        raise LabelError(f"{name_of(label)} has mask_path={path!r:.100}: the path of a file was expected")
+    mask: AnyArray | None = None
+    try:
+        height, width = size_of(path)
+        if height * width <= max_values:
+            content = np.frombuffer(fos.read_file(path, binary=True), np.uint8)
+            mask = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except (OSError, ValueError, cv2.error) as error:
+        raise LabelError(f"{name_of(label)} has a mask_path that can't be read: {error}") from error
+    if height * width > max_values:
+        raise LabelError(f"{name_of(label)} has a mask of {width}x{height} pixels, far larger than its image: {path}")
+    if mask is None:
+        raise LabelError(f"{name_of(label)} has a mask_path that is not an image: {path}")
+    return mask
 
 
 def _single_channel(label: Document, mask: AnyArray) -> AnyArray:
@@ -209,13 +231,18 @@ def serialized(mask: MaskArray) -> bytes:
     return compressor.compress(content.getvalue()) + compressor.flush()
 
 
-def _deserialized(stored: bytes) -> AnyArray:
-    """Like `fiftyone.core.utils.deserialize_numpy_array`, but saves the 60 µs of parsing each header."""
-    data = zlib.decompress(stored)
+def _deserialized(stored: bytes, max_values: int) -> AnyArray:
+    """Like `fiftyone.core.utils.deserialize_numpy_array`, but bounded, and without its 60 µs of parsing each header."""
+    decompressor = zlib.decompressobj()
+    data = decompressor.decompress(stored, 8 * max_values + 2**16)
+    if not decompressor.eof:
+        raise ArgumentError("it is incomplete, or far larger than its image")
     if data[:8] != b"\x93NUMPY\x01\x00":  # version 1.0, which NumPy writes for headers of up to 64 KB
         raise ArgumentError("it is not an array in NumPy's format")
     start = 10 + int.from_bytes(data[8:10], "little")
     shape, fortran_order, dtype = _array_header(data[8:start])
+    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize > len(data) - start:
+        raise ArgumentError(f"it has shape {shape}, but {len(data) - start:,} bytes")
     array = np.frombuffer(data, dtype, math.prod(shape), start)
     return array.reshape(shape, order="F" if fortran_order else "C")
 

@@ -1,16 +1,24 @@
 """Masks as stored in the database, and the areas of stored polylines."""
 
+import io
+import os
+import struct
+import zlib
+
 import cv2
 import fiftyone as fo
 import fiftyone.core.utils as fou
 import numpy as np
 import pytest
+from bson import ObjectId
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2.errors import LabelError
+from fiftyone_mobilesamv2.labels.documents import visit_images
 from fiftyone_mobilesamv2.labels.masks import boxes_of, masks_of, serialized
 
 SIZE = 60, 80
@@ -91,3 +99,102 @@ def test_unusable_polyline_is_named(label, message):
     with pytest.raises(LabelError, match=message) as error:
         masks_of([label], SIZE)
     assert str(label["_id"]) in str(error.value)
+
+
+def array(values):
+    """As NumPy stores an array, compressed."""
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    return content.getvalue()
+
+
+def detection(**changes):
+    """A 12x10 mask in a box of that size."""
+    mask = zlib.compress(array(np.ones((10, 12), bool)))
+    label = {"_cls": "Detection", "_id": "the label", "bounding_box": [0.25, 0.25, 12 / SIZE[1], 10 / SIZE[0]]}
+    return label | {"mask": mask} | changes
+
+
+def header(shape, descr="'|b1'"):
+    """An array whose header claims another shape or type."""
+    content = array(np.ones((10, 12), bool))
+    return zlib.compress(content.replace(b"(10, 12)", shape).replace(b"'|b1'", descr.encode()))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mask": zlib.compress(array(np.full((10, 12), "a")))}, "mask of type <U1"),
+        ({"mask": zlib.compress(array(np.zeros((10, 12), "datetime64[s]")))}, "mask of type datetime64"),
+        ({"mask": zlib.compress(array(np.zeros((10, 12), "V2")))}, r"mask of type \|V2"),
+        ({"mask": zlib.compress(array(np.zeros((10, 12), [("a", "u1")])))}, "mask of type"),
+        ({"mask": zlib.compress(array(np.zeros((10, 12), complex)))}, "mask of type complex"),
+        ({"mask": header(b"(99, 12)")}, r"shape \(99, 12\), but 120 bytes"),
+        ({"mask": header(b"(-1, 12)")}, r"shape \(-1, 12\)"),
+        ({"mask": header(b"(10,'a')")}, "can't be decoded"),
+        ({"mask": header(b"(10, 12)", "'|O' ")}, "contains Python objects"),
+        ({"mask": zlib.compress(array(np.ones((10, 12), bool)))[:-9]}, "incomplete"),
+        ({"mask": zlib.compress(bytes(2**30))}, "far larger than its image"),
+        ({"mask": b"junk"}, "can't be decoded"),
+        ({"mask": 5}, "can't be decoded"),
+        ({"mask": "text"}, "can't be decoded"),
+        ({"mask": [1, 2]}, "can't be decoded"),
+        ({"mask": zlib.compress(array(np.ones(5, bool)))}, "two dimensions"),
+        ({"mask": None, "mask_path": ["a.png"]}, r"mask_path=\['a.png'\]"),
+        ({"mask": None, "mask_path": 5}, "mask_path=5"),
+        ({"mask": None, "mask_path": "a\0b"}, "can't be read.*not a valid path"),
+        ({"mask": None, "mask_path": "/dev/zero"}, "can't be read.*not a regular file"),
+        ({"mask": None, "mask_path": "/"}, "can't be read.*is a folder"),
+        ({"mask": None, "mask_path": "missing.png"}, "can't be read.*doesn't exist"),
+        ({"mask": None, "mask_path": __file__}, "can't be read.*not an image"),
+        ({"bounding_box": 5}, "bounding_box=5: "),
+        ({"bounding_box": None}, "bounding_box=None: "),
+        ({"bounding_box": "0.1"}, "bounding_box='0.1': "),
+        ({"bounding_box": [0.1, 0.1, None, 0.1]}, "bounding_box="),
+        ({"bounding_box": [float("nan")] * 4}, "bounding_box="),
+    ],
+)
+def test_unusable_detection_is_named(changes, message):
+    with pytest.raises(LabelError, match=message) as error:
+        masks_of([detection(**changes)], SIZE)
+    assert "the label" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_mask_file_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "mask.png"
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    lines = zlib.compressobj(1)
+    pixels = b"".join(lines.compress(bytes(1 + 9000)) for _ in range(9000)) + lines.flush()
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
+    with pytest.raises(LabelError, match="mask of 9000x9000 pixels, far larger than its image"):
+        masks_of([detection(mask=None, mask_path=str(path))], SIZE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs Linux")
+def test_pipe_is_not_waited_for(dataset, tmp_path):
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    with pytest.raises(LabelError, match="not a regular file"):
+        masks_of([detection(mask=None, mask_path=str(pipe))], SIZE)
+    dataset.add_sample(fo.Sample(str(pipe), ground_truth=fo.Detections()))
+    Image.new("RGB", (8, 6)).save(tmp_path / "image.png")
+    dataset.add_sample(fo.Sample(str(tmp_path / "image.png"), ground_truth=fo.Detections()))
+    skipped = visit_images(dataset, ["ground_truth"], lambda stored: stored.known_size and None, progress=False)
+    assert [(each["filepath"], "no metadata" in each["cause"]) for each in skipped] == [(str(pipe), True)]
+
+
+@pytest.mark.parametrize("labels", [5, "text", [1], {"detections": [None]}, {"detections": 5}, {"detections": [[1]]}])
+def test_what_is_no_label_costs_its_image(dataset, labels):
+    metadata = fo.ImageMetadata(width=8, height=6)
+    samples = [fo.Sample(f"/{n}.png", metadata=metadata, ground_truth=fo.Detections()) for n in range(2)]
+    ids = dataset.add_samples(samples, progress=False)
+    dataset._sample_collection.update_one({"_id": ObjectId(ids[0])}, {"$set": {"ground_truth": labels}})
+    seen = []
+    skipped = visit_images(dataset, ["ground_truth"], lambda s: seen.append(s.labels("ground_truth")), progress=False)
+    assert seen == [[]] and [each["id"] for each in skipped] == [ids[0]]
+    assert "something else than labels" in skipped[0]["cause"]
