@@ -215,7 +215,7 @@ def test_sentence(scenes):
 
 def test_sentence_where_nothing_is_found(scenes):
     found = Comparison(scenes.view(), 16, measurement(0, 0.001), measurement(256, 1.25))
-    assert str(found) == "Object-aware prompting found no object to decode; the 16x16 grid 256 in 1.2 s an image."
+    assert str(found) == "Object-aware prompting found no object to decode; the 16x16 grid 256 in 1.2 s per image."
     assert found.decoder_ratio is None
 
 
