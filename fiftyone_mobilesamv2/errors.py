@@ -63,12 +63,12 @@ class Cancelled(BaseException):
     """
 
 
-# Their messages mean little by themselves.
+# Bugs, whose messages mean little without the class.
 _DEFECTS = (AssertionError, AttributeError, LookupError, NameError)
 
 
 def message_of(error: BaseException) -> str:
-    """The message of any exception for users: without its class, except where it means little without.
+    """The message of an exception for users, with its class only if the message means little without it.
 
     >>> message_of(ValueError("the file is empty"))
     'the file is empty'

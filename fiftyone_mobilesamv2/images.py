@@ -114,7 +114,7 @@ def _conversion(image: Image.Image) -> Callable[[Image.Image], npt.NDArray[np.ui
 
 
 def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """The minimum and maximum finite values; zeros if there are none."""
+    """The minimum and maximum of the finite values; zeros if no value is finite."""
     low, high = np.inf, -np.inf
     for _, strip in _strips(image):
         values = np.asarray(strip)

@@ -1,4 +1,4 @@
-"""Writes the files generated from the code: manifest.json, the README's table of models, docs/parameters.md.
+"""Generates files from the code: manifest.json, the README's table of models, docs/parameters.md.
 
 python tools/write_generated.py          writes them
 python tools/write_generated.py --check  exits with 1 if one of them is out of date
@@ -67,7 +67,7 @@ def _manifest_entry(name: str, model: PretrainedModel) -> dict:
         "author": model.author,
         "license": LICENSES,
         "source": SOURCE_URL,
-        "description": "MobileSAMv2: masks of every object, by discovering the objects first. Image encoder: "
+        "description": "MobileSAMv2: segments everything by discovering the objects first. Image encoder: "
         + model.description,
         "tags": [
             *("instances", "segmentation", "segment-anything", "zero-shot", "torch", "mobilesamv2"),
@@ -104,12 +104,13 @@ def parameters_page() -> str:
     lines = [
         "# Parameters of a model",
         "",
-        "Given to `load_zoo_model`, in the App's forms, and to `fiftyone-mobilesamv2 segment` as options. Written from",
-        "their declaration, `fiftyone_mobilesamv2/zoo/config.py`, by `tools/write_generated.py`.",
+        "Pass them to `load_zoo_model`, set them in the App's forms, or give them as options of",
+        "`fiftyone-mobilesamv2 segment`.",
+        "`tools/write_generated.py` generates this page from their declaration, `fiftyone_mobilesamv2/zoo/config.py`.",
         "",
-        '`model.config.max_prompts = 100` changes a loaded model. Those marked "fixed" take effect when a model is',
-        "loaded, and raise after that. A run goes on with a field only if the parameters that change results are those",
-        "of the run before.",
+        '`model.config.max_prompts = 100` changes a loaded model. Parameters marked "fixed" take effect when a model',
+        "is loaded; setting them afterwards raises an error. A run continues the work in a field only if all",
+        "parameters that change results are the same as in the previous run.",
         "",
         "| name | default | values | | fixed | changes results |",
         "|---|---|---|---|---|---|",

@@ -80,8 +80,8 @@ def find_unlabeled_objects(
 
     A label explains a proposal if their IoU is at least `iou`. Labels together explain a proposal if at least
     `max_inside` of it lies in their union: a part of a labelled object, or anything in a crowd region. Proposals tagged
-    "promoted" or "dismissed" have been reviewed and are not found again; neither are those tagged "duplicate". In an
-    image without labels, all other proposals are found.
+    "promoted" or "dismissed" have been reviewed and are not tagged again; neither are those tagged "duplicate". In an
+    image without labels, all other proposals are tagged.
 
     An image with an unusable label is skipped, logged and listed in `skipped`. Tags are stored once all images have
     been read; the tag is then removed from all other proposals in `samples`.

@@ -24,7 +24,7 @@ MAX_FILL = 0.55  # maximum share of its box that an object fills
 MIN_AREA = 400  # minimum pixels of an object in a scene: for smaller ones, an error of one pixel dominates
 NUM_SCENES = 20
 
-_FRACTION_BITS = 3  # of drawing coordinates
+_FRACTION_BITS = 3  # fractional bits of the coordinates for drawing
 
 
 @dataclass(frozen=True)

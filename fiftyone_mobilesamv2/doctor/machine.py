@@ -58,7 +58,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "(none)"
+        return "(not installed)"
 
 
 def _device(name: str | None) -> str:

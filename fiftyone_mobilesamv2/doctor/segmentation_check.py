@@ -70,7 +70,7 @@ class Measured:
         forms: input format -> (mean IoU of the first images' masks in it, and in the right format).
         found: [N] whether discovery finds a box for each object.
         num_found: number of objects that discovery finds in all images.
-        agreement: share of one image's object-aware masks that the grid also finds; NaN if there are none.
+        agreement: share of one image's object-aware masks that the grid also finds; NaN without such masks.
         grid_masks: number of the grid's masks in that image.
         fingerprint: the fingerprint of a scene's embedding.
         fingerprint_std: the embedding's standard deviation.

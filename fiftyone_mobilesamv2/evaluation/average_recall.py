@@ -139,7 +139,7 @@ class AverageRecall:
         return merged
 
     def recalls(self, k: int, group: str = "all") -> FloatArray:
-        """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN if there are none."""
+        """float64 [thresholds]: the share of the group's objects found within rank `k`; NaN without objects."""
         if not 1 <= k <= self.ks[-1]:
             raise ArgumentError(
                 f"K={k} is not between 1 and {self.ks[-1]}, the number of best-ranked proposals that were matched."

@@ -201,7 +201,7 @@ class Comparison:
         aware, grid, side = self.object_aware, self.grid, self.points_per_side
         grid_cost = f"the {side}x{side} grid {grid.prompts:.0f} in {short(grid.decoder_ms / 1000)} s"
         if self.decoder_ratio is None:
-            return f"Object-aware prompting found no object to decode; {grid_cost} an image."
+            return f"Object-aware prompting found no object to decode; {grid_cost} per image."
         return (
             f"Object-aware prompting decoded {aware.prompts:.0f} prompts per image in {short(aware.decoder_ms / 1000)} "
             f"s; {grid_cost}: {short(self.decoder_ratio)} times as long."

@@ -73,9 +73,9 @@ def evaluate_proposals(
             `_fn` and `_recall_at_<K>`, its AR@K. With None, none of these are stored.
         ks: numbers of proposals per image to evaluate.
         use_masks: whether to compare masks; otherwise boxes.
-        rank_by: "confidence": the detector's score, by which MobileSAMv2 limits its prompts, so that the K best are
-            those of a run with K prompts, and which any model's labels have; "predicted_iou"; "stability"; or "sam",
-            the mean of the last two, as in SAM.
+        rank_by: "confidence", the detector's score; "predicted_iou"; "stability"; or "sam", the mean of the last two,
+            as in SAM. Labels of any model have a confidence, and MobileSAMv2 limits its prompts by it, so the K best
+            are those of a run with K prompts.
         area_field: the objects' attribute with their area in pixels; default: the area of the mask, or of the box.
         progress: as elsewhere in FiftyOne.
         cluster: evaluates on a Ray cluster: "auto" for the cluster of this machine, an address, or "local" for
@@ -212,7 +212,7 @@ class ProposalEvaluation(RunFields):
     # Checks ---------------------------------------------------------------------------------------------------------
 
     def check_fields(self, samples: SampleCollection) -> None:
-        """Raises ValueError where the fields of the configuration can't be compared in these samples."""
+        """Raises ValueError if the fields of the configuration can't be compared in these samples."""
         fov.validate_non_grouped_collection(samples)
         config = self.config
         check_shapes_field(samples, config.pred_field, "proposals")

@@ -40,7 +40,7 @@ def label_fields(samples: SampleCollection, kinds: tuple[type, ...]) -> list[str
 
 
 def have_masks(samples: SampleCollection, field_name: str) -> bool:
-    """Whether the first label of the field has a mask or is a polygon; True if there are none."""
+    """Whether the first label of the field has a mask or is a polygon; True if the field has no labels."""
     samples = source_dataset(samples)  # evaluating a view would take too long
     path, of_frames = split_frame_field(samples, label_path(samples, field_name))
     first = [{"$match": {f"{path}._id": {"$exists": True}}}, {"$limit": 1}]

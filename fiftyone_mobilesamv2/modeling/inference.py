@@ -153,14 +153,14 @@ def fuse_batch_norms(module: nn.Module) -> None:
         ArgumentError: another module precedes it, so its input is unknown.
     """
     for parent in list(module.modules()):
-        owner, last = parent, ""  # of the module before
+        owner, last = parent, ""  # the parent and name of the previous module
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d:  # not a subclass that does more, as in timm
                 convolution = getattr(owner, last, None)
                 if not isinstance(convolution, nn.Conv2d) or convolution.out_channels != child.num_features:
                     raise ArgumentError(
-                        f"The batch norm '{name}' of {type(parent).__name__} follows no convolution that feeds it: it "
-                        f"can't be folded."
+                        f"The batch norm '{name}' of {type(parent).__name__} can't be folded: it does not follow a "
+                        f"convolution with as many channels."
                     )
                 setattr(owner, last, fuse_conv_bn_eval(convolution, child))
                 setattr(parent, name, nn.Identity())
@@ -168,7 +168,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
 
 
 def _last_of_sequence(parent: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Where the last module of a sequence is: its parent and its name. Any other module is its own last one."""
+    """The parent and name of the last module of the sequence `name`; of `name` itself if it is not a sequence."""
     while isinstance(sequence := getattr(parent, name), nn.Sequential) and len(sequence):
         parent, name = sequence, next(reversed(sequence._modules))
     return parent, name

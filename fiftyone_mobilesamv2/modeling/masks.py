@@ -214,7 +214,7 @@ def _decided(logits: Tensor, row_weights: Tensor, column_weights: Tensor) -> Mas
 
 
 def _extent(used: MaskArray) -> slice | None:
-    """The range from the first to the last true entry of a bool vector; None if there are none."""
+    """The range from the first to the last true entry of a bool vector; None if all are false."""
     (indices,) = np.nonzero(used)
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else None
 

@@ -13,7 +13,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from .arrays import ImageArray
 from .defaults import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 
-INPUT_SIZE = 1024  # the release's
+INPUT_SIZE = 1024  # as in the release
 
 # Boxes that end within this many network-input pixels of the border are extended to it (the release's value).
 BORDER_SNAPPING = 20

@@ -65,7 +65,7 @@ _load_lock = threading.Lock()
 
 
 class SegEvery(foo.Panel):
-    """Plots of the dataset's evaluations of proposals or, if there are none, of its segmented fields."""
+    """Plots of the dataset's evaluations of proposals or, without evaluations, of its segmented fields."""
 
     @property
     def config(self) -> foo.PanelConfig:
@@ -303,7 +303,7 @@ def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults
 
 
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
-    """The samples and mask field of each displayed evaluation or, if there are none, of each segmented field."""
+    """The samples and mask field of each displayed evaluation or, without evaluations, of each segmented field."""
     from ..runs.record import segmented_fields
 
     dataset = ctx.dataset
@@ -396,4 +396,4 @@ def _show(ctx: ExecutionContext, view: fo.DatasetView) -> None:
     if len(view):
         ctx.ops.set_view(view)
     else:
-        ctx.ops.notify("There are none to show.")
+        ctx.ops.notify("Nothing to show.")

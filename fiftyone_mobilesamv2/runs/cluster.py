@@ -29,8 +29,8 @@ SHARDS_PER_WORKER = 8  # keeps the wait for the last shard short
 _MAX_ATTEMPTS = 3
 _MAX_START_TIME = 300  # seconds for a worker to start
 _VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # copied to workers if set
-# Function of a shard's samples and the shard; each worker builds it once.
 T = TypeVar("T")
+# A function of a shard's samples and the shard; each worker builds it once.
 Work = Callable[["SampleCollection", Shard], T]
 
 

@@ -46,7 +46,7 @@ def samples_left(
 
 
 def _replacing_since(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> datetime | None:
-    """The start of the interrupted run that replaced labels with these parameters; None if the last run was not one."""
+    """The start of the interrupted run that replaced labels with these parameters; None without such a run."""
     since = None
     for run in reversed(recorded_runs(samples, label_field)):
         if not (run.replace and run.cancelled and not _changed(run.parameters, parameters)):

@@ -45,7 +45,7 @@ class Shard:
             raise ArgumentError(f"The group of a shard must be a string, not {self.group!r}.")
         if not (1 <= self.count <= MAX_SHARDS and 0 <= self.index < self.count):
             raise ArgumentError(
-                f"Shard {self.index} of {self.count} is invalid: at most {MAX_SHARDS:,} shards are allowed, from 0."
+                f"Shard {self.index} of {self.count} is invalid: at most {MAX_SHARDS:,} shards, numbered from 0."
             )
 
     def __str__(self) -> str:

@@ -215,7 +215,7 @@ def test_summary_sentence_and_table(scenes):
 
 def test_summary_sentence_without_objects(scenes):
     result = Comparison(scenes.view(), 16, measurement(0, 0.001), measurement(256, 1.25))
-    assert str(result) == "Object-aware prompting found no object to decode; the 16x16 grid 256 in 1.2 s an image."
+    assert str(result) == "Object-aware prompting found no object to decode; the 16x16 grid 256 in 1.2 s per image."
     assert result.decoder_ratio is None
 
 

@@ -53,7 +53,7 @@ def test_batch_norm_without_a_convolution_is_refused():
             self.norm = nn.BatchNorm2d(4)
 
     for module in (Odd(), nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(3))):
-        with pytest.raises(ValueError, match="follows no convolution that feeds it"):
+        with pytest.raises(ValueError, match="does not follow a convolution"):
             prepare_for_inference(module, CPU, torch.float32)
 
 

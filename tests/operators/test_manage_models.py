@@ -83,7 +83,7 @@ def test_form_lists_models_and_files(plugin, folder):
     assert list(models) == list(MODELS)
     assert models["mobilesamv2-vith-torch"] == {
         "MB": "2,720",
-        "speed": "slowest, most exact",
+        "speed": "slowest, most accurate",
         "available": "ObjectAwareModel.pt",
         "missing": "sam_vit_h_4b8939.pth, Prompt_guided_Mask_Decoder.pt",
     }

@@ -250,5 +250,5 @@ def test_the_database_agrees_on_parts(dataset, monkeypatch, count, most):
 
 @pytest.mark.parametrize("index, count", [(-1, 2), (2, 2), (0, 0), (0, 10_001)])
 def test_parts_that_are_none(index, count):
-    with pytest.raises(ValueError, match="at most 10,000 shards are allowed, from 0"):
+    with pytest.raises(ValueError, match="at most 10,000 shards, numbered from 0"):
         Shard(index, count, "x")

@@ -1,7 +1,7 @@
 """The catalog of models and weights files: every external fact, with its source.
 
-A "read" date is that of the stored copy of the owner's page that was consulted; none of the files could be downloaded
-where this catalog was written. ``fiftyone-mobilesamv2 models --check-sources`` queries the hosts themselves.
+A "read" date is the date of the stored copy of the owner's page that a fact comes from. None of the files could be
+downloaded when this catalog was written. ``fiftyone-mobilesamv2 models --check-sources`` queries the hosts themselves.
 
 ``tools/write_generated.py`` generates ``manifest.json`` and the README's table of models from this file.
 """
@@ -249,7 +249,7 @@ MODELS: dict[str, PretrainedModel] = {
         "tiny_vit",
         MOBILE_SAM,
         PROMPT_GUIDED_DECODER,
-        "TinyViT (MobileSAM), the smallest and fastest of the released ones",
+        "TinyViT (MobileSAM), the smallest and fastest of the released encoders",
         "fastest",
     ),
     "mobilesamv2-efficientvit-l0-torch": _released(
@@ -263,28 +263,28 @@ MODELS: dict[str, PretrainedModel] = {
         EFFICIENTVIT_L2,
         PROMPT_GUIDED_DECODER,
         "EfficientViT-L2 (EfficientViT-SAM), between TinyViT and ViT-H in speed and accuracy",
-        "fast, more exact",
+        "fast, more accurate",
     ),
     "mobilesamv2-vitb-torch": _released(
-        "sam_vit_b", SAM_VIT_B, SAM_VIT_B, "SAM's ViT-B, with SAM's own mask decoder for it", "slow"
+        "sam_vit_b", SAM_VIT_B, SAM_VIT_B, "SAM's ViT-B, with its own mask decoder", "slow"
     ),
     "mobilesamv2-vitl-torch": _released(
-        "sam_vit_l", SAM_VIT_L, SAM_VIT_L, "SAM's ViT-L, with SAM's own mask decoder for it", "slower"
+        "sam_vit_l", SAM_VIT_L, SAM_VIT_L, "SAM's ViT-L, with its own mask decoder", "slower"
     ),
     "mobilesamv2-vith-torch": _released(
         "sam_vit_h",
         SAM_VIT_H,
         PROMPT_GUIDED_DECODER,
         "SAM's ViT-H, the most accurate and slowest",
-        "slowest, most exact",
+        "slowest, most accurate",
     ),
     DEMO_MODEL: PretrainedModel(
         "resnet_demo",
         DEMO_SAM,
         DEMO_SAM,
         DEMO_DETECTOR,
-        "a small ResNet, trained on synthetic scenes alone: for trying things out and for tests, not for photos",
-        "tiny, for trying things out, not for photos",
+        "a small ResNet, trained only on synthetic scenes: for demos and tests, not for photos",
+        "tiny, for demos and tests, not for photos",
         detector_size=320,  # as trained (training/detector.py)
         images="scenes",
         # Measured by `fiftyone-mobilesamv2 doctor` on a CPU, float32, 2026-11-29; bfloat16 differs by at most 0.002.
