@@ -71,7 +71,7 @@ def export_masks(
     Args:
         samples: a dataset or view of images. Missing metadata is computed and stored.
         field: detections with masks, or polylines. Labels that a view hides aren't written.
-        path: the file, which must end with ".json". Missing folders are created.
+        path: the file, which must end with ".json"; "~" is the home folder. Missing folders are created.
         overwrite: whether to replace an existing file.
         progress: as elsewhere in FiftyOne.
 
@@ -82,7 +82,7 @@ def export_masks(
     """
     check_images(samples)
     check_shapes_field(samples, field, "masks")
-    path = Path(path)
+    path = Path(path).expanduser()
     check_path(path, overwrite)
     if not len(samples):
         raise ArgumentError(f"{samples.name} has no samples: nothing was written.")
@@ -99,7 +99,7 @@ def export_masks(
 
 def check_path(path: Path, overwrite: bool) -> None:
     """Raises ValueError if an export can't be written to `path`."""
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         raise ArgumentError(f"{path} must end with .json.")
     if path.is_dir():
         raise ArgumentError(f"{path} is a folder.")
@@ -115,6 +115,8 @@ def check_export(path: str | PathLike[str], samples: SampleCollection, field: st
     """
     with contextlib.redirect_stdout(io.StringIO()):  # it prints to stdout
         coco = COCO(str(path))
+        for annotation in coco.dataset["annotations"][:1]:  # as tools read masks to evaluate
+            coco.loadRes([dict(annotation)])
     entries = iter(coco.dataset["images"])
 
     def visit(stored: StoredImage) -> None:
@@ -166,7 +168,9 @@ def _write(
                 file.write((",\n" if count else "\n") + json.dumps(ids | annotation))
                 count += 1
 
-        file.write('{"annotations": [')
+        # Versions of pycocotools up to 2.0.10 can't read files without "info".
+        info = {"description": f"Masks in {field} of {samples.name}"}
+        file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n"annotations": [')
         skipped = visit_images(samples, [field], visit, progress)
         named = [{"id": id, "name": name} for name, id in categories.items()]
         file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(named)}}}\n')

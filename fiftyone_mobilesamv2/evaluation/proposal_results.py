@@ -66,6 +66,13 @@ class ProposalResults(foud.DetectionResults):
         self.ranks = np.array(ranks, np.int64).reshape(-1, len(IOU_THRESHOLDS))
         self.skipped = skipped
 
+    def __str__(self) -> str:
+        """The table of AR@K; FiftyOne would print everything that is stored."""
+        return str(self.report())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.key!r} of {len(self.ytrue):,} objects>"
+
     @property
     def average_recall(self) -> AverageRecall:
         """The counts over all images; within `use_subset`, of the subset's objects, as matched in the whole run."""

@@ -231,3 +231,18 @@ def test_invalid_input_is_refused(labelled, tmp_path):
     refused(labelled.limit(1), "masks", "x.json", "can't be decoded")
     labelled._sample_collection.update_many({}, {"$unset": {"masks.detections.0.mask": True}})
     refused(labelled.limit(1), "masks", "x.json", r"one\.png: Detection \w+ has no mask")
+
+
+def test_home_folder_and_extensions_in_capitals(labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    export = export_masks(labelled, "masks", "~/masks.JSON", progress=False)
+    assert export.path == tmp_path / "home" / "masks.JSON" and export.path.is_file()
+
+
+def test_older_readers_can_read_the_file(labelled, tmp_path):
+    """pycocotools up to 2.0.10 copies "info" and "licenses" in `loadRes`, whether they are there or not."""
+    export_masks(labelled, "masks", tmp_path / "x.json", progress=False)
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert "masks" in content["info"]["description"] and content["licenses"] == []
+    results = COCO(tmp_path / "x.json").loadRes([content["annotations"][0]])
+    assert len(results.anns) == 1

@@ -233,6 +233,13 @@ def test_evaluate_detections_gives_the_same_results(labeled, images):
     assert not labeled.has_field("ar_tp") and labeled.has_field("same_tp")
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_results_print_as_their_table(labeled, count):
+    results = evaluate_proposals(labeled.limit(count), "proposals", ks=KS, progress=False)
+    assert str(results) == str(results.report()) and len(str(results).splitlines()) == len(KS) + 3
+    assert repr(results) == f"<ProposalResults None of {len(results.ytrue)} objects>"
+
+
 def test_areas_can_come_from_an_attribute(labeled, images):
     areas = []
     for sample in labeled:
