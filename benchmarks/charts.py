@@ -54,9 +54,9 @@ def growth(curves: dict[str, dict]) -> Figure:
     return figure
 
 
-def steps(found: list[tuple[str, float]]) -> Figure:
-    """Seconds per image with one more stage replaced from bar to bar, and the time saved by each step."""
-    names, seconds = zip(*found)
+def steps(stages: list[tuple[str, float]]) -> Figure:
+    """Seconds per image, with one more stage replaced in each bar, and the time that each step saves."""
+    names, seconds = zip(*stages)
     figure = Figure(figsize=(9, 3.6))
     axes = figure.subplots()
     axes.bar(names, seconds, color=[_PLAIN] + [_MET] * (len(names) - 1))

@@ -60,7 +60,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOWER = 0.3
 STAGES = ("discover", "encode", "decode", "crop")
 
-# Number of prompts of an image with many objects, the paper's maximum, and the number of timed runs of each.
+# Prompts of an image with many objects, and the paper's maximum; number of timed runs of each.
 RUNS_BY_PROMPTS = {64: 3, 320: 1}
 
 # Images per batch, and number of runs. A ViT-B takes 10 s per image on two cores; ViT-L and ViT-H use the same code.
@@ -107,9 +107,9 @@ def check(report: Report, released: Released, ours: dict[str, MobileSAMv2]) -> N
     report.add(Row(1, "float32 logits differ by", float(difference), "std", 1e-3, "64 boxes", at_most=True))
     bank = object_like_logits(len(boxes)).to(released.device)
     with ours["float32"].decoder.register_forward_hook(PlausibleMasks(bank)):
-        (found,) = ours["float32"].segment_anything([image], [boxes])
+        (segmentation,) = ours["float32"].segment_anything([image], [boxes])
     masks = released.postprocess(bank[:, None], size, embeddings.input_sizes[0]).cpu().numpy() > 0
-    unequal = sum(not np.array_equal(found.full_mask(i), mask) for i, mask in enumerate(masks))
+    unequal = sum(not np.array_equal(segmentation.full_mask(i), mask) for i, mask in enumerate(masks))
     how = f"of {len(masks)}, against all upsampled to full size"
     report.add(Row(4, "masks with another pixel", unequal, "", 0, how, at_most=True))
     name, images = photos(4)
@@ -147,12 +147,12 @@ def compare_masks(
 def compare_boxes(
     report: Report, name: str, expected: Sequence[BoxPrompts], model: MobileSAMv2, images: Sequence[np.ndarray]
 ) -> None:
-    """Boxes found with float32 that bfloat16 also finds, at an IoU of at least 0.95."""
+    """The share of the boxes from float32 that bfloat16 also finds, at an IoU of at least 0.95."""
     total = sum(map(len, expected))
     # Near the threshold, the last digits of a score decide, so the comparison is repeated with a lower threshold.
     for title, conf, wanted in (("", OBJECT_CONFIDENCE, 0.98), (f" above confidence {LOWER}", LOWER, None)):
-        found = model.discover(images, conf=conf)
-        matched = sum(count_pairs(a.boxes, b.boxes) for a, b in zip(expected, found))
+        discovered = model.discover(images, conf=conf)
+        matched = sum(count_pairs(a.boxes, b.boxes) for a, b in zip(expected, discovered))
         report.add(
             Row(3, f"float32's boxes found by bfloat16{title}", matched / total, "", wanted, f"{name}, {total} boxes")
         )
@@ -180,10 +180,10 @@ def measure_encoder(report: Report, folder: Path, encoder: str, count: int, runs
 
     def encode(name: str) -> None:
         if name == "released":
-            found = [released.encode(image)[0] for image in images]
+            embeddings = [released.encode(image)[0] for image in images]
         else:
-            found = ours[name].encode(images).features
-        features[name] = found[0].clone()
+            embeddings = ours[name].encode(images).features
+        features[name] = embeddings[0].clone()
 
     seconds = in_turns({name: lambda name=name: encode(name) for name in ("released", *ours)}, runs)
     expected = features["released"].reshape(features["float32"].shape)
@@ -203,7 +203,7 @@ def measure_encoder(report: Report, folder: Path, encoder: str, count: int, runs
 
 
 def measure_images(report: Report, released: Released, ours: dict[str, MobileSAMv2]) -> dict[int, list[float]]:
-    """Times an image from file to masks by stage. Returns the released code's seconds by number of prompts."""
+    """Times the stages from image file to masks. Returns the released code's seconds by number of prompts."""
     hook = PlausibleMasks(object_like_logits().to(released.device))
     released.sam.mask_decoder.register_forward_hook(hook)
     for model in ours.values():
@@ -222,7 +222,7 @@ def measure_images(report: Report, released: Released, ours: dict[str, MobileSAM
                 speedup(4, f"crop, {title}", None, slow["crop"], fast["crop"]),
                 speedup(9, f"model alone, {title}", whole, seconds["released"], seconds[name]),
             )
-    discover = {name: [s for found in stages.values() for s in found[name]["discover"]] for name in ("released", *ours)}
+    discover = {name: [s for each in stages.values() for s in each[name]["discover"]] for name in ("released", *ours)}
     for name in ours:
         row = speedup(3, f"discover, {name}", DISCOVER_TARGETS.get(name), discover["released"], discover[name])
         report.add(row)
@@ -233,7 +233,7 @@ def measure_images(report: Report, released: Released, ours: dict[str, MobileSAM
 
 
 def measure_shares(report: Report, model: MobileSAMv2, seconds: dict[str, float]) -> None:
-    """The share of large matrix products' speed that each stage reaches, from its time with the fewest prompts."""
+    """Each stage's speed as a share of that of large matrix products, from its time with the fewest prompts."""
     peak = matrix_gflops(model.device, model.dtype)
     image, boxes = photo(), random_boxes(min(RUNS_BY_PROMPTS), photo().shape[:2])
     embeddings = model.encode([image])
@@ -266,11 +266,11 @@ def time_images(
         model = models[name]
         model.seconds.clear()
         if name == "released":
-            found = released(ASSETS / "bus.jpg", prompts)
+            masks = released(ASSETS / "bus.jpg", prompts)
         else:
-            (found,) = model.segment_everything([photo()], conf=CONFIDENCE, max_prompts=prompts)
-        if len(found) != prompts:
-            raise RuntimeError(f"{name}: {len(found)} masks instead of {prompts}")
+            (masks,) = model.segment_everything([photo()], conf=CONFIDENCE, max_prompts=prompts)
+        if len(masks) != prompts:
+            raise RuntimeError(f"{name}: {len(masks)} masks instead of {prompts}")
         for stage, seconds in stages[name].items():
             seconds.append(model.seconds[stage])
 
@@ -278,16 +278,16 @@ def time_images(
 
 
 def steps(stages: dict[str, dict[str, list[float]]]) -> list[tuple[str, float]]:
-    """Seconds per image as stages are replaced by this package's one by one, in float32 and then in bfloat16."""
+    """Seconds per image as this package's stages replace the released ones one by one, in float32, then bfloat16."""
     now = {stage: median(seconds) for stage, seconds in stages["released"].items()}
-    found = [("released", sum(now.values()))]
+    totals = [("released", sum(now.values()))]
     for dtype in DTYPES:
         for stage in STAGES:
             if dtype == "bfloat16" and stage == "crop":  # the same in both
                 continue
             now[stage] = median(stages[dtype][stage])
-            found.append((f"{stage}, {dtype}", sum(now.values())))
-    return found
+            totals.append((f"{stage}, {dtype}", sum(now.values())))
+    return totals
 
 
 def measure_growth(report: Report, model: MobileSAMv2) -> None:
@@ -299,7 +299,7 @@ def measure_growth(report: Report, model: MobileSAMv2) -> None:
 
 
 def add_growth(report: Report, name: str, x: list[float], y: list[float], xlabel: str, ylabel: str) -> None:
-    """Adds a curve of times, and a row with its exponent: 1 is linear."""
+    """Adds a curve of times and a row with its exponent, which is 1 for linear growth."""
     power = exponent(x, y)
     report.curves[name] = {"x": x, "y": y, "xlabel": xlabel, "ylabel": ylabel, "exponent": power}
     how = f"{y[0]:.3g} s at {x[0]}, {y[-1]:.3g} s at {x[-1]}"
@@ -371,8 +371,8 @@ def compiled(model: MobileSAMv2, plain: MobileSAMv2, report: Report) -> MobileSA
     """The model with its decoder compiled and recorded as CUDA graphs. Hooks are not compiled."""
     model.decoder.forward = torch.compile(model.decoder.forward, mode="reduce-overhead")
     image, boxes = photo(), random_boxes(64, photo().shape[:2])
-    expected, found = (m.decode(m.encode([image]), [boxes])[0][0] for m in (plain, model))
-    difference = (found - expected).abs().max() / expected.std()
+    expected, actual = (m.decode(m.encode([image]), [boxes])[0][0] for m in (plain, model))
+    difference = (actual - expected).abs().max() / expected.std()
     report.add(Row(1, "logits of the compiled decoder differ by", float(difference), "std", 0.1, at_most=True))
     return model
 
@@ -386,13 +386,13 @@ def _share_of_peak(tflops: float, device: torch.device) -> str:
 
 
 def measure(report: Report, folder: Path, device: str) -> dict[int, list[float]]:
-    """Adds all rows of the model alone. Returns the released way's seconds for an image by number of prompts.
+    """Adds all rows about the model alone. Returns the released code's seconds per image by number of prompts.
 
     Args:
-        folder: for checkpoints.
+        folder: the folder for checkpoints.
     """
     on_gpu = device.startswith("cuda")
-    with section("Results beside the released way's, and bfloat16's beside float32's"):
+    with section("Comparing results with the released code, and bfloat16 with float32"):
         released = Released(make_sam("tiny_vit"), make_detector().fuse(verbose=False), device)
         ours = {dtype: load(folder, dtype, device) for dtype in DTYPES}
         check(report, released, ours)
@@ -421,7 +421,7 @@ def measure_unfused(report: Report, released: Released, ours: dict[str, MobileSA
     image = photo()
     calls = {"plain": lambda: plain.discover(image, 320)}
     calls |= {dtype: lambda dtype=dtype: ours[dtype].discover([image], CONFIDENCE) for dtype in DTYPES}
-    calls["plain"]()  # the others have run before
+    calls["plain"]()  # warm-up; the others have already run
     seconds = in_turns(calls, runs=1)
     for dtype in DTYPES:
         name = f"discover, {dtype}, against a detector that isn't fused"

@@ -1,4 +1,4 @@
-"""Compares the speed of segmenting datasets with existing tools, and measures startup and growth of time and memory.
+"""Compares the speed of segmenting datasets with existing tools; measures startup, and growth of time and memory.
 
 Needs FiftyOne and its database, in which it creates and deletes datasets; bench.py runs it.
 """
@@ -47,16 +47,16 @@ from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 from fiftyone_mobilesamv2.zoo.config import MobileSAMv2ModelConfig
 from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
-# Number of prompts of an image with many objects, and the paper's maximum.
+# Prompts of an image with many objects, and the paper's maximum.
 PROMPTS = (64, 320)
-IMAGES = 2  # of a dataset: one photo, in which random weights find enough, in so many files
+IMAGES = 2  # copies of one photo, in which random weights find enough objects
 GRID_SCENES = 3
-# SAM's search runs at a quarter of its 32x32 points, for an image then took 124 s and 205 s: hence a quarter of the
-# target, which is 30.
+# SAM's search runs on a quarter of its 32x32 points, which already took 124 s and 205 s for an image. So the target of
+# 30 is divided by four, too.
 COARSE_GRID = 16
 GRID_TARGET = 30 * (COARSE_GRID / POINTS_PER_SIDE) ** 2
 
-SCENES = 50  # different scenes, which a dataset repeats
+SCENES = 50  # number of different scenes; a dataset repeats them
 SCENE_COUNTS = (100, 200, 500, 1000, 2000)
 BATCH_SIZE = 8
 
@@ -106,8 +106,8 @@ def measure_datasets(report: Report, folder: Path, released: Mapping[int, Sequen
     """Images per second from files to stored labels, at SAM's input size.
 
     Args:
-        folder: for checkpoints and images.
-        released: seconds that the released way takes for an image, by number of prompts.
+        folder: the folder for checkpoints and images.
+        released: the released code's seconds per image, by number of prompts.
     """
     files = write_checkpoints(folder)
     sam = files["encoder_checkpoint"]
@@ -132,7 +132,7 @@ def measure_datasets(report: Report, folder: Path, released: Mapping[int, Sequen
             grids["FiftyOne's SAM"] = in_turns({"": run}, 1)[""]
         with section(f"ultralytics' SAM, {COARSE_GRID}x{COARSE_GRID} grid, one image"):
             settings = {"model": str(sam), "device": "cpu", "verbose": False, "save": False}
-            settings |= {"conf": 0.25, "imgsz": 1024, "retina_masks": True}  # as `ultralytics.SAM` has them
+            settings |= {"conf": 0.25, "imgsz": 1024, "retina_masks": True}  # the settings of `ultralytics.SAM`
             predictor = SAMPredictor(overrides=settings)
             run = partial(predictor, str(paths[0]), points_stride=COARSE_GRID)
             grids["ultralytics' SAM"] = in_turns({"": run}, 1)[""]
@@ -144,7 +144,7 @@ def measure_datasets(report: Report, folder: Path, released: Mapping[int, Sequen
 
 
 def time_dataset(report: Report, dataset: fo.Dataset, model: MobileSAMv2Model, prompts: int) -> list[float]:
-    """Seconds an image of a dataset run; where the model is fastest and masks are most, also what storing adds."""
+    """Seconds per image of a dataset run; with the fastest model and the most masks, also adds a row on storing."""
     model.config.max_prompts = prompts
     images = [read_rgb(path) for path in dataset.values("filepath")]
     calls = {"stored": lambda: segment_everything(dataset, model, replace=True, batch_size=1, progress=False)}
@@ -154,7 +154,7 @@ def time_dataset(report: Report, dataset: fo.Dataset, model: MobileSAMv2Model, p
         calls["alone"] = lambda: [
             model.model.segment_everything([image], conf=CONFIDENCE, max_prompts=prompts) for image in images
         ]
-    seconds = {name: [s / len(images) for s in found] for name, found in in_turns(calls, runs).items()}
+    seconds = {name: [s / len(images) for s in times] for name, times in in_turns(calls, runs).items()}
     counts = dataset.values(F("segmentations.detections").length())
     if set(counts) != {prompts}:
         raise RuntimeError(f"Stored {counts} masks instead of {prompts} for each image")
@@ -179,7 +179,7 @@ def fiftyone_sam(checkpoint: Path) -> fous.SegmentAnythingModel:
 
 
 def measure_start(report: Report) -> None:
-    """Seconds in new processes; after the first, files are in the operating system's cache."""
+    """Seconds of new processes; all but the first read files from the operating system's cache."""
     image = str(ASSETS / "bus.jpg")
     imports, firsts = [], []
     for _ in tqdm(range(STARTS), desc="starts"):
@@ -223,12 +223,12 @@ def measure_growth(report: Report, folder: Path) -> None:
 
 def grow(folder: Path) -> tuple[list[int], list[float], list[float]]:
     """One run on the largest dataset: images done, seconds since the start, and this process's memory in MB."""
-    # Few prompts: how time grows with these is another curve.
+    # Few prompts, since another curve shows how time grows with them.
     parameters = {"name": MODEL, "device": "cpu", "dtype": "bfloat16", "max_prompts": 2}
     model = MobileSAMv2Model(MobileSAMv2ModelConfig(parameters))
     counts, seconds, megabytes = [], [], []
 
-    def note(bar: fo.ProgressBar) -> None:
+    def record(bar: fo.ProgressBar) -> None:
         if len(counts) < len(SCENE_COUNTS) and bar.iteration >= SCENE_COUNTS[len(counts)]:
             counts.append(bar.iteration)
             seconds.append(time.perf_counter() - start)
@@ -237,7 +237,7 @@ def grow(folder: Path) -> tuple[list[int], list[float], list[float]]:
 
     with temporary_dataset([folder / f"scene{i % SCENES}.png" for i in range(SCENE_COUNTS[-1])]) as dataset:
         start = time.perf_counter()
-        segment_everything(dataset, model, batch_size=BATCH_SIZE, progress=note)
+        segment_everything(dataset, model, batch_size=BATCH_SIZE, progress=record)
     return counts, seconds, megabytes
 
 

@@ -1,4 +1,4 @@
-"""Evaluates the demo weights on unseen scenes, and on photos, on which they were not trained.
+"""Evaluates the demo weights on unseen scenes, and on photos, a kind of image that they were not trained on.
 
     python benchmarks/demo_quality.py --scenes 200 --photos ../shared/photos
 
@@ -56,16 +56,16 @@ def measure_prompts(model: MobileSAMv2, images: Iterator[tuple[np.ndarray, list[
         boxes[:, 2:] += boxes[:, :2]
         inside = [np.argwhere(mask_utils.decode(rle))[:, ::-1] for rle in objects]
         points = [pixels[rng.integers(len(pixels))][None] + 0.5 for pixels in inside]
-        for ious, found in (
+        for ious, segmentation in (
             (from_boxes, model.segment_anything([image], boxes=[boxes])[0]),
             (from_points, model.segment_anything([image], points=[points])[0]),
         ):
-            ious += [mask_utils.iou([a], [b], [0])[0, 0] for a, b in zip(found.rle(), objects)]
+            ious += [mask_utils.iou([a], [b], [0])[0, 0] for a, b in zip(segmentation.rle(), objects)]
     return {"mean IoU from boxes": float(np.mean(from_boxes)), "mean IoU from points": float(np.mean(from_points))}
 
 
-# SAM keeps masks of the grid by its own weights' predicted IoU, which the demo model's don't reach; without these
-# filters the grid keeps whatever box NMS leaves.
+# SAM's filters are tuned to the predicted IoU of its own weights, which the demo model's seldom reaches. Without these
+# filters, the grid keeps all masks that survive box NMS.
 PROMPTINGS = {
     "object_aware": {"prompting": "object_aware"},
     "grid": {"prompting": "grid"},
@@ -76,8 +76,8 @@ PROMPTINGS = {
 def measure_everything(
     model: MobileSAMv2, images: Iterator[tuple[np.ndarray, list[dict]]], total: int, promptings: list[str]
 ) -> dict:
-    """AR@K and decoder time (prompts to logits) of prompting methods, alternating for each image."""
-    found: dict[str, list] = {name: [] for name in promptings}
+    """AR@K and decoder time (prompts to logits) of prompting methods, which take turns on each image."""
+    ranked_masks: dict[str, list] = {name: [] for name in promptings}
     seconds, masks = Counter(), Counter()
     for image, objects in tqdm(images, total=total, desc="everything"):
         for name in promptings:
@@ -86,10 +86,10 @@ def measure_everything(
             seconds[name] += model.seconds["decode"]
             masks[name] += len(segmentation)
             ranked = segmentation.select(np.argsort(-segmentation.confidence, kind="stable"))
-            found[name].append((ranked.rle(), objects))
+            ranked_masks[name].append((ranked.rle(), objects))
     return {
         name: {
-            **average_recall(found[name]),
+            **average_recall(ranked_masks[name]),
             "masks per image": masks[name] / total,
             "decoder ms per image": 1000 * seconds[name] / total,
             "decoder time / object_aware": seconds[name] / seconds["object_aware"],
@@ -117,10 +117,10 @@ def main() -> None:
         ),
     }
     if args.photos:
-        found = list(photos(args.photos))
-        measured[f"{len(found)} photos"] = {
-            **measure_prompts(model, iter(found), len(found)),
-            **measure_everything(model, iter(found), len(found), ["object_aware"]),
+        images = list(photos(args.photos))
+        measured[f"{len(images)} photos"] = {
+            **measure_prompts(model, iter(images), len(images)),
+            **measure_everything(model, iter(images), len(images), ["object_aware"]),
         }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(measured, indent=2))

@@ -1,13 +1,13 @@
-"""Compares the cost of measuring AR@K of proposals with other evaluators that compute the same numbers.
+"""Compares the time to measure AR@K of proposals with that of other evaluators.
 
     python benchmarks/evaluation.py --photos ../shared/photos
 
-In memory: this package, pycocotools' COCOeval and faster-coco-eval (`pip install faster-coco-eval`) match the same RLE
-masks, in turns. They must agree. Reading and indexing the annotations is timed for none, IoU and matching for all.
+In memory: this package, pycocotools' COCOeval and faster-coco-eval (`pip install faster-coco-eval`) take turns matching
+the same RLE masks, and must agree. Times include IoU and matching, but not reading and indexing the annotations.
 
-From a FiftyOne dataset, which is deleted afterwards: `evaluate_proposals`, from labels to stored results; merely
-loading the labels; and FiftyOne's own `evaluate_detections`, which matches at one IoU and not at ten, on a few images,
-for it is slow.
+From a FiftyOne dataset, which is deleted afterwards: `evaluate_proposals`, from labels to stored results; only loading
+the labels; and FiftyOne's own `evaluate_detections`, which matches at one IoU instead of ten, on a few images because
+it is slow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BASELINE_IMAGES = 2
 
 @dataclass
 class Photo:
-    """A photo's COCO annotations, and proposals for it."""
+    """A photo with its COCO annotations and proposals."""
 
     path: Path
     height: int
@@ -68,14 +68,14 @@ def read_photos(folder: Path, proposals_per_image: Iterable[int]) -> list[Photo]
 
 
 def make_proposals(objects: list[dict], height: int, width: int, count: int, rng: np.random.Generator) -> list[dict]:
-    """Objects eroded, dilated, shifted, split and merged, and ellipses anywhere, as RLE.
+    """Proposals as RLE: eroded, dilated, shifted, split and merged objects, and random ellipses.
 
-    All is done on runs, since decoding and encoding every proposal would take minutes.
+    Works on the runs of the RLE, since decoding and encoding every proposal would take minutes.
     """
     edges = [_edges(rle) for rle in objects]
 
     def shifted(index: int, dx: int, dy: int) -> dict:
-        # What leaves at the bottom comes back at the top of the next column; proposals may look like that.
+        # Pixels shifted out at the bottom reappear at the top of the next column, which is fine for a proposal.
         runs = np.clip(edges[index] + dx * height + dy, 0, height * width).reshape(-1, 2)
         runs = runs[runs[:, 0] < runs[:, 1]].ravel()
         counts = np.diff(runs, prepend=0, append=height * width)
@@ -116,7 +116,7 @@ def _edges(rle: dict) -> np.ndarray:
 
 
 def indexed(photos: list[Photo], coco_class: type) -> tuple:
-    """Ground truth and proposals as one of the evaluators' own objects; all objects are of one category."""
+    """Ground truth and proposals, each as an instance of `coco_class`; all objects have the same category."""
     images, objects, proposals = [], [], []
     for number, photo in enumerate(photos, 1):
         images.append({"id": number, "height": photo.height, "width": photo.width})
@@ -126,14 +126,14 @@ def indexed(photos: list[Photo], coco_class: type) -> tuple:
         for rle, score in zip(photo.proposals, photo.scores):
             proposal = {"segmentation": rle, "score": float(score), "area": float(mask_utils.area(rle)), "iscrowd": 0}
             proposals.append({**shared, **proposal, "bbox": mask_utils.toBbox(rle).tolist(), "id": len(proposals) + 1})
-    found = []
+    datasets = []
     for shapes in (objects, proposals):
         coco = coco_class()
         coco.dataset = {"images": images, "annotations": shapes, "categories": [{"id": 1, "name": "object"}]}
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
-        found.append(coco)
-    return tuple(found)
+        datasets.append(coco)
+    return tuple(datasets)
 
 
 def run_coco(evaluation: COCOeval) -> np.ndarray:
@@ -170,7 +170,7 @@ def time_in_memory(photos: list[Photo], repeats: int) -> dict:
     }
     seconds: dict[str, list] = {name: [] for name in evaluators}
     recalls = {}
-    # Else what gets timed is the garbage collector's walks over the annotations that wait for their turn.
+    # Otherwise, times would include the garbage collector's walks over all annotations.
     gc.collect()
     gc.freeze()
     for _ in range(repeats):
@@ -181,7 +181,7 @@ def time_in_memory(photos: list[Photo], repeats: int) -> dict:
     ours = recalls["AverageRecall"]
     differences = {name: float(np.abs(theirs - ours).max()) for name, theirs in recalls.items()}
     if not max(differences.values()) < 1e-9:
-        raise SystemExit(f"The evaluators disagree; largest differences of a recall: {differences}")
+        raise SystemExit(f"The evaluators disagree; largest differences in recall: {differences}")
     return {
         name: {
             "ms per image": 1000 * median(times) / len(photos),
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--proposals", type=int, default=1000, help="proposals per image")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file to also write the numbers to")
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to, too")
     args = parser.parse_args()
     photos = read_photos(args.photos, [args.proposals] * args.images)
     measured = {

@@ -1,9 +1,9 @@
-"""Checks that runs lose nothing when processes are killed, the database fails, disks fill up, and others interfere.
+"""Checks that runs lose nothing when processes are killed, the database fails, disks fill up or others interfere.
 
     python benchmarks/faults.py
 
-Prints each kind of fault with how often it was injected, and what was lost. Every time the same run is then started
-again until it comes to its end, and the dataset is compared with what a run without faults has stored.
+Prints how often each kind of fault was injected, and what was lost. After each fault, the same run is repeated until it
+completes, and the dataset is compared with the result of a run without faults.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from pymongo import MongoClient
 
 MODEL = "mobilesamv2-demo-torch"
 BATCH_SIZE = 4
-_DIFFERENT_SCENES = 50  # which repeat
+_DIFFERENT_SCENES = 50  # repeated to fill the dataset
 
-# Children are forked from a process that has imported everything: a kill every second, not every ten.
+# Children are forked from a process that has imported everything, so a kill takes one second instead of ten.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["fiftyone_mobilesamv2.runs.segment"])
 
 
 @dataclass
 class Fault:
-    """What a kind of fault has done. All but the first two should be 0.
+    """The effects of a kind of fault; the last three numbers should be 0.
 
     Attributes:
-        lost: samples that had labels, or should have some, and have none.
-        differing: samples whose labels are not those of a run without faults.
-        orphans: files of masks that no label refers to.
+        lost: number of samples without labels that had labels or should have some.
+        differing: number of samples whose labels differ from those of a run without faults.
+        orphans: number of mask files that no label refers to.
     """
 
     name: str
@@ -83,17 +83,17 @@ class Database:
         self._process.wait()
 
     def fail(self, times: int, **how: object) -> None:
-        """The next commands: see MongoDB's failCommand."""
+        """Makes the next commands fail; see MongoDB's failCommand."""
         MongoClient(self.uri).admin.command("configureFailPoint", "failCommand", mode={"times": times}, data=how)
 
 
 class Faults:
-    """A dataset of scenes, what a run without faults stores, and what becomes of it with some.
+    """A dataset of scenes, the labels that a run without faults stores, and comparisons with runs with faults.
 
     Args:
-        folder: for everything.
-        database: that FiftyOne is connected to.
-        scenes: how many.
+        folder: the folder for all files.
+        database: the database that FiftyOne is connected to.
+        scenes: number of scenes.
     """
 
     def __init__(self, folder: Path, database: Database, scenes: int) -> None:
@@ -141,43 +141,43 @@ class Faults:
             raise RuntimeError(f"A run ended with {process.exitcode}:\n{log[-2000:]}")
 
     def wait_until_stored(self, field: str, share: float, process: multiprocessing.Process) -> None:
-        """Until that share of the samples has labels. A run that has ended by then is none to inject faults into."""
+        """Waits until this share of the samples has labels. Raises RuntimeError if the run has ended by then."""
         wanted = share * len(self.reference)
         while self.dataset._sample_collection.count_documents({field: {"$ne": None}}) < wanted:
             if not process.is_alive():
-                raise RuntimeError("A run ended before there was a fault: more scenes are needed")
+                raise RuntimeError("A run ended before a fault could be injected: use more scenes")
             time.sleep(0.01)
 
-    # What became of it ------------------------------------------------------------------------------------------------
+    # Comparisons ------------------------------------------------------------------------------------------------------
 
     def labels(self, field: str) -> dict[object, str | None]:
         """Sample id -> a hash of its labels including mask pixels; None if it has none."""
-        found = {}
+        digests = {}
         for document in self.dataset._sample_collection.find({}, {field: True}):
             labels = document.get(field)
-            found[document["_id"]] = labels and _digest(labels["detections"])
-        return found
+            digests[document["_id"]] = labels and _digest(labels["detections"])
+        return digests
 
     def ids(self, field: str) -> dict[object, object]:
         """Sample id -> id of its first label, for samples with labels."""
-        found = self.dataset._sample_collection.find({f"{field}.detections.0": {"$exists": True}}, {field: True})
-        return {document["_id"]: document[field]["detections"][0]["_id"] for document in found}
+        documents = self.dataset._sample_collection.find({f"{field}.detections.0": {"$exists": True}}, {field: True})
+        return {document["_id"]: document[field]["detections"][0]["_id"] for document in documents}
 
     def compare(self, name: str, injected: int, field: str, deleted: int = 0, folder: str = "*masks*") -> Fault:
-        found = self.labels(field)
-        gone = len(self.reference) - len(found) - deleted
-        lost = gone + sum(labels is None for labels in found.values())
-        differing = sum(labels is not None and labels != self.reference[id] for id, labels in found.items())
+        stored = self.labels(field)
+        gone = len(self.reference) - len(stored) - deleted
+        lost = gone + sum(labels is None for labels in stored.values())
+        differing = sum(labels is not None and labels != self.reference[id] for id, labels in stored.items())
         return Fault(name, injected, lost, differing, self.orphans(folder))
 
     def check_partial(self, field: str) -> int:
-        """The number of samples whose labels are missing or differ from the expected ones."""
+        """The number of samples whose labels differ from the expected ones; samples without labels do not count."""
         return sum(labels not in (None, self.reference[id]) for id, labels in self.labels(field).items())
 
     def orphans(self, folder: str = "*masks*") -> int:
         """Files below the mask folders that no label refers to, including marker files of unfinished masks."""
         files = {str(path) for path in self.folder.glob(f"{folder}/**/*") if path.is_file()}
-        self.dataset.reload()  # fields that others have added
+        self.dataset.reload()  # for fields that other processes have added
         for name in self.dataset.get_field_schema():
             if name.startswith("field_"):
                 files -= set(self.dataset._sample_collection.distinct(f"{name}.detections.mask_path"))
@@ -185,7 +185,7 @@ class Faults:
 
 
 def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path, cluster: str | None) -> None:
-    """A process with one complete run."""
+    """Performs one complete run, in a process of its own."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     import fiftyone as fo
     import torch
@@ -210,24 +210,24 @@ def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path, cluste
 def _digest(labels: list[dict]) -> str:
     import fiftyone.core.utils as fou
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for label in labels:
         path = label.get("mask_path")
         mask = fou.deserialize_numpy_array(label["mask"]) if path is None else cv2.imread(path, cv2.IMREAD_UNCHANGED)
         if mask is None:
             return f"{path} can't be read"
         values = [label[name] for name in ("label", "bounding_box", "confidence", "predicted_iou", "stability")]
-        found.update(repr((values, label["area_px"], mask.shape)).encode() + (mask > 0).tobytes())
-    return found.hexdigest()
+        digest.update(repr((values, label["area_px"], mask.shape)).encode() + (mask > 0).tobytes())
+    return digest.hexdigest()
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
 def kill_at_random(faults: Faults, kills: int, on_disk: bool) -> Fault:
-    """kill -9, again and again, until there were enough; the run is started again each time.
+    """Kills runs with SIGKILL until there were enough kills, and restarts the run each time.
 
-    A sample that was stored before and is done again counts as differing.
+    A sample that was already stored but is segmented again counts as differing.
     """
     injected, results = 0, []
     while injected < kills:
@@ -278,7 +278,7 @@ def restart_database(faults: Faults, how: int, name: str, times: int = 3) -> Fau
 
 
 def lose_writes(faults: Faults) -> Fault:
-    """Writes that time out, that are interrupted, and whose response gets lost."""
+    """Makes writes time out, fail, or lose their response."""
     field = faults.field()
     process = faults.start(field, True)
     how = [
@@ -301,14 +301,14 @@ def kill_worker(faults: Faults) -> Fault:
     process = faults.start(field, True, cluster="local")
     faults.wait_until_stored(field, 0.3, process)
     runs = MongoClient(faults.database.uri)["faults"]["mobilesamv2.runs"]
-    part = runs.find_one({"label_field": field, "ended": False, "owner.pid": {"$ne": process.pid}})
-    os.kill(part["owner"]["pid"], signal.SIGKILL)
+    shard = runs.find_one({"label_field": field, "ended": False, "owner.pid": {"$ne": process.pid}})
+    os.kill(shard["owner"]["pid"], signal.SIGKILL)
     faults.expect_success(process)
     return faults.compare("one of two workers killed", 1, field)
 
 
 def fill_disk(faults: Faults) -> Fault | None:
-    """A small tmpfs; mounting it requires root."""
+    """Stores masks on a small tmpfs. Returns None if it can't be mounted, which requires root."""
     field, folder = faults.field(), faults.folder / "small-masks"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
@@ -318,7 +318,7 @@ def fill_disk(faults: Faults) -> Fault | None:
         process = faults.start(field, True, folder)
         process.join()
         if not process.exitcode:
-            raise RuntimeError("The disk was not full: more scenes are needed")
+            raise RuntimeError("The disk did not fill up: use more scenes")
         wrong, orphans = faults.check_partial(field), faults.orphans()
         subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
         faults.finish(field, True, folder)
@@ -338,7 +338,7 @@ def run_twice_at_once(faults: Faults) -> Fault:
     second = faults.start(field, True)
     second.join()
     if not second.exitcode and first.is_alive():
-        raise RuntimeError("A second run was let into the field")
+        raise RuntimeError("A second run was allowed to store masks in the field")
     faults.expect_success(first)
     return faults.compare("two runs into one field at once", 1, field)
 
@@ -351,7 +351,7 @@ def delete_field(faults: Faults) -> Fault:
     faults.dataset.delete_sample_field(field)
     process.join()
     left = faults.dataset._sample_collection.count_documents({field: {"$exists": True}})
-    shutil.rmtree(folder / str(faults.dataset._doc.id))  # of labels that are deleted; nobody can know of copies
+    shutil.rmtree(folder / str(faults.dataset._doc.id))  # the run keeps them: copies of the deleted labels may exist
     faults.finish(field, True, folder)
     result = faults.compare("the field deleted by someone else", 1, field, folder=folder.name)
     result.differing += left
@@ -359,11 +359,11 @@ def delete_field(faults: Faults) -> Fault:
 
 
 def delete_samples(faults: Faults, times: int = 5) -> Fault:
-    """Last, as they are gone then, and with them what refers to their masks of other fields."""
+    """Deletes samples during a run. Must be the last fault, since masks of other fields lose their labels, too."""
     field, folder = faults.field(), "masks-of-deleted"
     process = faults.start(field, True, faults.folder / folder)
     faults.wait_until_stored(field, 0.2, process)
-    # Files of samples that are deleted after their masks were stored would stay: copies may refer to them.
+    # These samples have no masks yet. Files of stored masks would stay, since copies may refer to them.
     last = faults.dataset._sample_collection.find({}, {"_id": True}).sort("_id", -1).limit(times)
     ids = [document["_id"] for document in last]
     faults.dataset._sample_collection.delete_many({"_id": {"$in": ids}})
@@ -372,8 +372,8 @@ def delete_samples(faults: Faults, times: int = 5) -> Fault:
 
 
 def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault]:
-    """Runs all faults."""
-    found = []
+    """Injects all faults."""
+    faults_shown = []
     with temporary_faults(scenes) as faults:
         steps: list[Callable[[], Fault | None]] = [
             lambda: kill_at_random(faults, kills // 2, on_disk=False),
@@ -390,11 +390,11 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
         ]
         for step in steps:
             if (fault := step()) is None:
-                print("(A full disk takes root: it needs a small file system.)", file=sys.stderr)
+                print("(Skipped a full disk: mounting a small file system requires root.)", file=sys.stderr)
             else:
                 show(fault)
-                found.append(fault)
-    return found
+                faults_shown.append(fault)
+    return faults_shown
 
 
 @contextmanager
@@ -421,12 +421,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     args = parser.parse_args()
     print("| fault | injected | samples lost | samples differing | orphan files |\n|---|---|---|---|---|")
-    found = inject(
+    injected = inject(
         args.scenes,
         args.kills,
         lambda f: print(f"| {f.name} | {f.injected} | {f.lost} | {f.differing} | {f.orphans} |", flush=True),
     )
-    return 0 if all(fault.is_harmless for fault in found) else 1
+    return 0 if all(fault.is_harmless for fault in injected) else 1
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ class Row:
     """A figure and its target.
 
     Attributes:
-        target: its number in the list of targets that docs/speed.md explains.
-        value: the figure, in `unit`: "x" is how many times faster than the baseline, or smaller.
-        wanted: the least value, or with `at_most` the largest; None where the figure is for comparison only.
+        target: its number in the list of targets in docs/speed.md.
+        value: the figure, in `unit`; "x" means times faster or smaller than the baseline.
+        wanted: the minimum value or, with `at_most`, the maximum; None if the figure is for comparison only.
         how: the two sides of a ratio, or what was measured.
-        runs: of each side; value and sides are medians.
+        runs: number of runs of each side; value and sides are medians.
     """
 
     target: int
@@ -72,7 +72,7 @@ def _figure(value: float, unit: str) -> str:
 
 
 def speedup(target: int, name: str, wanted: float | None, slow: Sequence[float], fast: Sequence[float]) -> Row:
-    """The speed-up, from the medians of seconds."""
+    """The row of a speed-up, the ratio of the median times in seconds."""
     runs = str(len(fast)) if len(slow) == len(fast) else f"{len(slow)} and {len(fast)}"
     how = f"{_seconds(median(slow))} -> {_seconds(median(fast))}"
     if runs != str(len(fast)):
@@ -89,9 +89,9 @@ class Report:
     """All figures of a benchmark run.
 
     Attributes:
-        machine: what it ran on.
+        machine: the environment, from :func:`machine`.
         curves: name -> {"x": [...], "y": [...], "xlabel": ..., "ylabel": ..., "exponent": ...}.
-        steps: (name, seconds for one image) from the released way on, each with one part more of this package.
+        steps: (name, seconds per image), from the released code on, each step with one more part of this package.
     """
 
     machine: dict = field(default_factory=dict)
@@ -132,21 +132,21 @@ def matrix_gflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _processor() -> str:
-    found = (
+    model = (
         re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
     )
-    return found[1] if found else platform.processor()
+    return model[1] if model else platform.processor()
 
 
 def replace_between(text: str, name: str, content: str) -> str:
-    """`text` with `content` between its two comments `<!-- name -->` and `<!-- /name -->`.
+    """`text` with `content` between the comments `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
-        ValueError: it doesn't have these, once each.
+        ValueError: `text` doesn't contain each of these once.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"Expected one {start} and after it one {end}.")
+        raise ValueError(f"Expected one {start}, followed by one {end}.")
     before, rest = text.split(start)
     return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
@@ -156,7 +156,7 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 @contextmanager
 def section(title: str) -> Iterator[None]:
-    """Prints what is being measured, and how long it took."""
+    """Prints what is being measured and how long it took."""
     start = time.perf_counter()
     print(f"[{(start - _START) / 60:4.1f} min] {title}", flush=True)
     yield
@@ -201,9 +201,8 @@ def in_new_process(function: Callable, *args: object) -> object:
 def peak_memory(call: Callable[[], object]) -> float:
     """The peak increase of this process's memory during a call, in MB. Linux with glibc only."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(
-        0
-    )  # otherwise the call would reuse memory freed by earlier ones, which would not be counted
+    # Otherwise the call would reuse memory freed by earlier ones, which would not be counted.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
     before = _memory("VmRSS")
     call()
@@ -216,20 +215,20 @@ def resident_memory() -> float:
 
 
 def _memory(name: str) -> float:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 / 1e6
+    line = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line[1]) * 1024 / 1e6
 
 
-# What to work on ------------------------------------------------------------------------------------------------------
+# Test images ---------------------------------------------------------------------------------------------------------
 
 
 def photo() -> np.ndarray:
-    """A street with a bus and people, 1080x810, from the wheel of ultralytics: the detector sees it at 1024x768."""
+    """A street with a bus and people, 1080x810, from ultralytics' wheel; the detector receives it at 1024x768."""
     return read_rgb(ASSETS / "bus.jpg")
 
 
 def turned(image: np.ndarray) -> list[np.ndarray]:
-    """The image and its mirror image, each turned four ways: eight images that cost the same."""
+    """The image and its mirror image, each in four rotations: eight images that cost the same."""
     return [np.ascontiguousarray(np.rot90(i, k)) for i in (image, image[:, ::-1]) for k in range(4)]
 
 
@@ -238,8 +237,8 @@ def photos(count: int) -> tuple[str, list[np.ndarray]]:
     files = sorted((PHOTOS / "images").glob("*.jpg"))[:count]
     if files:
         return f"{len(files)} COCO photos", [read_rgb(file) for file in files]
-    found = turned(photo()) + turned(read_rgb(ASSETS / "zidane.jpg"))
-    return "2 photos, mirrored and turned", found[:count]
+    images = turned(photo()) + turned(read_rgb(ASSETS / "zidane.jpg"))
+    return "2 photos, mirrored and turned", images[:count]
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -247,7 +246,7 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def random_boxes(count: int, size: tuple[int, int]) -> np.ndarray:
-    """float32 [count, 4] xyxy within `size` (h, w), with sides of 4 to 60 % of the image's, small ones as often."""
+    """float32 [count, 4] xyxy within `size` (h, w), with log-uniform sides of 4 to 60 % of the image's."""
     rng = np.random.default_rng(0)
     sides = np.exp(rng.uniform(np.log(0.04), np.log(0.6), (count, 2)))
     starts = rng.uniform(0, 1 - sides)

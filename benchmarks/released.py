@@ -2,13 +2,13 @@
 
 Computes the same as the release's `Inference.py` up to the masks (ChaoningZhang/MobileSAM at 34bbbfd):
 
-- the detector is a segmentation model. Its predictor hands it to ultralytics' `AutoBackend`, which merges convolutions
-  and batch norms; mask coefficients and prototypes are computed, and not used;
-- `SamPredictor.set_image` encodes;
-- 320 boxes at a time go through `MaskDecoder`, each with a copy of the image's embedding;
-- masks are upsampled at full size in float32, all at once, compared with 0 and turned into float32 again.
+- The detector is a segmentation model. Its predictor passes it to ultralytics' `AutoBackend`, which merges convolutions
+  and batch norms. Mask coefficients and prototypes are computed but not used.
+- `SamPredictor.set_image` encodes the image.
+- `MaskDecoder` decodes 320 boxes at a time, each with a copy of the image's embedding.
+- All masks are upsampled to full size in float32 at once, compared with 0 and converted to float32 again.
 
-Weights are random: the released ones are not available everywhere, and take the same time.
+Weights are random: the released ones are not available everywhere, and random ones take the same time.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ def make_sam(encoder: str) -> SAMModel:
     if encoder in _SAMS:
         return _with_lively_weights(_SAMS[encoder]())
     sam = build_mobile_sam()
-    # EfficientViT-SAM's own code is timm's, and this package's neck.
+    # EfficientViT-SAM's own code is not used: its encoder is built from timm's blocks and this package's neck.
     sam.image_encoder = encoder_config(encoder).build()
     return _with_lively_weights(sam.eval())
 
 
 def make_detector() -> SegmentationModel:
-    """The object-aware model's architecture, YOLOv8x-seg with one class and 26 bins a side, with random weights."""
+    """The object-aware model's architecture, YOLOv8x-seg with one class and 26 bins per side, with random weights."""
     torch.manual_seed(SEED)
     config = yaml_model_load("yolov8x-seg.yaml") | {"nc": 1, "reg_max": 26}
     return _with_lively_weights(SegmentationModel(config, verbose=False).eval())
 
 
 def _with_lively_weights(module: nn.Module) -> nn.Module:
-    """Kaiming initialisation: with PyTorch's default, the output of a deep network hardly depends on its input."""
+    """Applies Kaiming initialisation: with PyTorch's default, a deep network's output hardly depends on its input."""
     for name, weight in module.named_parameters():
         if weight.ndim > 1 and weight.requires_grad and "attention_biases" not in name:
             nn.init.kaiming_normal_(weight)
@@ -75,11 +75,9 @@ def _with_lively_weights(module: nn.Module) -> nn.Module:
 
 
 def write_checkpoints(folder: Path, encoder: str = "tiny_vit") -> dict[str, Path]:
-    """These weights as files, by argument of `MobileSAMv2.from_checkpoints`."""
-    sam, detector = (
-        folder / f"{encoder}_mobile_sam.pt",
-        folder / "detector.pt",
-    )  # ultralytics decides by the end of the name
+    """Writes these weights to files. Returns argument of `MobileSAMv2.from_checkpoints` -> path."""
+    # ultralytics determines the model type by the end of the name.
+    sam, detector = folder / f"{encoder}_mobile_sam.pt", folder / "detector.pt"
     if not sam.exists():
         torch.save(make_sam(encoder).state_dict(), sam)
     if not detector.exists():
@@ -117,9 +115,9 @@ class Released:
         """Boxes [N, 4] xyxy in pixels of the image."""
         with self._timed("discover"):
             pixels = letterbox(image, 1024).contiguous().to(self.device)
-            found = non_max_suppression(self.detector(pixels)[0], conf, NMS_IOU, max_det=max_prompts, nc=1)[0][:, :4]
+            boxes = non_max_suppression(self.detector(pixels)[0], conf, NMS_IOU, max_det=max_prompts, nc=1)[0][:, :4]
             size = tuple(pixels.shape[-2:])
-            return to_image(snap_to_border(found, size), size, image.shape[:2])
+            return to_image(snap_to_border(boxes, size), size, image.shape[:2])
 
     @torch.inference_mode()
     def encode(self, image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
@@ -157,10 +155,10 @@ class Released:
 
 
 class PlausibleMasks:
-    """Replaces a decoder's computed logits by those of masks that look like objects.
+    """Replaces a decoder's logits with those of masks that look like objects.
 
-    Random weights make masks of noise that fill the image, and to crop and store these would cost what no masks of a
-    trained model do.
+    Random weights produce noise that fills the image. Cropping and storing such masks costs far more than masks of a
+    trained model.
 
     Args:
         bank: [K, L, L]; prompt i of a call gets map i modulo K.
@@ -171,13 +169,13 @@ class PlausibleMasks:
 
     def __call__(self, decoder: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A forward hook."""
-        for some in output[0].split(len(self.bank)):
-            some.copy_(self.bank[: len(some), None])
+        for logits in output[0].split(len(self.bank)):
+            logits.copy_(self.bank[: len(logits), None])
         return output
 
 
 def object_like_logits(count: int = 64) -> Tensor:
-    """Low-res logits [count, 256, 256] of the demo model for boxes on the photo, scaled to SAM's size."""
+    """The demo model's low-res logits for boxes on the photo, resized to SAM's: [count, 256, 256]."""
     demo = MobileSAMv2.from_pretrained("mobilesamv2-demo-torch", device="cpu")
     logits, _ = demo.decode(demo.encode([photo()]), [random_boxes(count, photo().shape[:2])])
     return F.interpolate(logits[0][None], (256, 256), mode="bilinear", align_corners=False)[0].contiguous()

@@ -47,13 +47,13 @@ IDS = 500_000
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print("| masks an image | stored | document | commands | to the database | from it | files | on disk |")
+        print("| masks per image | stored | document | commands | to the database | from it | files | on disk |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         documents = {}
         for prompts in PROMPTS:
             for on_disk in (False, True):
                 documents[prompts, on_disk] = measure_image(folder, prompts, on_disk)
-        print("\n| masks an image | stored | " + " | ".join(f"{n} at once" for n in WRITERS) + " |")
+        print("\n| masks per image | stored | " + " | ".join(f"{n} at once" for n in WRITERS) + " |")
         print("|---|---|" + "---|" * len(WRITERS), flush=True)
         for (prompts, on_disk), document in documents.items():
             rates = [write_rate(document, writers) for writers in WRITERS]

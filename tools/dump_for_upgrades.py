@@ -2,8 +2,8 @@
 
     PYTHONPATH=<checkout of that version> python tools/dump_for_upgrades.py tests/data/upgrade
 
-With scenes: two runs (masks in the database, and in files, the latter to be continued), a sample that fails, an
-evaluation, a proposal that is promoted. Written for version 0.1.0, whose names it uses.
+The dataset has scenes with two runs (one with masks in the database; one with masks in files, which is to be
+continued), a sample that fails, an evaluation, and a promoted proposal. Uses the names of version 0.1.0.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def start_database(scratch: Path) -> subprocess.Popen:
-    """A MongoDB, and an environment in which FiftyOne uses it and none of the user's folders."""
+    """Starts MongoDB, and sets the environment so that FiftyOne uses it and none of the user's folders."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (fiftyone,) = importlib.util.find_spec("fiftyone").submodule_search_locations
@@ -69,7 +69,7 @@ def fill(folder: Path) -> dict:
     from fiftyone_mobilesamv2.training.scenes import write_coco
 
     images, annotations = write_coco(folder, 3)
-    for path in list(images.iterdir()):  # smaller files
+    for path in list(images.iterdir()):  # JPEG files are smaller
         picture = cv2.imread(str(path))
         path.unlink()
         cv2.imwrite(str(path.with_suffix(".jpg")), picture, [cv2.IMWRITE_JPEG_QUALITY, 60])

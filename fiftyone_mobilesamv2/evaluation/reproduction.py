@@ -37,9 +37,8 @@ GRIDS = (16, 32, 64)
 RESULTS_NAME, PICTURE_NAME = "reproduction.json", "reproduction.png"
 
 # The paper's figures, arXiv 2312.09579: AR in percent on 100 images of LVIS, ViT-H encoder unless another is named.
-PAPER_AR: dict[
-    str, dict[int | None, tuple[float, ...]]
-] = {  # all, small, medium and large objects; None: the mean over K
+# By K (None: the mean over K): all, small, medium and large objects.
+PAPER_AR: dict[str, dict[int | None, tuple[float, ...]]] = {
     OBJECT_AWARE: {
         10: (17.6, 6.4, 35.0, 37.8),
         100: (50.6, 36.3, 73.1, 76.3),

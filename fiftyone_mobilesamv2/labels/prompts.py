@@ -10,9 +10,8 @@ import numpy as np
 from ..errors import ArgumentError
 from ..modeling.arrays import FloatArray, IntArray
 
-_MAX_BOX_SIDES = (
-    2  # relative to the image: the mask has as many pixels as its box; the evaluation accepts no larger boxes
-)
+# Relative to the image. A mask has as many pixels as its box, and the evaluation accepts no larger boxes.
+_MAX_BOX_SIDES = 2
 
 
 def labels_of(prompts: fol.Label | None) -> list[fol.Detection] | list[fol.Keypoint]:

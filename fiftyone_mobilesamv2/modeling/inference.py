@@ -160,7 +160,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
                 if not isinstance(convolution, nn.Conv2d) or convolution.out_channels != child.num_features:
                     raise ArgumentError(
                         f"The batch norm '{name}' of {type(parent).__name__} can't be folded: it does not follow a "
-                        f"convolution with as many channels."
+                        f"convolution with the same number of channels."
                     )
                 setattr(owner, last, fuse_conv_bn_eval(convolution, child))
                 setattr(parent, name, nn.Identity())

@@ -140,9 +140,8 @@ def _tokens_to_image(attention: Attention, queries: Tensor, keys: Tensor, pe_k: 
     p = torch.softmax(scores, dim=-1).flatten(1, 2)  # [N, h * T, S]
     attended = (p @ keys).unflatten(1, (heads, -1)).to(queries.dtype)  # [N, h, T, C]
     v = _merge_heads(attended @ _per_head(attention.v_proj.weight, heads).transpose(1, 2))
-    out: Tensor = attention.out_proj(
-        v + attention.v_proj.bias
-    )  # softmax's rows sum to 1, so the bias can be added afterwards
+    # Softmax's rows sum to 1, so the bias can be added afterwards.
+    out: Tensor = attention.out_proj(v + attention.v_proj.bias)
     return out
 
 

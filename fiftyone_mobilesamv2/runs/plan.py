@@ -163,7 +163,7 @@ def check_same_parameters(samples: SampleCollection, label_field: str, parameter
 
 
 def _changed(earlier: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
-    """Describes the parameters that differ from those of an earlier run, which had the default of one added since."""
+    """Describes the parameters that differ from an earlier run's; those added since then had their defaults."""
     earlier = {name: parameter.default for name, parameter in PARAMETERS.items()} | earlier
     return [
         f"{name} {earlier.get(name)} then, {value} now"
