@@ -49,10 +49,10 @@ def test_demo_model_stores_valid_masks(photo_dataset):
     [("mobilesamv2-tinyvit-torch", "tiny_vit", 0), ("mobilesamv2-efficientvit-l0-torch", "efficientvit_l0", 1)],
 )
 def test_released_architectures_store_valid_masks(photo_dataset, seeded, name, encoder, first):
-    """A quarter of the sizes each: with noise for weights, nothing else of a photo matters to a mask's geometry."""
+    """An eighth of the sizes each: with noise for weights, nothing else of a photo matters to a mask's geometry."""
     by_size = {(sample.metadata.height, sample.metadata.width): sample.id for sample in photo_dataset}
-    photos = photo_dataset.select([by_size[size] for size in sorted(by_size)[first::4]])
-    assert len(photos) == 14
+    photos = photo_dataset.select([by_size[size] for size in sorted(by_size)[first::8]])
+    assert len(photos) == 7
     # Seeded detectors find hundreds of boxes whose masks are noise all over the image; a few are enough.
     model = zoo.load_model(
         name,
