@@ -155,7 +155,9 @@ def tree(folder):
 # By import ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("imports", ["package, then fiftyone", "fiftyone, then package"])
+@pytest.mark.parametrize(
+    "imports", ["package, then fiftyone", pytest.param("fiftyone, then package", marks=pytest.mark.slow)]
+)
 def test_import_offers_the_models(bare_python, user, imports):
     own = user / "own.json"
     own.write_text(json.dumps({"models": [{"base_name": "own-model", "date_added": "2026-01-01 00:00:00"}]}))

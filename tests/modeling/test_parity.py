@@ -13,8 +13,8 @@ from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery, boxe
 
 ENCODERS = [
     "tiny_vit",
-    "efficientvit_l0",
-    pytest.param("efficientvit_l1", marks=pytest.mark.slow),  # l0's blocks, and more of them
+    pytest.param("efficientvit_l0", marks=pytest.mark.slow),  # seconds an image, as the next two
+    pytest.param("efficientvit_l1", marks=pytest.mark.slow),
     pytest.param("efficientvit_l2", marks=pytest.mark.slow),
     pytest.param("sam_vit_b", marks=pytest.mark.slow),  # tens of seconds an image
     pytest.param("sam_vit_h", marks=pytest.mark.slow),  # 2.5 GB of weights

@@ -32,7 +32,6 @@ from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDeco
 
 NOTES = Path(__file__).resolve().parents[4] / "shared" / "notes" / "paper.md"
 RELEASED = [name for name, model in MODELS.items() if not model.encoder_weights.is_packaged]
-SMALL = {"mobilesamv2-tinyvit-torch"}
 WITH_OWN_DECODER = ["mobilesamv2-vitb-torch", "mobilesamv2-vitl-torch"]
 BOXES = np.array([[20, 30, 200, 180], [5, 5, 300, 235], [150, 60, 160, 200]], np.float32)
 
@@ -187,10 +186,6 @@ def image(height: int = 240, width: int = 320) -> np.ndarray:
     return np.uint8(127.5 * (1 + waves))
 
 
-def slow_unless_small(names):
-    return [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 @pytest.fixture
 def downloaded(served, hub, folder):
     """Loads a model of the catalog, and checks that each of its files was asked for once, from its first source."""
@@ -210,7 +205,8 @@ def downloaded(served, hub, folder):
     return load
 
 
-@pytest.mark.parametrize("name", slow_unless_small(name for name in RELEASED if name not in WITH_OWN_DECODER))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RELEASED if name not in WITH_OWN_DECODER])
 def test_model_is_downloaded_and_segments(downloaded, name):
     (segmentation,) = downloaded(name).segment_everything([image()], conf=0.0, max_prompts=3)
     assert 0 < len(segmentation) <= 3 and all(mask.any() for mask in segmentation.masks)
