@@ -16,3 +16,10 @@ def test_files_are_short(path):
 
 def test_root_contains_only_the_agreed_modules():
     assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
+
+
+@pytest.mark.parametrize("folder", ["operators", "panels"])
+def test_names_in_markdown_are_escaped(folder):
+    """Names of fields, tags and files may contain Markdown: `code()` quotes them, backticks of our own would not."""
+    for path in (PACKAGE / folder).rglob("*.py"):
+        assert "`{" not in path.read_text(), path

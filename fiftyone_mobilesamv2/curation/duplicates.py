@@ -101,7 +101,7 @@ def find_duplicates(
     relations: dict[str, dict[ObjectId, dict[ObjectId, _Relation]]] = {tag: {} for tag in TAGS}
 
     def visit(stored: StoredImage) -> None:
-        labels = stored.labels(field)
+        labels = stored.distinct_labels(field)
         for tag in TAGS:
             tagged[tag][stored.sample_id] = {label["_id"] for label in labels if tag in tags_of(label)}
         for name in attributes:

@@ -113,7 +113,7 @@ def find_unlabeled_objects(
     _check_different(pred_field, gt_field)
 
     def unlabeled(stored: StoredImage) -> dict[ObjectId, float]:
-        proposals = [label for label in stored.labels(pred_field) if not tags_of(label) & NOT_SUGGESTED]
+        proposals = [label for label in stored.distinct_labels(pred_field) if not tags_of(label) & NOT_SUGGESTED]
         scores = np.array([number_of(label, RANKINGS[rank_by].attributes) for label in proposals])
         proposals = [label for label, score in zip(proposals, scores) if score >= min_score]
         scores = scores[scores >= min_score]
@@ -159,7 +159,7 @@ def find_unsupported_labels(
     def unsupported(stored: StoredImage) -> dict[ObjectId, float] | None:
         if not stored.has(pred_field):
             return None
-        objects = [label for label in stored.labels(gt_field) if not is_crowd(label)]
+        objects = [label for label in stored.distinct_labels(gt_field) if not is_crowd(label)]
         size = stored.known_size
         shapes, proposed = (shapes_of(labels, size, use_masks) for labels in (objects, stored.labels(pred_field)))
         best_ious = ious(shapes, proposed).max(1, initial=0)

@@ -150,8 +150,8 @@ def _measurer(config: ProposalEvaluationConfig) -> Work[Measured]:
 def _match(stored: StoredImage, config: ProposalEvaluationConfig, recall: AverageRecall) -> MeasuredImage:
     """Matches an image's proposals to its objects and adds them to the counts."""
     size = stored.known_size
-    objects = stored.labels(config.gt_field)
-    proposals = stored.labels(config.pred_field)
+    objects = stored.distinct_labels(config.gt_field)
+    proposals = stored.distinct_labels(config.pred_field)
     scores = [number_of(label, RANKINGS[config.rank_by].attributes) for label in proposals]
     # Masks beyond the largest K are not decoded.
     proposals = [proposals[i] for i in ranking(scores, config.ks[-1])]

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
@@ -63,6 +64,14 @@ class StoredImage:
             raise LabelError(f"'{field_name}' contains something else than labels")
         if not all("_id" in label for label in labels):
             raise LabelError(f"a label in '{field_name}' has no id: it was not stored by FiftyOne")
+        return labels
+
+    def distinct_labels(self, field_name: str) -> list[Document]:
+        """Like :meth:`labels`, to store something on each. Raises LabelError if two have the same id, too."""
+        labels = self.labels(field_name)
+        if len({label["_id"] for label in labels}) < len(labels):
+            id, times = Counter(label["_id"] for label in labels).most_common(1)[0]
+            raise LabelError(f"{times} labels in '{field_name}' have the id {id}")
         return labels
 
     def has(self, field_name: str) -> bool:

@@ -187,7 +187,7 @@ def segmentation_outcome(run: SegmentationRun, replaced: bool) -> Outcome:
     """The summary of a run of segment_everything or segment_anything."""
     lines = [
         f"**{count(run.objects, 'object')} in {count(run.images - run.num_failures, 'image')}**",
-        f"Stored in `{run.label_field}`, {run.images_per_second:.2g} images per second.",
+        f"Stored in {code(run.label_field)}, {run.images_per_second:.2g} images per second.",
     ]
     if run.cancelled:
         rest = "The other images keep their labels" if replaced else "Run it again to continue"

@@ -96,7 +96,7 @@ def _outcome(comparison: Comparison, values: dict[str, Any]) -> Outcome:
     lines = [
         f"**{comparison}**",
         comparison.table().to_markdown(disable_numparse=True, stralign="right"),
-        f"Means over {count(len(comparison.samples), 'image')} by `{values['model']}` on {values['device']} in "
+        f"Means over {count(len(comparison.samples), 'image')} by {code(values['model'])} on {values['device']} in "
         f"{values['dtype']}. Times include finding objects, decoding and cropping masks, but not the encoder, which "
         f"both need once.",
     ]

@@ -22,7 +22,7 @@ from .choices import (
     skipped_text,
     use_masks_switch,
 )
-from .form import Form, count
+from .form import Form, code, count
 from .operator import Operator
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def _outcome(samples: SampleCollection, results: ProposalResults) -> Outcome:
     config, recall = results.config, results.average_recall
     objects = recall.totals["all"]
     lines = [
-        f"**AR@{config.ks[-1]} is {results.mAR():.3f}**" if objects else f"**No objects in `{config.gt_field}`**",
-        f"`{config.pred_field}` against {count(objects, 'object')} of `{config.gt_field}` in "
+        f"**AR@{config.ks[-1]} is {results.mAR():.3f}**" if objects else f"**No objects in {code(config.gt_field)}**",
+        f"{code(config.pred_field)} against {count(objects, 'object')} of {code(config.gt_field)} in "
         f"{count(recall.images, 'image')}, comparing {'masks' if config.use_masks else 'boxes'}, ranked by "
-        f"{config.rank_by}. Stored as evaluation `{results.key}`.",
+        f"{config.rank_by}. Stored as evaluation {code(results.key)}.",
         results.report().rounded().replace("nan", "-").to_markdown(disable_numparse=True, stralign="right"),
         "AR@K: the share of objects that the K best-ranked proposals of their image find, averaged over IoU thresholds "
         "from 0.50 to 0.95.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .app_work import Outcome, Progress
 from .choices import SHAPES, ranking_choice, skipped_button, skipped_text, use_masks_switch
-from .form import Form, count
+from .form import Form, code, count
 from .operator import Operator
 
 SHOW = {
@@ -53,8 +53,8 @@ class FindDuplicates(Operator):
         lines = [
             f"**{count(counts['duplicate'], 'duplicate')}, {count(counts['part'], 'part')} of "
             f"{count(counts['whole'], 'label')}**",
-            f"Tagged in `{duplicates.label_field}`; `{ATTRIBUTES['duplicate']}` and `{ATTRIBUTES['part']}` hold the "
-            "id of the other label.",
+            f"Tagged in {code(duplicates.label_field)}; {code(ATTRIBUTES['duplicate'])} and "
+            f"{code(ATTRIBUTES['part'])} hold the id of the other label.",
         ]
         result = {"field": duplicates.label_field, "counts": counts, "skipped": duplicates.skipped}
         return Outcome(

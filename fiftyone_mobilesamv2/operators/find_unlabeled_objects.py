@@ -11,7 +11,7 @@ from .choices import (
     skipped_text,
     use_masks_switch,
 )
-from .form import Form, count
+from .form import Form, code, count
 from .operator import Operator
 
 OBJECTS, LABELS = "objects", "labels"
@@ -66,8 +66,8 @@ class FindUnlabeledObjects(Operator):
         if number:
             order = "highest score" if of_objects else "least overlap with any proposal"
             lines.append(
-                f"In {findings.num_samples:,} of {count(len(form.samples), 'image')}, tagged `{findings.tag}` in "
-                f"`{findings.label_field}`. They are shown, {order} first."
+                f"In {findings.num_samples:,} of {count(len(form.samples), 'image')}, tagged {code(findings.tag)} in "
+                f"{code(findings.label_field)}. They are shown, {order} first."
             )
             if of_objects:
                 lines.append(
@@ -75,8 +75,8 @@ class FindUnlabeledObjects(Operator):
                 )
         if findings.left_out:
             lines.append(
-                f"{count(findings.left_out, 'image')} left out because of an empty `{options['pred_field']}`: segment "
-                f"them first."
+                f"{count(findings.left_out, 'image')} left out, without a value in {code(options['pred_field'])}: "
+                f"segment them first."
             )
         result = {
             "field": findings.label_field,

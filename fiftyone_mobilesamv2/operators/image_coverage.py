@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .app_work import Outcome, Progress
 from .choices import SHAPES, skipped_button, skipped_text
-from .form import Form, count
+from .form import Form, code, count
 from .operator import Operator
 
 
@@ -44,8 +44,10 @@ class ImageCoverage(Operator):
                 f"On average, {means['objects']:.1f} objects cover {means['coverage']:.1%}: {means['small']:.1f} "
                 f"small, {means['medium']:.1f} medium, {means['large']:.1f} large."
             )
-            lines.append(f"Sort the images by `{field}_coverage`, or filter them in the sidebar.")
+            lines.append(f"Sort the images by {code(field + '_coverage')}, or filter them in the sidebar.")
         if coverage.unsegmented:
-            lines.append(f"Not measured: {coverage.unsegmented:,} without a value in `{field}`. Segment them first.")
+            lines.append(
+                f"Not measured: {coverage.unsegmented:,} without a value in {code(field)}. Segment them first."
+            )
         lines += skipped_text(coverage.skipped)
         return Outcome("\n\n".join(lines), vars(coverage), buttons=skipped_button(coverage.skipped))

@@ -8,7 +8,7 @@ from fiftyone.operators import types
 
 from .app_work import Outcome, Progress
 from .choices import fetch_with_progress
-from .form import Form, count
+from .form import Form, code, count
 from .operator import Operator
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _download(model: str, progress: Progress) -> Outcome:
 
     fetch_with_progress(model, progress)
     files = {weights.filename: str(local_path(weights)) for weights in model_files(model)}
-    paths = "\n".join(f"- `{path}`" for path in files.values())
+    paths = "\n".join(f"- {code(path)}" for path in files.values())
     return Outcome(f"**{model} is downloaded**\n\n{paths}", {"model": model, "files": files})
 
 
@@ -100,7 +100,7 @@ def _verify(model: str, progress: Progress) -> Outcome:
 
     results = verify_model(model, report)
     rows = [
-        {"file": f"`{weights.filename}`", "sha256": f"`{verified.sha256}`", "hash": pin(weights)}
+        {"file": code(weights.filename), "sha256": code(verified.sha256), "hash": pin(weights)}
         for weights, verified in results.items()
         if verified.sha256
     ]
@@ -114,7 +114,7 @@ def _verify(model: str, progress: Progress) -> Outcome:
     lines = [bad if wrong else good]
     if rows:
         lines.append(_markdown(rows))
-    lines += [f"**`{name}`**: {problem}" for name, problem in wrong.items()]
+    lines += [f"**{code(name)}**: {problem}" for name, problem in wrong.items()]
     files = {weights.filename: vars(verified) for weights, verified in results.items()}
     return Outcome("\n\n".join(lines), {"model": model, "files": files})
 

@@ -20,6 +20,7 @@ from ..errors import message_of
 from ..evaluation import figures
 from ..fiftyone_internals import is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
+from ..operators.form import code
 from ..registration import PLUGIN
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class SegEvery(foo.Panel):
             if recorded:
                 runs[name] = recorded[-1]
             else:
-                unknown.append(f"`{name}`")
+                unknown.append(code(name))
         if runs:
             figure = figures.time_per_stage(runs)
             _add_plot(panel, "stages", "Time of the last run, by stage", "Milliseconds per image", figure, None)
@@ -269,7 +270,7 @@ def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
             "No field has been segmented yet. Start by creating a mask for every object in every image.",
             "segment_everything",
         )
-    names = ", ".join(f"`{name}`" for name in segmented)
+    names = ", ".join(code(name) for name in segmented)
     if others:
         return f"Evaluate {names} to see how many labeled objects the masks find.", "evaluate_proposals"
     return f"{names} can't be evaluated: this dataset has no labels to compare the masks with.", ""

@@ -233,6 +233,20 @@ def test_evaluate_detections_gives_the_same_results(labeled, images):
     assert not labeled.has_field("ar_tp") and labeled.has_field("same_tp")
 
 
+@pytest.mark.parametrize("field", ["ground_truth", "proposals"])
+def test_two_labels_of_one_id_cost_their_image(labeled, field):
+    evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
+    second = labeled.skip(1).first()
+    labels = second[field].detections
+    second[field].detections = [*labels, labels[0].copy()]
+    second[field].detections[-1].id = labels[0].id
+    second.save()
+    results = evaluate_proposals(labeled, "proposals", eval_key="ar", ks=KS, progress=False)
+    (skipped,) = results.skipped
+    assert skipped["id"] == second.id and f"2 labels in '{field}' have the id {labels[0].id}" in skipped["cause"]
+    assert labeled.load_evaluation_results("ar").skipped == results.skipped
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_results_print_as_their_table(labeled, count):
     results = evaluate_proposals(labeled.limit(count), "proposals", ks=KS, progress=False)
