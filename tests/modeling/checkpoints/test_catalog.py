@@ -130,7 +130,8 @@ def released_content(weights: Weights, model: PretrainedModel) -> dict:
         }
     if weights.filename.startswith("sam_vit"):  # by Meta's own code
         with torch.device("meta"):  # only names and shapes: initializing ViT-H takes longer than the seeded values
-            return seeded_tensors(segment_anything.sam_model_registry[model.encoder.removeprefix("sam_")]())
+            sam = segment_anything.sam_model_registry[model.encoder.removeprefix("sam_")]()
+        return seeded_tensors(sam)
     encoder = seeded_tensors(ENCODERS[model.encoder].build())
     if weights.filename == "mobile_sam.pt":
         whole = {f"image_encoder.{key}": value for key, value in encoder.items()}
