@@ -553,7 +553,7 @@ def test_any_boxes_become_masks_or_are_refused(model, good, boxes):
     seed=st.integers(0, 99),
 )
 def test_mask_is_cropped_to_any_box(place, box, seed):
-    """The crop equals that of a larger canvas with the image in its middle."""
+    """The crop is the same as from a larger canvas with the image in its middle."""
     height, width = 10, 14
     y, x, h, w = place
     h, w = min(h, height - y), min(w, width - x)

@@ -11,8 +11,8 @@ from ..errors import ArgumentError
 from .arrays import AnyArray, FloatArray, IntArray, MaskArray
 
 MAX_COORDINATE = 1e9  # pixels; far above any image, and far below where float64 loses parts of pixels
-# pycocotools takes about 80 bytes for each pixel of an outline. That of an object in an image of 65,535 pixels a side,
-# the largest that is read, is a tenth as long.
+# pycocotools 2 takes 44 bytes for each pixel of an outline (measured: 377 MB for 7.9 million). A rectangle around the
+# largest image that is read, 65,535 pixels a side, has an outline of 262,140.
 _MAX_OUTLINE = 4e6
 
 

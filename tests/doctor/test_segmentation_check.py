@@ -172,7 +172,7 @@ def test_disagreement_of_points_and_boxes_is_recognized(healthy):
     assert "masks from points" in verdict_of(dataclasses.replace(healthy, agreement=0.2), healthy)
 
 
-# Models for photos, none of which is in the package -------------------------------------------------------------------
+# Models for photos, which the package does not contain ---------------------------------------------------------------
 
 
 def measured_on_photos(healthy: Measured, iou: np.ndarray) -> Measured:

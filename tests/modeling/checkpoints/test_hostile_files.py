@@ -638,8 +638,8 @@ HEADERS = {
     "a deep one": safetensors(b"[" * 100_000),
     "a name twice": safetensors(b'{"w":' + TWICE + b',"w":' + TWICE + b"}"),
     "a key twice": safetensors(b'{"w":' + TWICE[:-1] + b',"shape":[2, 4]}}'),
-    "metadata that are no text": safetensors({"__metadata__": {"a": 1}, "w": ONE}),
-    "metadata that are a list": safetensors({"__metadata__": ["a"], "w": ONE}),
+    "metadata that is not text": safetensors({"__metadata__": {"a": 1}, "w": ONE}),
+    "metadata that is a list": safetensors({"__metadata__": ["a"], "w": ONE}),
     "a pickle": PROGRAM,
     "an archive": GOOD,
 }
@@ -751,7 +751,7 @@ def test_tensor_names_are_shortened_in_messages(tmp_path):
 
 
 def with_valid_checksums(archive: bytes) -> bytes:
-    """The archive, as far as it can be read, with corrected checksums."""
+    """The readable part of the archive, with corrected checksums."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
         for item in old.infolist():
