@@ -14,6 +14,8 @@ import fiftyone.core.patches as fop
 import fiftyone.core.sample as fos
 import fiftyone.core.video as fov
 from bson import ObjectId
+from fiftyone.core.odm.dataset import SampleFieldDocument
+from fiftyone.core.odm.utils import create_field
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
@@ -123,6 +125,16 @@ def label_type(samples: SampleCollection, name: str) -> type[fo.Label]:
     return kind
 
 
+def field_document(name: str, ftype: type[fo.Field], **options: Any) -> Document:
+    """The entry of a new field in the schema of its dataset's document.
+
+    Args:
+        options: the arguments `embedded_doc_type`, `description` and `info` of `add_sample_field`.
+    """
+    field = create_field(name, ftype, **options)
+    return dict(SampleFieldDocument.from_field(field).to_mongo())
+
+
 def add_to_sidebar_group(dataset: fo.Dataset, paths: Sequence[str], name: str) -> None:
     """Shows fields in a group of the App's sidebar, creating the group if necessary."""
     dataset._add_paths_to_sidebar_group(list(paths), name)
@@ -150,6 +162,11 @@ def dataset_id(dataset: fo.Dataset) -> ObjectId:
 def reload_list_of_runs(dataset: fo.Dataset) -> None:
     """Reloads the list of a dataset's runs, which other processes may have changed."""
     dataset._doc.reload("runs")
+
+
+def reload_schema(dataset: fo.Dataset) -> None:
+    """Reloads a dataset, but not its samples in memory, which fail to load if they have undeclared fields."""
+    dataset._reload(hard=True)
 
 
 def sample_collection(dataset: fo.Dataset) -> Collection[Document]:

@@ -19,6 +19,7 @@ from ..evaluation.average_recall import AREA_RANGES, areas_of
 from ..fiftyone_internals import Document, add_to_sidebar_group, bulk_write, source_dataset
 from ..labels.documents import Progress, Skipped, StoredImage, visit_images
 from ..labels.fields import check_shapes_field
+from ..labels.schema import NewField, declare_fields
 from .findings import check_images
 from .overlaps import shapes_of
 
@@ -130,8 +131,11 @@ def _measured(labels: Sequence[Document], size: tuple[int, int], use_masks: bool
 
 def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, Numbers | None]) -> None:
     """Sets the fields of each sample, to None for samples without numbers."""
-    for suffix, (kind, description) in NUMBERS.items():
-        dataset.add_sample_field(f"{field}_{suffix}", kind, description=description.format(field), info={_MARK: field})
+    fields = {
+        f"{field}_{suffix}": NewField(ftype, description=description.format(field), info={_MARK: field})
+        for suffix, (ftype, description) in NUMBERS.items()
+    }
+    declare_fields(dataset, fields)
     add_to_sidebar_group(dataset, [f"{field}_{suffix}" for suffix in NUMBERS], "coverage")
     now = datetime.now(timezone.utc)
     nothing = dict.fromkeys(NUMBERS)
@@ -141,3 +145,4 @@ def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, Numbers |
             values = {f"{field}_{suffix}": value for suffix, value in (sample_numbers or nothing).items()}
             operations.append(UpdateOne({"_id": sample_id}, {"$set": {**values, "last_modified_at": now}}))
         bulk_write(dataset, operations, ids=[sample_id for sample_id, _ in batch])
+    declare_fields(dataset, fields)

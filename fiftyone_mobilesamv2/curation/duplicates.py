@@ -17,6 +17,7 @@ from ..evaluation.average_recall import Shapes, areas_of, ranking
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import Document, bulk_write, label_path, source_dataset
 from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
+from ..labels.schema import declare_labels
 from ..modeling.arrays import FloatArray, IntArray
 from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
 from .overlaps import ious, shapes_of, shares_inside
@@ -116,12 +117,13 @@ def find_duplicates(
 
     skipped = visit_images(samples, [field], visit, progress)
     dataset = source_dataset(samples)
-    for name in attributes:
-        dataset.add_sample_field(f"{label_path(dataset, field)}.{name}", fof.StringField)
+    fields = dict.fromkeys(attributes, fof.StringField)
+    declare_labels(dataset, field, fields)
     for tag in TAGS:
         retag(dataset, field, tag, tagged[tag], relations[tag])
     for tag, name in ATTRIBUTES.items():
         _store_attribute(dataset, field, name, stored_values[name], relations[tag])
+    declare_labels(dataset, field, fields)
     return Duplicates(samples, field, {tag: _strongest_first(relations[tag].values()) for tag in TAGS}, skipped)
 
 

@@ -27,6 +27,7 @@ from ..fiftyone_internals import (
 from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, value_in, visit_images
 from ..labels.fields import GROUND_TRUTH_FIELD, check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
+from ..labels.schema import declare_labels
 from .findings import LabelIds, check_images, check_tagged_field, retag
 from .unlabeled import DISMISSED, PROMOTED, UNLABELED
 
@@ -94,10 +95,7 @@ def promote_to_labels(
     check_promotion(samples, pred_field, gt_field)
     if not isinstance(label, str) or not label.strip():
         raise ArgumentError(f"label must be the name of a class, not {label!r}.")
-    if not dataset.has_field(gt_field):
-        dataset.add_sample_field(gt_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
-    attribute = label_path(dataset, gt_field, PROMOTED_FROM)
-    dataset.add_sample_field(attribute, fof.StringField)
+    declare_labels(dataset, gt_field, {PROMOTED_FROM: fof.StringField})
 
     requested = dict.fromkeys(ids)
     shown = samples.select_labels(ids=[id for id in requested if ObjectId.is_valid(id)], fields=pred_field)
@@ -123,6 +121,7 @@ def promote_to_labels(
         skipped = visit_images(view, [pred_field], visit, progress)
     finally:
         _tag(samples, pred_field, labelled, PROMOTED)
+        declare_labels(dataset, gt_field, {PROMOTED_FROM: fof.StringField})
     already = sum(map(len, labelled.values())) - promoted
     return Promotion(promoted, already, samples_changed, [id for id in requested if id not in existing_ids], skipped)
 

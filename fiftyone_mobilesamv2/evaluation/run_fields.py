@@ -30,6 +30,7 @@ from ..fiftyone_internals import (
     source_dataset,
     split_frame_field,
 )
+from ..labels.schema import NewField, declare_fields, delete_fields
 from .measuring import Measured, MeasuredImage
 
 if TYPE_CHECKING:
@@ -103,9 +104,8 @@ class RunFields(foud.DetectionEvaluation):
                 dataset.set_values(eval_key + name, values, key_field="id")
 
     def _update(self, dataset: fo.Dataset, eval_key: str, query: Callable[[MeasuredImage], Document]) -> None:
-        for name, kind in self._fields(dataset, eval_key).items():
-            name, of_frame = split_frame_field(dataset, name)
-            (dataset.add_frame_field if of_frame else dataset.add_sample_field)(name, kind)
+        fields = {name: NewField(ftype) for name, ftype in self._fields(dataset, eval_key).items()}
+        declare_fields(dataset, fields)
         of_frames = self._is_of_frames(dataset)
         has_counts = bool(self._count_fields(dataset, eval_key))
         objects_path, proposals_path = (
@@ -120,6 +120,7 @@ class RunFields(foud.DetectionEvaluation):
             if len(operations) >= _MAX_UPDATES or number == len(self._measured.images):
                 bulk_write(dataset, operations, ids=ids, frames=of_frames)
                 ids, operations = [], []
+        declare_fields(dataset, fields)
 
     def forget_counts_of_skipped(self, samples: SampleCollection, eval_key: str) -> None:
         # FiftyOne stored zeros for them.
@@ -225,12 +226,7 @@ class RunFields(foud.DetectionEvaluation):
         delete_empty_sidebar_group(samples, eval_key)
 
     def _delete_fields(self, dataset: fo.Dataset, eval_key: str) -> None:
-        names = [name for name in self._fields(dataset, eval_key) if dataset.has_field(name)]
-        of_samples, of_frames = fou.split_frame_fields(names)
-        if of_samples:
-            dataset.delete_sample_fields(of_samples)
-        if of_frames:
-            dataset.delete_frame_fields(of_frames)
+        delete_fields(dataset, self._fields(dataset, eval_key))
 
 
 def _updates(

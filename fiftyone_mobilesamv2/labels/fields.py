@@ -74,7 +74,6 @@ def check_field_name(name: str) -> None:
 
 
 PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
-_MAX_ATTEMPTS = 5
 
 
 def _check_is_text(name: str, value: object) -> None:
@@ -134,28 +133,6 @@ def check_prompt_field(samples: SampleCollection, prompt_field: str, in_place: b
 
 def _contains(field: fof.Field, kinds: tuple[type, ...]) -> bool:
     return isinstance(field, fof.EmbeddedDocumentField) and issubclass(field.document_type, kinds)
-
-
-def declare_label_field(dataset: fo.Dataset, label_field: str) -> None:
-    """Adds the field unless it exists.
-
-    Retries, because the App's threads share one dataset object and reload it: a field that is added during a reload is
-    lost.
-    """
-    for _ in range(_MAX_ATTEMPTS):
-        if dataset.has_field(label_field):
-            return
-        name, of_frames = split_frame_field(dataset, label_field)
-        add = dataset.add_frame_field if of_frames else dataset.add_sample_field
-        add(name, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
-        dataset.reload()
-
-
-def declare_mask_attributes(dataset: fo.Dataset, label_field: str) -> None:
-    root, _ = label_root(dataset, label_field)
-    for name, kind in MASK_ATTRIBUTES.items():
-        if not dataset.has_field(f"{root}.{name}"):
-            dataset.add_sample_field(f"{root}.{name}", kind)
 
 
 MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField, "area_px": fof.IntField}

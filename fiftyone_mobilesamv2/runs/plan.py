@@ -12,7 +12,8 @@ from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import label_root, root_dataset, select_all_slices, split_frame_field, view_stages
-from ..labels.fields import check_label_field, declare_label_field, declare_mask_attributes
+from ..labels.fields import MASK_ATTRIBUTES, check_label_field
+from ..labels.schema import declare_labels
 from ..modeling.checkpoints.files import weights_sha256
 from ..modeling.defaults import CONFIDENCE
 from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
@@ -63,9 +64,7 @@ def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2Mode
     check_label_field(samples, label_field)
     if not replace:
         check_same_parameters(samples, label_field, parameters_of(config))
-    declare_label_field(root_dataset(samples), label_field)
-    if samples.media_type != "video":
-        declare_mask_attributes(root_dataset(samples), label_field)
+    declare_labels(root_dataset(samples), label_field, MASK_ATTRIBUTES)
 
 
 def unfiltered(samples: SampleCollection) -> SampleCollection:

@@ -19,7 +19,7 @@ from mongoengine.errors import ValidationError
 from ..errors import ArgumentError, Cancelled, LabelError
 from ..fiftyone_internals import label_root, root_dataset
 from ..labels.documents import Progress, StoredImage
-from ..labels.fields import check_label_field, check_prompt_field, declare_label_field, declare_mask_attributes
+from ..labels.fields import check_label_field, check_prompt_field
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
 from ..zoo.reading import ImageGetItem, ImageItem
@@ -207,7 +207,6 @@ def segment_anything(
     dataset = root_dataset(samples)
     if label_field is not None:
         check_label_field(samples, label_field)
-        declare_label_field(dataset, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
     with _recorded(samples, model, label_field or prompt_field, parameters) as run:
         if label_field is None:
@@ -215,7 +214,6 @@ def segment_anything(
             update = partial(masks_in_place, root=root, is_list=is_list)
         else:
             update = partial(merged_labels, label_field=label_field)
-        declare_mask_attributes(dataset, run.label_field)
         answered = {} if label_field is None or replace else ids_of_labels_with_masks(samples, label_field)
         read_prompted = ImageGetItem({"prompt_field": prompt_field})
 
