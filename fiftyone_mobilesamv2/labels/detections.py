@@ -14,6 +14,7 @@ from bson import ObjectId
 from ..fiftyone_internals import Document
 from ..modeling.arrays import MaskArray
 from ..modeling.masks import Segmentation
+from .fields import RUN_ID
 from .mask_files import MaskFiles
 from .masks import serialized
 
@@ -106,10 +107,12 @@ class DetectionWriter:
         label_bytes: maximum size of an image's labels in the database; masks beyond it go to files. With 0, all do.
         keep_boxes: whether prompted detections keep their boxes, to which their masks are cropped; otherwise they get
             tight ones.
+        run_id: the id of the run that makes the labels, which they all get.
     """
 
     label_bytes: int = LABEL_BYTES_PER_SAMPLE
     keep_boxes: bool = False
+    run_id: str | None = None
 
     def documents(self, image_masks: ImageMasks, files: MaskFiles) -> list[Document]:
         """The detections as database documents.
@@ -147,6 +150,9 @@ class DetectionWriter:
                 detection = prompted_detection(image_masks.prompts[i], image_masks.masks, i, self.keep_boxes)
                 mask, detection.mask = detection.mask, None
                 documents.append((detection.to_mongo().to_dict(), mask))
+        if self.run_id is not None:
+            for document, _ in documents:
+                document[RUN_ID] = self.run_id
         return documents
 
     def _stored_masks(

@@ -15,7 +15,6 @@ from ..fiftyone_internals import (
     contains_videos,
     is_generated,
     label_path,
-    label_root,
     root_dataset,
     source_dataset,
     split_frame_field,
@@ -23,7 +22,6 @@ from ..fiftyone_internals import (
 from .documents import labels_in
 
 if TYPE_CHECKING:
-    import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
 GROUND_TRUTH_FIELD = "ground_truth"  # FiftyOne's usual name
@@ -135,4 +133,10 @@ def _contains(field: fof.Field, kinds: tuple[type, ...]) -> bool:
     return isinstance(field, fof.EmbeddedDocumentField) and issubclass(field.document_type, kinds)
 
 
-MASK_ATTRIBUTES = {"predicted_iou": fof.FloatField, "stability": fof.FloatField, "area_px": fof.IntField}
+RUN_ID = "run_id"  # attribute of labels: the run that made them, see `runs.marks`
+MASK_ATTRIBUTES = {
+    "predicted_iou": fof.FloatField,
+    "stability": fof.FloatField,
+    "area_px": fof.IntField,
+    RUN_ID: fof.StringField,
+}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,7 +12,9 @@ import fiftyone.core.odm as foo
 from bson import CodecOptions, ObjectId
 from bson.raw_bson import RawBSONDocument
 
-from .mask_files import GONE, NOTE, UNCONFIRMED, masks_folder, remove
+from .mask_files import GONE, HASH_PREFIX, NOTE, UNCONFIRMED, masks_folder, remove
+
+logger = logging.getLogger(__name__)
 
 
 def settle(
@@ -33,9 +35,9 @@ def settle(
     deleted = 0
     for note in sorted(notes.iterdir()) if notes.is_dir() else ():
         match = NOTE.fullmatch(note.name.removesuffix(GONE))
-        if match is None or not is_mine(match[2], unquote(match[3])):
-            continue
-        with suppress(FileNotFoundError):  # settled by another run
+        try:
+            if match is None or not is_mine(match[2], _label_field(note, match[3])):
+                continue
             if min_age and time.time() - note.stat().st_mtime < min_age:
                 continue
             if not note.name.endswith(GONE):
@@ -46,7 +48,16 @@ def settle(
             else:
                 remove(masks_folder(Path(folder), match[1]), note)
                 deleted += 1
+        except FileNotFoundError:  # settled by another run
+            pass
+        except OSError as error:  # it may belong to another user; the others can be settled all the same
+            logger.warning("Masks that a killed run left behind can't be deleted: %s", error)
     return deleted
+
+
+def _label_field(note: Path, name: str) -> str:
+    """The field that a marker file belongs to."""
+    return note.read_bytes().decode() if name.startswith(HASH_PREFIX) else unquote(name)
 
 
 def is_referred_to(sample_id: str, folder: str, if_unknown: bool = False) -> bool:

@@ -10,6 +10,7 @@ refers to. Files that the database ever referred to are not deleted here, since 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from ..modeling.arrays import MaskArray
 UNCONFIRMED = "unconfirmed"
 NOTE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24})-(.+)")
 GONE = ".gone"
+HASH_PREFIX = "="  # of a hash in place of a long field name; the marker file contains the name
+_MAX_NAME = 150  # file names are limited to 255 bytes, of which the ids and GONE take 55
 
 
 class MaskFiles:
@@ -41,14 +44,18 @@ class MaskFiles:
         attempt = str(ObjectId())
         self.folder = folder
         self._masks = masks_folder(Path(folder), attempt)
-        self._note = Path(folder) / UNCONFIRMED / f"{attempt}-{sample_id}-{quote(label_field, safe='')}"
+        self._label_field = label_field.encode()
+        name = quote(label_field, safe="")
+        if len(name) > _MAX_NAME:
+            name = HASH_PREFIX + hashlib.sha256(self._label_field).hexdigest()
+        self._note = Path(folder) / UNCONFIRMED / f"{attempt}-{sample_id}-{name}"
         self._count = 0
 
     def add(self, mask: MaskArray) -> str:
         """Writes a mask, bool [h, w], with FiftyOne's values 0 and 1. Returns its path."""
         if not self._count:
             make_folder(self._note.parent)
-            _write(self._note, b"")
+            _write(self._note, self._label_field)
             _sync(self._note.parent)
             make_folder(self._masks)
         _, content = cv2.imencode(".png", mask.astype(np.uint8))
@@ -71,6 +78,10 @@ class MaskFiles:
             _sync(self._masks.parents[1])  # another run may have created it just now
             return self._note.exists()
         return False
+
+    def are_confirmable(self) -> bool:
+        """Whether no other run has deleted the masks since :meth:`are_on_disk`."""
+        return not self._count or self._note.exists()
 
     def confirm(self) -> None:
         """Removes the marker file: the database now refers to the masks."""

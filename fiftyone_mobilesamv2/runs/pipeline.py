@@ -31,15 +31,18 @@ from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
 from ..zoo.reading import ImageItem
 from . import retry as database
+from .claims import check_claim, is_field_free
+from .marks import declare_mask_field, has_index
 from .record import SegmentationRun, mask_dirs
 from .retry import UNAVAILABLE, first_line, retry_while_unavailable, with_journaled_writes
-from .updates import Update
+from .updates import MakeUpdate
 
 if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
+_DELETED_FILES = "another run considered this one dead and deleted them"
 DELETED = "'{}' was deleted while masks were being stored in it."
 
 
@@ -48,7 +51,7 @@ def segment_and_store(
     model: MobileSAMv2Model,
     field_names: Sequence[str],
     read: Callable[[StoredImage], ImageItem | None],
-    update: Update,
+    make_update: MakeUpdate,
     run: SegmentationRun,
     batch_size: int,
     progress: Progress,
@@ -68,7 +71,7 @@ def segment_and_store(
     """
     given_up = threading.Event()
     images = unique_images(samples, field_names, given_up)
-    store = partial(_store, root_dataset(samples), model, update, run, given_up)
+    store = partial(_store, root_dataset(samples), model, make_update, run, given_up)
 
     def read_batch() -> list[ImageItem | None]:
         return [read(image) for image in islice(images, batch_size)]
@@ -127,7 +130,7 @@ def unique_images(
 def _store(
     dataset: fo.Dataset,
     model: MobileSAMv2Model,
-    update: Update,
+    make_update: MakeUpdate,
     run: SegmentationRun,
     given_up: threading.Event,
     items: Sequence[ImageItem],
@@ -140,6 +143,7 @@ def _store(
         OSError: the disk is full.
         ValueError: the field was deleted.
     """
+    check_claim(dataset, run)
     stored = []
     for item, masks in zip(items, segmented):
         if masks is None:
@@ -151,16 +155,16 @@ def _store(
         try:
             documents = model.writer.documents(masks, files)
             if not files.are_on_disk():
-                raise ArgumentError("another run considered this one dead and deleted them")
-            condition, values = update(documents)
-            values["last_modified_at"] = datetime.now(timezone.utc)
-            change = {"_id": ObjectId(sample_id)} | condition, [{"$set": values}]
+                raise ArgumentError(_DELETED_FILES)
+            update = make_update(documents)
             # One by one: a bulk write does not report which samples matched, and is limited to 48 MB.
-            result = retry_while_unavailable(
-                partial(with_journaled_writes(sample_collection(dataset)).update_one, *change), given_up
-            )
+            matched = _update_sample(dataset, sample_id, update.condition, update.values, given_up)
             # If the response to the first attempt got lost, the second finds nothing to update.
-            is_stored = result.matched_count == 1 or _has_labels(dataset, run.label_field, sample_id, documents)
+            is_stored = matched or _has_labels(dataset, run.label_field, sample_id, documents)
+            if is_stored and not files.are_confirmable():  # this process was suspended just before the update
+                _update_sample(dataset, sample_id, {}, update.reverse, given_up)
+                is_stored = False
+                raise ArgumentError(_DELETED_FILES)
         except Exception as error:
             if isinstance(error, PyMongoError) and not isinstance(error, WriteError):
                 raise  # the labels may be stored: the next run settles the files
@@ -171,22 +175,43 @@ def _store(
             cause = str(cause or error)
             model.fail(item, f"its masks can't be stored: {cause[:200]}")
         if is_stored:
+            retry_while_unavailable(partial(_check_field, dataset, run.label_field, files), given_up)
             files.confirm()
             stored.append(sample_id)
             run.objects += len(documents)
         else:
             _discard(files)
-    # Checked first: samples with values in an undeclared field can't be reloaded.
-    retry_while_unavailable(lambda: _check_field_exists(dataset, run.label_field.split(".")[0]), given_up)
     retry_while_unavailable(lambda: reload_samples(dataset, stored), given_up)
 
 
-def _check_field_exists(dataset: fo.Dataset, label_field: str) -> None:
-    """Raises ValueError if the field was deleted, and removes its values, which would make samples unloadable."""
-    query = {"_id": dataset_id(dataset), "sample_fields.name": label_field}
-    if foo.get_db_conn().datasets.find_one(query, {"_id": True}) is None:
-        sample_collection(dataset).update_many({label_field: {"$exists": True}}, {"$unset": {label_field: ""}})
-        raise ArgumentError(DELETED.format(label_field))
+def _update_sample(
+    dataset: fo.Dataset, sample_id: str, condition: Document, values: Document, given_up: threading.Event
+) -> bool:
+    """Sets values of a sample; returns whether it exists and meets the condition."""
+    collection = with_journaled_writes(sample_collection(dataset))
+    change = [{"$set": {**values, "last_modified_at": datetime.now(timezone.utc)}}]
+    query = {"_id": ObjectId(sample_id), **condition}
+    return retry_while_unavailable(partial(collection.update_one, query, change), given_up).matched_count == 1
+
+
+def _check_field(dataset: fo.Dataset, label_field: str, files: MaskFiles) -> None:
+    """Checks that the field is declared: samples with values in an undeclared field can't be loaded.
+
+    Declares it again if FiftyOne lost it while another process changed the schema.
+
+    Raises:
+        ArgumentError: the field was deleted or renamed. The value written since then is deleted, with its `files`.
+    """
+    root = label_field.split(".")[0]
+    query = {"_id": dataset_id(dataset), "sample_fields.name": root}
+    if foo.get_db_conn().datasets.find_one(query, {"_id": True}) is not None:
+        return
+    if has_index(dataset, label_field):
+        declare_mask_field(dataset, label_field)
+        return
+    sample_collection(dataset).update_many({root: {"$exists": True}}, {"$unset": {root: ""}})
+    _discard(files)
+    raise ArgumentError(DELETED.format(root))
 
 
 def _discard(files: MaskFiles) -> None:
@@ -234,9 +259,11 @@ def settle_leftovers(dataset: fo.Dataset, run: SegmentationRun) -> None:
     """Deletes masks on disk that killed runs left behind and that the database does not refer to."""
 
     def is_mine(sample_id: str, label_field: str) -> bool:
-        return label_field == run.label_field and (run.shard is None or run.shard.has(sample_id))
+        if label_field == run.label_field:
+            return run.shard is None or run.shard.has(sample_id)
+        return is_field_free(dataset, label_field)  # a killed run's field may have been renamed or deleted
 
-    for folder in mask_dirs(dataset, run.label_field):
+    for folder in mask_dirs(dataset):
         try:
             images = settle(_dataset_mask_folder(dataset, folder), is_mine, _is_referred_to)
         except OSError as error:  # an earlier run may have belonged to another user or machine

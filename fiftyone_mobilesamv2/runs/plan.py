@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.labels as fol
-from bson import ObjectId
 from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import label_root, root_dataset, select_all_slices, split_frame_field, view_stages
-from ..labels.fields import MASK_ATTRIBUTES, check_label_field
-from ..labels.schema import declare_labels
+from ..labels.fields import RUN_ID, check_label_field
 from ..modeling.checkpoints.files import weights_sha256
 from ..modeling.defaults import CONFIDENCE
 from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
 from . import retry as database
-from .record import recorded_runs
+from .marks import declare_mask_field, marks_in
+from .record import grouped_runs, merged
 from .shards import Shard
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
+
+logger = logging.getLogger(__name__)
 
 HAS_MASK = (F("mask") != None) | (F("mask_path") != None)  # noqa: E711  of a detection
 
@@ -37,23 +38,21 @@ def samples_left(
         samples = unfiltered(samples)  # a dataset hides nothing, so its millions of ids need not be listed
     if not replace:
         return _without_labels(samples, label_field)
-    since = _replacing_since(samples, label_field, parameters)
-    if since is None or samples.media_type == "video":
+    done = _marks_of_interrupted(samples, label_field, parameters)
+    if not done or samples.media_type == "video":
         return samples
-    # Labels that an earlier attempt stored are newer than its start.
-    older = {"$lt": ObjectId.from_datetime(since)}
-    left = [{label_field: None}, {f"{label_field}.detections": []}, {f"{label_field}.detections.0._id": older}]
-    return samples.match({"$or": left})
+    return samples.match({f"{label_field}.{RUN_ID}": {"$nin": done}})
 
 
-def _replacing_since(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> datetime | None:
-    """The start of the interrupted run that replaced labels with these parameters; None without such a run."""
-    since = None
-    for run in reversed(recorded_runs(samples, label_field)):
+def _marks_of_interrupted(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> list[str]:
+    """The marks of the latest runs that were interrupted while they replaced labels with these parameters."""
+    marks: list[str] = []
+    for shards in reversed(grouped_runs(samples, label_field)):
+        run = merged(shards)
         if not (run.replace and run.cancelled and not _changed(run.parameters, parameters)):
             break
-        since = datetime.fromisoformat(run.started)
-    return since
+        marks += [shard.mark for shard in shards]
+    return marks
 
 
 def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2ModelConfig, replace: bool) -> None:
@@ -64,7 +63,7 @@ def prepare(samples: SampleCollection, label_field: str, config: MobileSAMv2Mode
     check_label_field(samples, label_field)
     if not replace:
         check_same_parameters(samples, label_field, parameters_of(config))
-    declare_labels(root_dataset(samples), label_field, MASK_ATTRIBUTES)
+    declare_mask_field(root_dataset(samples), label_field)
 
 
 def unfiltered(samples: SampleCollection) -> SampleCollection:
@@ -145,11 +144,20 @@ def parameters_of(config: MobileSAMv2ModelConfig) -> dict[str, Any]:
 def check_same_parameters(samples: SampleCollection, label_field: str, parameters: dict[str, Any]) -> None:
     """Raises ValueError if a run with these parameters would continue with masks made with different parameters."""
     dataset = root_dataset(samples)
-    runs = recorded_runs(dataset, label_field)
-    if not runs:
-        return
+    groups = grouped_runs(dataset, label_field)
+    marks = marks_in(dataset, label_field)
+    if unknown := marks - {run.mark for runs in groups for run in runs}:
+        logger.warning(
+            "'%s' has masks of unknown runs (%s): whether they were made with other parameters can't be told",
+            label_field,
+            ", ".join(sorted(unknown)[:3]),
+        )
     changed: list[str] = []
-    for run in reversed(runs):
+    for runs in reversed(groups):
+        run = merged(runs)
+        if all(each.marks_labels for each in runs) and run.images > run.num_failures:
+            if not marks & {each.mark for each in runs}:
+                continue  # its labels were replaced or deleted
         changed = changed or _changed(run.parameters, parameters)
         if run.replace and not run.cancelled:
             break

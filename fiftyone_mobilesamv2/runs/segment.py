@@ -19,14 +19,17 @@ from mongoengine.errors import ValidationError
 from ..errors import ArgumentError, Cancelled, LabelError
 from ..fiftyone_internals import label_root, root_dataset
 from ..labels.documents import Progress, StoredImage
-from ..labels.fields import check_label_field, check_prompt_field
+from ..labels.fields import MASK_ATTRIBUTES, check_label_field, check_prompt_field
+from ..labels.schema import declare_labels
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
 from ..zoo.reading import ImageGetItem, ImageItem
+from .claims import mark_abandoned, on_record
 from .cluster import Cluster, on_cluster
+from .marks import declare_mask_field
 from .pipeline import DELETED, check_mask_folder, counted, segment_and_store, settle_leftovers
 from .plan import ids_of_labels_with_masks, parameters_of, prepare, prompts_left, samples_left
-from .record import SegmentationRun, mark_abandoned, on_record, recorded_runs
+from .record import SegmentationRun, grouped_runs, recorded_runs
 from .retry import UNAVAILABLE, retry_while_unavailable
 from .shards import Shard
 from .updates import masks_in_place, merged_labels, new_labels
@@ -94,15 +97,17 @@ def segment_everything(
     if isinstance(model, MobileSAMv2ModelConfig):
         model = MobileSAMv2Model(config)
     parameters = parameters_of(config)
-    todo = samples_left(samples, label_field, parameters, replace, shard)
     with _recorded(samples, model, label_field, parameters, shard, replace) as run:
+        todo = samples_left(samples, label_field, parameters, replace, shard)
         if samples.media_type != "video":
             read_image = ImageGetItem()
 
             def read(image: StoredImage) -> ImageItem:
                 return read_image({"id": str(image.sample_id), "filepath": image.name})
 
-            update = partial(new_labels, label_field=label_field, replace=replace)
+            runs = [each for runs in grouped_runs(samples, label_field) for each in runs]
+            earlier = [each.mark for each in runs if each.run_id != run.run_id]
+            update = partial(new_labels, label_field=label_field, replace=replace, mark=run.mark, earlier=earlier)
             segment_and_store(todo, model, [], read, update, run, batch_size, progress)
         elif len(todo):
             try:  # FiftyOne reads videos frame by frame, one after the other
@@ -148,7 +153,7 @@ def _segment_on_cluster(
             (parameters, label_field, replace, batch_size),
             cluster,
             group=group,
-            on_worker_death=lambda shard: mark_abandoned(group, shard.index),
+            on_worker_death=lambda shard: mark_abandoned(dataset, group, shard.index),
             on_wait=update_bar,
         )
         try:
@@ -157,7 +162,7 @@ def _segment_on_cluster(
                     pass
                 bar.update(total - bar.iteration)  # the record lacks the last images of workers that died
         finally:
-            mark_abandoned(group)
+            mark_abandoned(dataset, group)
             # An empty run settles the files that killed workers left behind and copies the record to FiftyOne.
             with on_record(samples, dataclasses.replace(run, run_id=uuid.uuid4().hex)):
                 settle_leftovers(dataset, run)
@@ -207,13 +212,15 @@ def segment_anything(
     dataset = root_dataset(samples)
     if label_field is not None:
         check_label_field(samples, label_field)
+        declare_mask_field(dataset, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
-    with _recorded(samples, model, label_field or prompt_field, parameters) as run:
+    with _recorded(samples, model, label_field or prompt_field, parameters, marks_labels=False) as run:
         if label_field is None:
+            declare_labels(dataset, prompt_field, MASK_ATTRIBUTES)
             root, is_list = label_root(dataset, prompt_field)
             update = partial(masks_in_place, root=root, is_list=is_list)
         else:
-            update = partial(merged_labels, label_field=label_field)
+            update = partial(merged_labels, label_field=label_field, mark=run.mark)
         answered = {} if label_field is None or replace else ids_of_labels_with_masks(samples, label_field)
         read_prompted = ImageGetItem({"prompt_field": prompt_field})
 
@@ -258,11 +265,15 @@ def _recorded(
     parameters: dict[str, Any],
     shard: Shard | None = None,
     replace: bool = False,
+    marks_labels: bool = True,
 ) -> Iterator[SegmentationRun]:
     """A run that is recorded in the dataset however it ends. Treats `Cancelled` as a normal end."""
-    run = SegmentationRun(label_field, parameters, shard=shard, replace=replace, mask_dir=mask_folder(model.config))
+    folder = mask_folder(model.config)
+    run = SegmentationRun(
+        label_field, parameters, shard=shard, replace=replace, mask_dir=folder, marks_labels=marks_labels
+    )
     dataset = root_dataset(samples)
-    with on_record(samples, run):
+    with on_record(samples, run), fou.SetAttributes(model.writer, run_id=run.mark):
         check_mask_folder(model.config)
         settle_leftovers(dataset, run)
         try:

@@ -1,24 +1,55 @@
-"""The documents of an image's masks -> the update of its sample."""
+"""The documents of an image's masks -> the update of its sample, and the update that takes them back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ..fiftyone_internals import Document
-from ..labels.fields import MASK_ATTRIBUTES
-
-# The documents of an image's masks -> a further condition on its sample, and the values to set, as expressions.
-Update = Callable[[list[Document]], tuple[Document, Document]]
+from ..labels.fields import MASK_ATTRIBUTES, RUN_ID
 
 
-# Values of samples --------------------------------------------------------------------------------------------------
-def new_labels(documents: list[Document], label_field: str, replace: bool) -> tuple[Document, Document]:
-    """Sets the labels. Unless `replace`, labels that were stored there in the meantime are kept."""
-    labels = {"_cls": "Detections", "detections": documents}
-    return {} if replace else {label_field: None}, {label_field: {"$literal": labels}}
+class Update(NamedTuple):
+    """An update of a sample.
+
+    Attributes:
+        condition: a further condition on the sample.
+        values: the values to set, as expressions.
+        reverse: the values that remove what was stored, as expressions; what others have stored since is kept.
+    """
+
+    condition: Document
+    values: Document
+    reverse: Document
 
 
-def merged_labels(documents: list[Document], label_field: str) -> tuple[Document, Document]:
+# The documents of an image's masks -> the update of its sample.
+MakeUpdate = Callable[[list[Document]], Update]
+
+
+def new_labels(documents: list[Document], label_field: str, replace: bool, mark: str, earlier: Sequence[str]) -> Update:
+    """Sets the labels of a sample.
+
+    Labels of a later run are never replaced: it considers this one dead. Unless `replace`, other labels that were
+    stored in the meantime are kept, too, except those of an earlier run: it was considered dead.
+
+    Args:
+        mark: the mark of the run, see `marks`.
+        earlier: the marks of the runs that had been recorded when it started.
+    """
+    path = f"{label_field}.{RUN_ID}"
+    if replace:
+        condition: Document = {path: {"$in": [None, mark, *earlier]}}
+    else:
+        condition = {"$or": [{label_field: None}, {path: {"$in": list(earlier)}}]}
+    labels = {"_cls": "Detections", "detections": documents, RUN_ID: mark}
+    ids = [document["_id"] for document in documents]
+    is_mine = {"$and": [{"$eq": [f"${path}", mark]}, {"$eq": [f"${label_field}.detections._id", ids]}]}
+    reverse = {label_field: {"$cond": [is_mine, None, f"${label_field}"]}}
+    return Update(condition, {label_field: {"$literal": labels}}, reverse)
+
+
+def merged_labels(documents: list[Document], label_field: str, mark: str) -> Update:
     """Adds labels to a field, replacing those with the same ids, in one update that loses no concurrent changes."""
     others = {
         "$filter": {
@@ -27,20 +58,27 @@ def merged_labels(documents: list[Document], label_field: str) -> tuple[Document
         }
     }
     labels = {"$concatArrays": [others, {"$literal": documents}]}
-    return {}, {f"{label_field}._cls": "Detections", f"{label_field}.detections": labels}
+    values = {"_cls": "Detections", "detections": labels, RUN_ID: mark}
+    return Update(
+        {}, {f"{label_field}.{name}": value for name, value in values.items()}, {f"{label_field}.detections": others}
+    )
 
 
-def masks_in_place(documents: list[Document], root: str, is_list: bool) -> tuple[Document, Document]:
+def masks_in_place(documents: list[Document], root: str, is_list: bool) -> Update:
     """Adds masks to existing labels, found by their ids, since labels may have changed since they were read."""
     ids, masks = [], []
     for document in documents:
         if "mask" in document or "mask_path" in document:
             ids.append(document["_id"])
             masks.append({name: document.get(name) for name in ("mask", "mask_path", *MASK_ATTRIBUTES)})
-    label = "$$this" if is_list else f"${root}"
-    index = {"$indexOfArray": [ids, f"{label}._id"]}
-    mask = {"$arrayElemAt": [{"$literal": masks}, index]}
-    updated = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
+
+    def with_masks(masks: list[Document]) -> Document:
+        label = "$$this" if is_list else f"${root}"
+        index = {"$indexOfArray": [ids, f"{label}._id"]}
+        mask = {"$arrayElemAt": [{"$literal": masks}, index]}
+        updated = {"$cond": [{"$gte": [index, 0]}, {"$mergeObjects": [label, mask]}, label]}
+        return {root: {"$map": {"input": f"${root}", "in": updated}} if is_list else updated}
+
     # Otherwise this would write to a label that has since become None, or a single label that has since been replaced.
     condition = {f"{root}._id": {"$in": ids}}
-    return condition, {root: {"$map": {"input": f"${root}", "in": updated}} if is_list else updated}
+    return Update(condition, with_masks(masks), with_masks([dict.fromkeys(mask) for mask in masks]))

@@ -7,7 +7,8 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.operators.evaluate_proposals import whole_numbers
-from fiftyone_mobilesamv2.runs.record import SegmentationRun, on_record
+from fiftyone_mobilesamv2.runs.claims import on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun
 
 NAME = "evaluate_proposals"
 

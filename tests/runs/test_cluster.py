@@ -81,7 +81,7 @@ def labels(dataset, field):
 
 def kill_a_worker(dataset, field):
     """As soon as it has stored something."""
-    collection = segmentation_runs._collection()
+    collection = segmentation_runs.collection()
     while True:
         running = list(collection.find({"label_field": field, "ended": False, "dataset_id": dataset._doc.id}))
         if running and dataset._sample_collection.count_documents({field: {"$ne": None}}) >= 3:

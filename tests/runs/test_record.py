@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 
 import fiftyone as fo
@@ -19,9 +19,10 @@ from PIL import Image
 from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.errors import Cancelled, Failure, FieldBusyError
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
-from fiftyone_mobilesamv2.runs import plan
+from fiftyone_mobilesamv2.runs import claims, liveness, plan
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
-from fiftyone_mobilesamv2.runs.record import SegmentationRun, failed_samples, on_record, recorded_runs
+from fiftyone_mobilesamv2.runs.claims import on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun, failed_samples, recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.runs.shards import Shard
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
@@ -58,16 +59,16 @@ def shard_run(index, count=3, group="g"):
 
 def owned_by(dataset, other, **owner):
     """Records `other` as a run in progress in another process, by default on this machine."""
-    segmentation_runs._claim(dataset, other)
+    claims._claim(dataset, other)
     change = {f"owner.{name}": value for name, value in owner.items()}
-    segmentation_runs._collection().update_one({"run.run_id": other.run_id}, {"$set": change})
+    segmentation_runs.collection().update_one({"run.run_id": other.run_id}, {"$set": change})
 
 
 @pytest.fixture
 def living():
     """A process that idles until the test ends."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        yield {"pid": process.pid, "process_started": psutil.Process(process.pid).create_time()}
+        yield {"pid": process.pid, "started": liveness._started(process.pid)}
         process.kill()
 
 
@@ -78,7 +79,7 @@ def start(dataset, started):
 
 def test_end_is_recorded_after_the_heartbeat_stopped(labeled, monkeypatch):
     # The heartbeat may stop between the end of the run and the check whether it is still beating.
-    monkeypatch.setattr(segmentation_runs, "_heartbeat", lambda *_: None)
+    monkeypatch.setattr(claims, "_heartbeat", lambda *_: None)
     start(labeled, run())
     (ended,) = recorded_runs(labeled, "own")
     assert not ended.cancelled and ended.seconds["total"] > 0
@@ -99,26 +100,54 @@ def test_second_run_into_the_same_field_is_refused(labeled, living):
 def test_run_of_a_dead_process_does_not_block_the_field(labeled, living):
     first, second = run(), run()
     # Another process may have the same ID by now.
-    owned_by(labeled, first, **living | {"process_started": living["process_started"] - 100})
+    owned_by(labeled, first, **living | {"started": "1"})
     assert [each.run_id for each in start(labeled, second)] == [first.run_id, second.run_id]
     assert [each.cancelled for each in recorded_runs(labeled, "own")] == [True, False]
 
 
-def test_run_on_this_machine_may_miss_heartbeats(labeled, living):
-    """It may be waiting for the database, or the laptop sleeps."""
+def test_silent_run_of_a_living_process_does_not_block_the_field(labeled, living):
+    """Its process, an App or a notebook, goes on, but the database was away when it ended."""
+    silent = run()
+    owned_by(labeled, silent, **living)
+    silence = timedelta(seconds=361)
+    now = liveness.server_time()
+    for seen, is_busy in ((now - silence + timedelta(seconds=20), True), (now - silence, False)):
+        segmentation_runs.collection().update_one({"run.run_id": silent.run_id}, {"$set": {"seen": seen}})
+        if is_busy:
+            with pytest.raises(FieldBusyError):
+                start(labeled, run())
+        else:
+            start(labeled, run())
+    # It was only suspended: it learns that it must stop.
+    with pytest.raises(FieldBusyError, match="another run has taken over"):
+        claims.check_claim(labeled, silent)
+
+
+def test_zombie_does_not_block_the_field(labeled):
+    """A worker that was killed, whose parent has not asked for its exit status."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        owned_by(labeled, run(), pid=process.pid, started=liveness._started(process.pid))
+        with pytest.raises(FieldBusyError):
+            start(labeled, run())
+        process.kill()
+        while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "Z":
+            assert state in "RSD"
+        start(labeled, run())
+
+
+def test_clock_changes_do_not_let_a_second_run_in(labeled, living, monkeypatch):
+    """psutil computes start times from the time of the last boot, which changes when the clock is set."""
     owned_by(labeled, run(), **living)
-    long_ago = datetime.now(timezone.utc) - timedelta(days=1)
-    here = {"dataset_id": labeled._doc.id}
-    segmentation_runs._collection().update_one(here, {"$set": {"seen": long_ago}})
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 0.0)
     with pytest.raises(FieldBusyError):
         start(labeled, run())
 
 
-@pytest.mark.parametrize("place", ["_claim", "_heartbeat", "_write"])
+@pytest.mark.parametrize("place", ["_claim", "_heartbeat", "write"])
 def test_interrupted_run_does_not_block_the_field(labeled, monkeypatch, place):
     """In a notebook, the process continues after Ctrl-C, so its field must become free."""
     before = threading.active_count()
-    original = getattr(segmentation_runs, place)
+    original = getattr(claims, place)
 
     def interrupt(*args):
         if place != "_heartbeat":
@@ -126,7 +155,7 @@ def test_interrupted_run_does_not_block_the_field(labeled, monkeypatch, place):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(segmentation_runs, place, interrupt)
+        patch.setattr(claims, place, interrupt)
         patch.setattr(threading, "excepthook", lambda args: None)
         if place == "_heartbeat":
             start(labeled, run())
@@ -141,9 +170,9 @@ def test_run_on_another_machine_is_dead_without_heartbeats(labeled):
     owned_by(labeled, run(), host="elsewhere", machine="elsewhere")
     with pytest.raises(FieldBusyError, match="on elsewhere"):
         start(labeled, run())
-    (document,) = segmentation_runs._collection().find({"owner.host": "elsewhere"})
+    (document,) = segmentation_runs.collection().find({"owner.host": "elsewhere"})
     seen = document["seen"] - timedelta(seconds=361)
-    segmentation_runs._collection().update_one({"_id": document["_id"]}, {"$set": {"seen": seen}})
+    segmentation_runs.collection().update_one({"_id": document["_id"]}, {"$set": {"seen": seen}})
     assert len(start(labeled, run())) == 2
 
 
@@ -193,7 +222,7 @@ def test_shards_are_reported_as_one_run(labeled):
             each.cancelled = False
         each.cancelled = each is parts[1]  # this run was cancelled
         each.seconds["total"] = 7.0
-        segmentation_runs._write(labeled, each, {})
+        segmentation_runs.write(labeled, "own", each, {})
         (merged,) = recorded_runs(labeled, "own")
         assert merged.failures == (failures if each is parts[1] else [])  # the next run processed the image again
         assert merged.cancelled == (each is not parts[3])
@@ -282,7 +311,7 @@ def test_kill_while_fiftyone_saves_its_copy(labeled):
     GridFS(foo.get_db_conn()).delete(document["results"])
     labeled.reload()
     assert len(recorded_runs(labeled, "own")) == 1
-    assert segmentation_runs._copied(labeled, "own") == []  # a clone would have only this copy
+    assert segmentation_runs._copied(labeled) == []  # a clone would have only this copy
     start(labeled, run())
     assert len(labeled.load_run_results("mobilesamv2_own", cache=False).runs) == 2
 
@@ -320,14 +349,14 @@ def test_records_of_deleted_datasets_are_removed(labeled):
     other_id = other._doc.id
     other.delete()
     start(labeled, run())
-    assert segmentation_runs._collection().count_documents({"dataset_id": other_id}) == 0
+    assert segmentation_runs.collection().count_documents({"dataset_id": other_id}) == 0
 
 
 def test_run_of_this_process_counts_as_alive(labeled):
     with on_record(labeled, run()):
-        (document,) = segmentation_runs._collection().find({"dataset_id": labeled._doc.id})
+        (document,) = segmentation_runs.collection().find({"dataset_id": labeled._doc.id})
         assert document["owner"]["host"] == socket.gethostname()
-        assert segmentation_runs._is_alive(document, document["seen"])
+        assert liveness.is_alive(document, document["seen"])
 
 
 def test_parameter_unknown_to_an_earlier_run_counts_as_its_default():

@@ -58,12 +58,16 @@ def threads_end():
 
 
 def stored(dataset, field, with_ids=False):
-    """{file name: a dict of attributes for each label in the database, with masks as pixel arrays}"""
+    """{file name: a dict of attributes for each label, except `run_id`, in the database, with masks as pixel arrays}"""
     labels_by_name = {}
     for document in dataset._sample_collection.find():
         labels = document.get(field)
         labels_by_name[Path(document["filepath"]).name] = labels and [
-            {name: readable(name, value) for name, value in label.items() if with_ids or name != "_id"}
+            {
+                name: readable(name, value)
+                for name, value in label.items()
+                if name != "run_id" and (with_ids or name != "_id")
+            }
             for label in labels["detections"]
         ]
         assert labels is None or labels["_cls"] == "Detections"
