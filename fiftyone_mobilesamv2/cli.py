@@ -92,6 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     models.add_argument("--details", action="store_true", help="if a download fails, print all sources and reasons")
 
+    delete = commands.add_parser("delete-masks", help="delete the masks that runs stored in a field, with their files")
+    delete.add_argument("dataset", help="name of a FiftyOne dataset")
+    delete.add_argument("label_field", help="field of the masks")
+    delete.add_argument("--yes", action="store_true", help="delete them; otherwise only say what would be deleted")
+
+    repair = commands.add_parser("repair", help="declare fields that FiftyOne lost, and find masks that were moved")
+    repair.add_argument("dataset", help="name of a FiftyOne dataset")
+    repair.add_argument("--mask-dir", type=Path, help="where the folder of mask files was moved to")
+
     doctor = commands.add_parser("doctor", help="check that a model works on this machine")
     doctor.add_argument("model", nargs="?", help="name of a zoo model; if omitted, the one that comes with the package")
     doctor.add_argument("--device", help="cuda, mps or cpu; the best available if omitted")
@@ -111,6 +120,10 @@ def main(argv: list[str] | None = None) -> int:
             return run_segment(args)
         elif args.command == "models":
             return run_models(args)
+        elif args.command == "delete-masks":
+            run_delete_masks(args)
+        elif args.command == "repair":
+            return run_repair(args)
         elif args.command == "doctor":
             from .doctor import run as run_doctor
 
@@ -263,6 +276,40 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(results.report())
     if others:
         print(f"\n{comparison_table(others | {args.eval_key: results}).to_string(float_format='{:.3f}'.format)}")
+
+
+def run_delete_masks(args: argparse.Namespace) -> None:
+    """Says what would be deleted, and deletes it with --yes."""
+    from .runs.deletion import delete_masks, made_masks
+
+    dataset = load_dataset(args.dataset)
+    made = delete_masks(dataset, args.label_field) if args.yes else made_masks(dataset, args.label_field)
+    print(
+        f"{'Deleted' if args.yes else 'Would delete'} {made.masks:,} masks of {made.images:,} images in "
+        f"'{args.label_field}', {made.files:,} of them in files; other labels, which are kept: {made.others:,}"
+    )
+    if made.evaluations:
+        print(f"Evaluations of this field, which keep their figures: {', '.join(made.evaluations)}")
+    if not args.yes:
+        print("Nothing was deleted. Repeat the command with --yes to delete them.")
+
+
+def run_repair(args: argparse.Namespace) -> int:
+    """Repairs a dataset. Returns 1 if masks have no file; their samples are listed on stderr."""
+    from .curation.repair import repair
+
+    result = repair(load_dataset(args.dataset), args.mask_dir)
+    for name in result.declared:
+        print(f"declared again: {name}")
+    for name in result.emptied:
+        print(f"removed, since it had no values: {name}")
+    if result.found:
+        print(f"masks found in {args.mask_dir}: {result.found:,}")
+    if result.is_sound:
+        print(f"{args.dataset} is sound.")
+    for sample_id, number in result.missing.items():
+        print(f"sample {sample_id}: {number:,} masks have no file", file=sys.stderr)
+    return 1 if result.missing else 0
 
 
 def load_dataset(name: str) -> fo.Dataset:

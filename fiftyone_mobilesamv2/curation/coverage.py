@@ -113,6 +113,14 @@ def check_coverage(samples: SampleCollection, field: str) -> None:
             raise ArgumentError(f"Field '{name}' of an earlier measurement is read-only, so it can't be replaced.")
 
 
+def coverage_fields(field: str) -> dict[str, NewField]:
+    """The fields of samples in which the coverage by the labels of `field` is stored."""
+    return {
+        f"{field}_{suffix}": NewField(ftype, description=description.format(field), info={_MARK: field})
+        for suffix, (ftype, description) in NUMBERS.items()
+    }
+
+
 def _measured(labels: Sequence[Document], size: tuple[int, int], use_masks: bool) -> Numbers:
     """An image's values by the suffix of the field's name."""
     shapes = shapes_of(labels, size, use_masks)
@@ -131,10 +139,7 @@ def _measured(labels: Sequence[Document], size: tuple[int, int], use_masks: bool
 
 def _store(dataset: fo.Dataset, field: str, numbers: Mapping[ObjectId, Numbers | None]) -> None:
     """Sets the fields of each sample, to None for samples without numbers."""
-    fields = {
-        f"{field}_{suffix}": NewField(ftype, description=description.format(field), info={_MARK: field})
-        for suffix, (ftype, description) in NUMBERS.items()
-    }
+    fields = coverage_fields(field)
     declare_fields(dataset, fields)
     add_to_sidebar_group(dataset, [f"{field}_{suffix}" for suffix in NUMBERS], "coverage")
     now = datetime.now(timezone.utc)

@@ -38,10 +38,11 @@ class MaskFiles:
         folder: the mask folder of its dataset.
         sample_id: the id of its sample.
         label_field: the field for its labels.
+        attempt: the id of the attempt that wrote them; None: new masks.
     """
 
-    def __init__(self, folder: str, sample_id: str, label_field: str) -> None:
-        attempt = str(ObjectId())
+    def __init__(self, folder: str, sample_id: str, label_field: str, attempt: str | None = None) -> None:
+        attempt = attempt or str(ObjectId())
         self.folder = folder
         self._masks = masks_folder(Path(folder), attempt)
         self._label_field = label_field.encode()
@@ -51,18 +52,30 @@ class MaskFiles:
         self._note = Path(folder) / UNCONFIRMED / f"{attempt}-{sample_id}-{name}"
         self._count = 0
 
+    @classmethod
+    def of(cls, masks: Path, sample_id: str, label_field: str) -> MaskFiles | None:
+        """The masks that were written to the folder `masks`; None if no instance of this class has written them."""
+        if len(masks.parents) < 2 or not ObjectId.is_valid(masks.name):
+            return None
+        files = cls(str(masks.parents[1]), sample_id, label_field, masks.name)
+        return files if files._masks == masks and masks.is_dir() else None
+
     def add(self, mask: MaskArray) -> str:
         """Writes a mask, bool [h, w], with FiftyOne's values 0 and 1. Returns its path."""
         if not self._count:
-            make_folder(self._note.parent)
-            _write(self._note, self._label_field)
-            _sync(self._note.parent)
+            self.mark()
             make_folder(self._masks)
         _, content = cv2.imencode(".png", mask.astype(np.uint8))
         path = self._masks / f"{self._count}.png"
         self._count += 1
         _write(path, content.tobytes())
         return str(path)
+
+    def mark(self) -> None:
+        """Writes the marker file, so that the masks are deleted unless the database refers to them."""
+        make_folder(self._note.parent)
+        _write(self._note, self._label_field)
+        _sync(self._note.parent)
 
     @property
     def is_empty(self) -> bool:

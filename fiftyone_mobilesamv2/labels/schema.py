@@ -31,7 +31,6 @@ from ..fiftyone_internals import (
 
 if TYPE_CHECKING:
     import fiftyone as fo
-    from pymongo.collection import Collection
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ def declare_fields(dataset: fo.Dataset, fields: Mapping[str, NewField]) -> None:
     Raises:
         ArgumentError: a field exists and is of another type.
     """
-    added = [_declare(dataset, name, new) for name, new in fields.items()]
-    if any(added) or not all(map(dataset.has_field, fields)):
+    if add_to_schema(dataset, fields) or not all(map(dataset.has_field, fields)):
         dataset.reload()
     for name, new in fields.items():
         field = dataset.get_field(name)
@@ -65,6 +63,11 @@ def declare_fields(dataset: fo.Dataset, fields: Mapping[str, NewField]) -> None:
             raise ArgumentError(
                 f"Field '{name}' of {dataset.name} is {field}, but {expected} was expected: rename or delete it."
             )
+
+
+def add_to_schema(dataset: fo.Dataset, fields: Mapping[str, NewField]) -> bool:
+    """Like :func:`declare_fields`, but changes only the database, not the dataset in memory; returns whether it did."""
+    return any([_add(dataset, name, new) for name, new in fields.items()])
 
 
 def declare_labels(dataset: fo.Dataset, label_field: str, attributes: Mapping[str, type[fof.Field]]) -> None:
@@ -87,8 +90,8 @@ def delete_fields(dataset: fo.Dataset, names: Iterable[str]) -> None:
         path, of_frames = split_frame_field(dataset, name)
         if dataset.has_field(name):
             declared[of_frames].append(path)
-        elif (collection := frame_collection(dataset) if of_frames else sample_collection(dataset)) is not None:
-            _unset(collection, path)
+        else:
+            unset(dataset, name)
     if declared[False]:
         dataset.delete_sample_fields(declared[False])
     if declared[True]:
@@ -96,16 +99,20 @@ def delete_fields(dataset: fo.Dataset, names: Iterable[str]) -> None:
     dataset.reload()
 
 
-def _unset(collection: Collection[Document], path: str) -> None:
-    """Removes the values of a field, or of an attribute of labels, from all documents."""
+def unset(dataset: fo.Dataset, name: str) -> None:
+    """Removes the values of a field, or of an attribute of labels, from the database."""
+    path, of_frames = split_frame_field(dataset, name)
     root, _, attribute = path.rpartition(".")
+    collection = frame_collection(dataset) if of_frames else sample_collection(dataset)
+    if collection is None:
+        return
     collection.update_many({path: {"$exists": True}}, {"$unset": {path: ""}})
     if root:
         labels_in_list = {path: {"$exists": True}, root: {"$type": "array"}}
         collection.update_many(labels_in_list, {"$unset": {f"{root}.$[].{attribute}": ""}})
 
 
-def _declare(dataset: fo.Dataset, name: str, new: NewField) -> bool:
+def _add(dataset: fo.Dataset, name: str, new: NewField) -> bool:
     """Adds a field to the dataset's document unless it is there; returns whether it was added."""
     path, of_frames = split_frame_field(dataset, name)
     *parents, own_name = path.split(".")

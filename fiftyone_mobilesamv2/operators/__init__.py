@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .app_work import CancelWork
 from .compare_prompting import ComparePrompting
+from .delete_masks import DeleteMasks
 from .evaluate_proposals import EvaluateProposals
 from .export_masks import ExportMasks
 from .find_duplicates import FindDuplicates
@@ -13,6 +14,7 @@ from .find_unlabeled_objects import FindUnlabeledObjects
 from .image_coverage import ImageCoverage
 from .manage_models import ManageModels
 from .promote_to_labels import PromoteToLabels
+from .repair_dataset import RepairDataset
 from .segment_anything import SegmentAnything
 from .segment_everything import SegmentEverything
 
@@ -30,6 +32,8 @@ OPERATORS = (
     ImageCoverage,
     ExportMasks,
     ManageModels,
+    DeleteMasks,
+    RepairDataset,
     CancelWork,
 )
 

@@ -82,6 +82,13 @@ class Form:
             raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
         return self.samples
 
+    def whole_dataset(self) -> fo.Dataset:
+        """The dataset, for work that a view does not limit."""
+        if self.ctx.dataset is None:
+            raise FormError("Open a dataset first.")
+        self.samples = self.dataset
+        return self.dataset
+
     def parameter(self, parameter: Parameter, default: Any = None) -> Any:
         """A parameter of the model, as declared; `default` replaces the declared default."""
         name, title, text = parameter.name, parameter.title, parameter.description

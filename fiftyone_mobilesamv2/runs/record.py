@@ -136,16 +136,19 @@ def mask_dirs(samples: SampleCollection) -> list[str]:
     return [folder for folder in folders if isinstance(folder, str)]
 
 
-def segmented_fields(samples: SampleCollection) -> list[str]:
-    """The fields that runs created masks in; not fields whose own labels only received masks."""
+def fields_of_runs(samples: SampleCollection) -> list[str]:
+    """The fields that runs stored masks in."""
     dataset = root_dataset(samples)
     names = [dataset.get_run_info(key).config.label_field for key in dataset.list_runs(method=_METHOD)]
     names += collection().distinct("label_field", {"dataset_id": dataset_id(dataset)})
     names += [name for name in dataset.get_field_schema() if dataset.has_field(f"{name}.{RUN_ID}")]
-    names = [name for name in dict.fromkeys(names) if dataset.has_field(name)]
-    return [
-        name for name in names if any(run.parameters.get("prompting") != name for run in recorded_runs(dataset, name))
-    ]
+    return [name for name in dict.fromkeys(names) if dataset.has_field(name)]
+
+
+def segmented_fields(samples: SampleCollection) -> list[str]:
+    """The fields that runs created masks in; not fields whose own labels only received masks."""
+    runs = {name: recorded_runs(samples, name) for name in fields_of_runs(samples)}
+    return [name for name in runs if any(run.parameters.get("prompting") != name for run in runs[name])]
 
 
 def failed_samples(samples: SampleCollection, label_field: str) -> fo.DatasetView:
@@ -203,6 +206,14 @@ def copy_to_fiftyone(dataset: fo.Dataset, label_field: str) -> None:
         collection().delete_many({"dataset_id": {"$in": list(deleted)}})
     except Exception as error:
         logger.warning("The record of runs into '%s' could not be copied to FiftyOne: %s", label_field, error)
+
+
+def delete_record(dataset: fo.Dataset, label_field: str) -> None:
+    """Deletes the record of the runs into a field."""
+    retry_while_unavailable(lambda: collection().delete_many(of_field(dataset, label_field)))
+    reload_list_of_runs(dataset)
+    if _key(label_field) in dataset.list_runs():
+        dataset.delete_run(_key(label_field))
 
 
 def _copied(dataset: fo.Dataset) -> list[SegmentationRun]:
