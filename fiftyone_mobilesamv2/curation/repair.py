@@ -91,6 +91,7 @@ def repair(
     if mask_dir is not None and not Path(mask_dir).is_dir():
         raise ArgumentError(f"mask_dir={os.fspath(mask_dir)!r} is not a folder.")
     declared, emptied = _declare_lost_fields(dataset)
+    reload_schema(dataset)
     declared += _declare_lost_attributes(dataset)
     dataset.reload()
     found, missing = 0, dict[str, int]()

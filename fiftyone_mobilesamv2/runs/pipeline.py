@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _DELETED_FILES = "another run considered this one dead and deleted them"
-DELETED = "'{}' was deleted while masks were being stored in it."
+DELETED = "'{}' was deleted or renamed while masks were being stored in it."
 
 
 def segment_and_store(

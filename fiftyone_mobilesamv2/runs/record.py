@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.odm as foo
+from bson import ObjectId
 from gridfs.errors import NoFile
 
 from ..errors import ArgumentError, Failure
@@ -288,7 +289,12 @@ def _from_dict(stored: object) -> SegmentationRun | None:
     }
     failures = [failure for failure in values.get("failures", ()) if isinstance(failure, dict)]
     values["failures"] = [
-        Failure(each.get("sample_id"), each.get("filepath"), str(each.get("error"))) for each in failures
+        Failure(
+            each["sample_id"] if ObjectId.is_valid(each.get("sample_id")) else None,
+            each.get("filepath"),
+            str(each.get("error")),
+        )
+        for each in failures
     ]
     try:
         values["shard"] = Shard(**values["shard"]) if "shard" in values else None

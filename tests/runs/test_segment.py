@@ -523,7 +523,7 @@ def test_concurrent_changes_are_not_overwritten(images, files, tmp_path, monkeyp
 def test_field_deleted_meanwhile_is_not_restored(images, model, monkeypatch):
     interfere_while_segmenting(model, monkeypatch, lambda: fo.load_dataset(images.name).delete_sample_field("own"))
     held = list(images)  # samples in memory are reloaded after a write
-    with pytest.raises(ValueError, match="'own' was deleted while masks were being stored in it"):
+    with pytest.raises(ValueError, match="'own' was deleted or renamed while masks were being stored in it"):
         segment_everything(images, model, "own", batch_size=2)
     assert not images.has_field("own")
     assert images._sample_collection.count_documents({"own": {"$exists": True}}) == 0
