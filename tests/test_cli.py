@@ -337,3 +337,29 @@ def test_make_quickstart_passes_arguments_on():
     command = ".venv/bin/python -m fiftyone_mobilesamv2.cli quickstart"
     assert printed().strip() == command
     assert printed("IMAGES=a b", "MODEL=x") == f'{command} --images "a b" --model "x"'
+
+
+def test_delete_masks_and_repair(dataset, tmp_path, capsys):
+    Image.fromarray(make_scene(TEST_SEED, 0).image).save(tmp_path / "0.png")
+    dataset.add_sample(fo.Sample(str(tmp_path / "0.png")))
+    masks, moved = tmp_path / "masks", tmp_path / "moved"
+    command = ["segment", dataset.name, "--model", "mobilesamv2-demo-torch", "--device", "cpu", "--masks-on-disk"]
+    assert cli.main([*command, "--mask-dir", str(masks)]) == 0
+    count = dataset.count("segmentations.detections")
+    assert cli.main(["repair", dataset.name]) == 0
+    assert f"{dataset.name} is sound." in capsys.readouterr().out
+    masks.rename(moved)
+    assert cli.main(["repair", dataset.name]) == 1
+    assert f"sample {dataset.first().id}: {count} masks have no file" in capsys.readouterr().err
+    assert cli.main(["repair", dataset.name, "--mask-dir", str(moved)]) == 0
+    assert f"masks found in {moved}: {count}" in capsys.readouterr().out
+    assert cli.main(["delete-masks", dataset.name, "segmentations"]) == 0
+    told = capsys.readouterr().out
+    assert f"Would delete {count} masks of 1 images in 'segmentations', {count} of them in files" in told
+    assert "Nothing was deleted" in told and dataset.count("segmentations.detections") == count
+    assert cli.main(["delete-masks", dataset.name, "segmentations", "--yes"]) == 0
+    assert f"Deleted {count} masks" in capsys.readouterr().out
+    dataset.reload()
+    assert not dataset.has_field("segmentations") and not any(path.is_file() for path in moved.rglob("*"))
+    assert cli.main(["delete-masks", dataset.name, "segmentations"]) == 1
+    assert "has no field 'segmentations'" in capsys.readouterr().err

@@ -32,7 +32,8 @@ class DeleteMasks(Operator):
         if form.problems:
             return
         made = cached(made_masks, dataset, field)
-        form.warn(f"This deletes {_described(made, field)} It can't be undone.")
+        if not form.switch("confirm", False, "Delete them", "This can't be undone"):
+            form.problem(f"Confirm that these should be deleted: {_described(made, field)}")
         if made.evaluations:
             form.note(f"These evaluations keep their figures, but not these masks: {', '.join(made.evaluations)}.")
 
@@ -52,5 +53,6 @@ def _described(made: MadeMasks, field: str) -> str:
     if made.only_masks:
         return f"{text}. Their labels, which existed before, are kept without masks."
     if made.others:
-        return f"{text}. {count(made.others, 'other label')} of '{field}' are kept."
+        verb = "is" if made.others == 1 else "are"
+        return f"{text}. {count(made.others, 'other label')} of '{field}' {verb} kept."
     return f"{text}, and the field '{field}'."

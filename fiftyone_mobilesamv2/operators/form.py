@@ -86,6 +86,8 @@ class Form:
         """The dataset, for work that a view does not limit."""
         if self.ctx.dataset is None:
             raise FormError("Open a dataset first.")
+        if not len(self.dataset):
+            raise FormError("This dataset has no samples.")
         self.samples = self.dataset
         return self.dataset
 

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from fiftyone_mobilesamv2.operators import OPERATORS
+from fiftyone_mobilesamv2.runs.claims import on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +35,8 @@ def test_operators_have_icons_titles_and_descriptions(plugin, name):
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "manage_models"])
 def test_form_refuses_missing_and_empty_data(plugin, scenes, dataset, name):
     """Without a dataset, or with an empty dataset or view, the form says so and execution is refused."""
-    for samples in (None, dataset, scenes.limit(0)):
+    whole_dataset = name in ("delete_masks", "repair_dataset")
+    for samples in (None, dataset) if whole_dataset else (None, dataset, scenes.limit(0)):
         form = plugin.form(name, samples)
         assert form.errors and all(isinstance(error, str) and len(error) > 10 for error in form.errors)
         assert all(error in form.messages for error in form.errors)
@@ -49,6 +52,8 @@ def test_skill_documents_every_operator_and_input(plugin, scenes, tmp_path, monk
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (`.*`) \|$", SKILL, re.MULTILINE))
     assert list(rows) == FORMS
     scenes.clone_sample_field("ground_truth", "segmentations")
+    with on_record(scenes, SegmentationRun("segmentations", {}, images=1)):
+        pass
     first = scenes.first().segmentations.detections[0]
     selected = [{"label_id": first.id, "sample_id": scenes.first().id, "field": "segmentations"}]
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))

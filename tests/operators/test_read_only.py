@@ -45,6 +45,8 @@ runs = {
     "find_duplicates": ({"field": "boxes"}, {}),
     "promote_to_labels": ({"label": "thing"}, {"selected_labels": selected}),
     "image_coverage": ({"field": "segmentations"}, {}),
+    "repair_dataset": ({}, {}),
+    "delete_masks": ({"label_field": "segmentations", "confirm": True}, {}),
     "export_masks": ({"field": "segmentations", "path": sys.argv[1]}, {}),
 }
 for name, (params, request) in runs.items():
