@@ -9,217 +9,19 @@ completes, and the dataset is compared with the result of a run without faults.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
-import multiprocessing
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import cv2
+from fault_setting import Fault, Faults, Setting, temporary_faults
+from mongoengine.errors import FieldDoesNotExist
 from pymongo import MongoClient
-
-MODEL = "mobilesamv2-demo-torch"
-BATCH_SIZE = 4
-_DIFFERENT_SCENES = 50  # repeated to fill the dataset
-
-# Children are forked from a process that has imported everything, so a kill takes one second instead of ten.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["fiftyone_mobilesamv2.runs.segment"])
-
-
-@dataclass
-class Fault:
-    """The effects of a kind of fault; the last three numbers should be 0.
-
-    Attributes:
-        lost: number of samples without labels that had labels or should have some.
-        differing: number of samples whose labels differ from those of a run without faults.
-        orphans: number of mask files that no label refers to.
-    """
-
-    name: str
-    injected: int
-    lost: int
-    differing: int
-    orphans: int
-
-    @property
-    def is_harmless(self) -> bool:
-        return not (self.lost or self.differing or self.orphans)
-
-
-class Database:
-    """A separate mongod that can be stopped, killed, and made to fail."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.uri = f"mongodb://127.0.0.1:{self._port}/?serverSelectionTimeoutMS=2000"
-        self._folder = folder
-        self._folder.mkdir()
-        self._process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        binary = Path(importlib.util.find_spec("fiftyone").submodule_search_locations[0]) / "db" / "bin" / "mongod"
-        options = ["--port", str(self._port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
-        options += ["--dbpath", self._folder, "--setParameter", "enableTestCommands=1"]
-        self._process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-        MongoClient(self.uri, serverSelectionTimeoutMS=60_000).admin.command("ping")
-
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        self._process.send_signal(how)
-        self._process.wait()
-
-    def fail(self, times: int, **how: object) -> None:
-        """Makes the next commands fail; see MongoDB's failCommand."""
-        MongoClient(self.uri).admin.command("configureFailPoint", "failCommand", mode={"times": times}, data=how)
-
-
-class Faults:
-    """A dataset of scenes, the labels that a run without faults stores, and comparisons with runs with faults.
-
-    Args:
-        folder: the folder for all files.
-        database: the database that FiftyOne is connected to.
-        scenes: number of scenes.
-    """
-
-    def __init__(self, folder: Path, database: Database, scenes: int) -> None:
-        import fiftyone as fo
-
-        from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
-
-        self.folder, self.database, self.random = folder, database, random.Random(0)
-        paths = [folder / f"{index}.png" for index in range(min(scenes, _DIFFERENT_SCENES))]
-        for index, path in enumerate(paths):
-            cv2.imwrite(str(path), make_scene(TEST_SEED, index).image[:, :, ::-1])
-        self.dataset = fo.Dataset("faults", overwrite=True)
-        self.dataset.persistent = True
-        samples = [fo.Sample(str(paths[i % len(paths)])) for i in range(scenes)]
-        self.dataset.add_samples(samples, progress=False)
-        start = time.perf_counter()
-        self.finish("reference", on_disk=False)
-        self.seconds = time.perf_counter() - start
-        self.reference = self.labels("reference")
-        self.count = 0
-
-    def field(self) -> str:
-        self.count += 1
-        return f"field_{self.count}"
-
-    # Runs -------------------------------------------------------------------------------------------------------------
-
-    def start(
-        self, field: str, on_disk: bool, folder: Path | None = None, cluster: str | None = None
-    ) -> multiprocessing.Process:
-        folder = folder or self.folder / "masks"
-        arguments = self.dataset.name, field, on_disk, str(folder), self.folder / "runs.log", cluster
-        process = _PROCESSES.Process(target=_run, args=arguments)
-        process.start()
-        return process
-
-    def finish(self, field: str, on_disk: bool, folder: Path | None = None) -> None:
-        process = self.start(field, on_disk, folder)
-        self.expect_success(process)
-
-    def expect_success(self, process: multiprocessing.Process) -> None:
-        process.join()
-        if process.exitcode:
-            log = (self.folder / "runs.log").read_text()
-            raise RuntimeError(f"A run ended with {process.exitcode}:\n{log[-2000:]}")
-
-    def wait_until_stored(self, field: str, share: float, process: multiprocessing.Process) -> None:
-        """Waits until this share of the samples has labels. Raises RuntimeError if the run has ended by then."""
-        wanted = share * len(self.reference)
-        while self.dataset._sample_collection.count_documents({field: {"$ne": None}}) < wanted:
-            if not process.is_alive():
-                raise RuntimeError("A run ended before a fault could be injected: use more scenes")
-            time.sleep(0.01)
-
-    # Comparisons ------------------------------------------------------------------------------------------------------
-
-    def labels(self, field: str) -> dict[object, str | None]:
-        """Sample id -> a hash of its labels including mask pixels; None if it has none."""
-        digests = {}
-        for document in self.dataset._sample_collection.find({}, {field: True}):
-            labels = document.get(field)
-            digests[document["_id"]] = labels and _digest(labels["detections"])
-        return digests
-
-    def ids(self, field: str) -> dict[object, object]:
-        """Sample id -> id of its first label, for samples with labels."""
-        documents = self.dataset._sample_collection.find({f"{field}.detections.0": {"$exists": True}}, {field: True})
-        return {document["_id"]: document[field]["detections"][0]["_id"] for document in documents}
-
-    def compare(self, name: str, injected: int, field: str, deleted: int = 0, folder: str = "*masks*") -> Fault:
-        stored = self.labels(field)
-        gone = len(self.reference) - len(stored) - deleted
-        lost = gone + sum(labels is None for labels in stored.values())
-        differing = sum(labels is not None and labels != self.reference[id] for id, labels in stored.items())
-        return Fault(name, injected, lost, differing, self.orphans(folder))
-
-    def check_partial(self, field: str) -> int:
-        """The number of samples whose labels differ from the expected ones; samples without labels do not count."""
-        return sum(labels not in (None, self.reference[id]) for id, labels in self.labels(field).items())
-
-    def orphans(self, folder: str = "*masks*") -> int:
-        """Files below the mask folders that no label refers to, including marker files of unfinished masks."""
-        files = {str(path) for path in self.folder.glob(f"{folder}/**/*") if path.is_file()}
-        self.dataset.reload()  # for fields that other processes have added
-        for name in self.dataset.get_field_schema():
-            if name.startswith("field_"):
-                files -= set(self.dataset._sample_collection.distinct(f"{name}.detections.mask_path"))
-        return len(files)
-
-
-def _run(dataset: str, field: str, on_disk: bool, folder: str, log: Path, cluster: str | None) -> None:
-    """Performs one complete run, in a process of its own."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    import fiftyone as fo
-    import torch
-
-    from fiftyone_mobilesamv2 import zoo
-    from fiftyone_mobilesamv2.runs.segment import segment_everything
-
-    torch.set_num_threads(1)
-    parameters = {"name": MODEL, "device": "cpu", "masks_on_disk": on_disk, "mask_dir": folder}
-    workers = None if cluster is None else 2
-    segment_everything(
-        fo.load_dataset(dataset),
-        zoo.MobileSAMv2ModelConfig(parameters),
-        field,
-        batch_size=BATCH_SIZE,
-        progress=False,
-        cluster=cluster,
-        workers=workers,
-    )
-
-
-def _digest(labels: list[dict]) -> str:
-    import fiftyone.core.utils as fou
-
-    digest = hashlib.sha256()
-    for label in labels:
-        path = label.get("mask_path")
-        mask = fou.deserialize_numpy_array(label["mask"]) if path is None else cv2.imread(path, cv2.IMREAD_UNCHANGED)
-        if mask is None:
-            return f"{path} can't be read"
-        values = [label[name] for name in ("label", "bounding_box", "confidence", "predicted_iou", "stability")]
-        digest.update(repr((values, label["area_px"], mask.shape)).encode() + (mask > 0).tobytes())
-    return digest.hexdigest()
-
 
 # Faults ---------------------------------------------------------------------------------------------------------------
 
@@ -298,7 +100,7 @@ def lose_writes(faults: Faults) -> Fault:
 def kill_worker(faults: Faults) -> Fault:
     """Kills one of the two workers of a Ray cluster on this machine."""
     field = faults.field()
-    process = faults.start(field, True, cluster="local")
+    process = faults.start(field, True, cluster="local", workers=2)
     faults.wait_until_stored(field, 0.3, process)
     runs = MongoClient(faults.database.uri)["faults"]["mobilesamv2.runs"]
     shard = runs.find_one({"label_field": field, "ended": False, "owner.pid": {"$ne": process.pid}})
@@ -371,6 +173,131 @@ def delete_samples(faults: Faults, times: int = 5) -> Fault:
     return faults.compare("samples deleted by someone else", len(ids), field, len(ids), folder)
 
 
+def suspend(faults: Faults, replace: bool, times: int = 3) -> Fault:
+    """Suspends runs until another one considers them dead and completes the work, and then continues them."""
+    field, setting = faults.field(), Setting(max_silence=4)
+    files: set[str] = set()
+    for number in range(times):
+        if replace and not number:
+            faults.finish(field, True)
+        elif not replace:
+            field = faults.field()
+        files.update(faults.mask_paths(field))
+        suspended = faults.start(field, True, setting=setting, replace=replace)
+        # It takes half a second to start; what it is doing when it is suspended differs.
+        suspended.join(faults.random.uniform(0.3, 0.6) * faults.seconds)
+        os.kill(suspended.pid, signal.SIGSTOP)
+        files.update(faults.mask_paths(field))
+        time.sleep(setting.max_silence + 1)
+        other = faults.start(field, True, setting=setting, replace=replace)
+        other.join()
+        stored = faults.ids(field)
+        os.kill(suspended.pid, signal.SIGCONT)
+        suspended.join()
+        faults.expect_success(other)
+        if not suspended.exitcode:
+            raise RuntimeError("A run that another one has taken over did not end with an error")
+        if stored != faults.ids(field):
+            raise RuntimeError("A run that another one has taken over replaced its labels")
+    name = "suspended, taken over by another run, and continued" + (", while replacing labels" if replace else "")
+    result = faults.compare(name, times, field)
+    result.orphans = faults.orphans(replaced=files)
+    return result
+
+
+def unequal_clocks(faults: Faults) -> Fault:
+    """Replaces labels on one machine, is killed, and goes on on another machine, whose clock is two hours behind."""
+    field = faults.field()
+    faults.finish(field, False)
+    old = faults.ids(field)
+    process = faults.start(field, False, setting=Setting(clock=3600), replace=True)
+    process.join(0.6 * faults.seconds)
+    process.kill()
+    process.join()
+    half = {id: label for id, label in faults.ids(field).items() if old.get(id) != label}
+    faults.finish(field, False, setting=Setting(clock=-3600), replace=True)
+    new = faults.ids(field)
+    result = faults.compare("killed while replacing labels, continued with another clock", 1, field)
+    result.differing += len(old.items() & new.items()) + len(half.items() - new.items())
+    return result
+
+
+def leave_zombie(faults: Faults) -> Fault:
+    """Kills a run whose parent does not ask for its exit status."""
+    field = faults.field()
+    script = f"from fault_setting import *; _run({faults.dataset.name!r}, {field!r}, True, "
+    script += f"{str(faults.folder / 'masks')!r}, Setting(), {{}})"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=os.path.dirname(__file__), stderr=subprocess.DEVNULL)
+    while faults.dataset._sample_collection.count_documents({field: {"$ne": None}}) < 0.3 * len(faults.reference):
+        time.sleep(0.01)
+    process.kill()
+    faults.finish(field, True)
+    if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        raise RuntimeError("The killed process is no zombie")
+    process.wait()
+    return faults.compare("killed, and left as a zombie", 1, field)
+
+
+def kill_scheduled_worker(faults: Faults) -> Fault:
+    """Kills one of two processes that work on the shards of one run, and repeats its shard, as `delegated rerun`."""
+    from fiftyone_mobilesamv2.runs.record import recorded_runs
+    from fiftyone_mobilesamv2.runs.shards import Shard
+
+    field = faults.field()
+    shards = [Shard(index, 2, f"group of {field}") for index in range(2)]
+    first, second = (faults.start(field, True, shard=shard) for shard in shards)
+    faults.wait_until_stored(field, 0.3, first)
+    first.kill()
+    first.join()
+    faults.expect_success(second)
+    faults.finish(field, True, shard=shards[0])
+    result = faults.compare("the worker of a scheduled part killed, the part repeated", 1, field)
+    faults.dataset.reload()
+    (run,) = recorded_runs(faults.dataset, field)
+    result.differing += abs(run.images - len(faults.reference)) + run.cancelled
+    return result
+
+
+def change_schema_at_once(faults: Faults, times: int = 5) -> Fault:
+    """Runs, evaluations and measurements add their fields at the same time; all samples must load afterwards."""
+    faults.dataset.clone_sample_field("reference", "objects")
+    lost = 0
+    for number in range(times):
+        copy, keys = f"copy_{number}", [f"key_{number}_{each}" for each in range(2)]
+        faults.dataset.clone_sample_field("reference", copy)
+        field = faults.field()
+        processes = [faults.start(field, False), faults.start_process(_measure_coverage, copy)]
+        processes += [faults.start_process(_evaluate, key) for key in keys]
+        for process in processes:
+            faults.expect_success(process)
+        faults.dataset.reload()
+        for id in faults.reference:
+            try:
+                sample = faults.dataset[id]
+                lost += any(sample[name] is None for name in (f"{copy}_objects", *(f"{key}_tp" for key in keys)))
+            except (AttributeError, KeyError, FieldDoesNotExist):
+                lost += 1
+    result = faults.compare("a run, two evaluations and a measurement at once", times, field)
+    result.lost += lost
+    return result
+
+
+def _evaluate(dataset: str, key: str) -> None:
+    import fiftyone as fo
+
+    from fiftyone_mobilesamv2.evaluation.proposals import evaluate_proposals
+
+    evaluate_proposals(fo.load_dataset(dataset), "reference", "objects", key, progress=False)
+
+
+def _measure_coverage(dataset: str, field: str) -> None:
+    import fiftyone as fo
+
+    from fiftyone_mobilesamv2.curation.coverage import image_coverage
+
+    image_coverage(fo.load_dataset(dataset), field, progress=False)
+
+
 def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault]:
     """Injects all faults."""
     faults_shown = []
@@ -385,6 +312,12 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
             lambda: kill_worker(faults),
             lambda: fill_disk(faults),
             lambda: run_twice_at_once(faults),
+            lambda: suspend(faults, replace=False),
+            lambda: suspend(faults, replace=True),
+            lambda: unequal_clocks(faults),
+            lambda: leave_zombie(faults),
+            lambda: kill_scheduled_worker(faults),
+            lambda: change_schema_at_once(faults),
             lambda: delete_field(faults),
             lambda: delete_samples(faults),
         ]
@@ -395,24 +328,6 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
                 show(fault)
                 faults_shown.append(fault)
     return faults_shown
-
-
-@contextmanager
-def temporary_faults(scenes: int) -> Iterator[Faults]:
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        database = Database(Path(name) / "database")
-        database.start()
-        os.environ |= {
-            "FIFTYONE_DATABASE_URI": database.uri,
-            "FIFTYONE_DATABASE_NAME": "faults",
-            "FIFTYONE_DATABASE_VALIDATION": "false",
-            "FIFTYONE_DO_NOT_TRACK": "true",
-            "YOLO_AUTOINSTALL": "false",
-        }
-        try:
-            yield Faults(Path(name), database, scenes)
-        finally:
-            database.stop(signal.SIGKILL)
 
 
 def main() -> int:

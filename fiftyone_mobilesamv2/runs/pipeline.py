@@ -25,6 +25,7 @@ from ..errors import ArgumentError
 from ..fiftyone_internals import Document, dataset_id, label_root, reload_samples, root_dataset, sample_collection
 from ..labels.detections import ImageMasks
 from ..labels.documents import Progress, StoredImage, stored_images
+from ..labels.fields import RUN_ID
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles, make_folder
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
@@ -223,7 +224,7 @@ def _has_labels(dataset: fo.Dataset, label_field: str, sample_id: str, documents
     if not documents:
         return False
     root, _ = label_root(dataset, label_field)
-    query = {"_id": ObjectId(sample_id), f"{root}._id": documents[0]["_id"]}
+    query = {"_id": ObjectId(sample_id), **{f"{root}.{name}": documents[0][name] for name in ("_id", RUN_ID)}}
     return retry_while_unavailable(lambda: sample_collection(dataset).find_one(query, {"_id": True})) is not None
 
 

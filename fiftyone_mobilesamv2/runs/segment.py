@@ -105,8 +105,7 @@ def segment_everything(
             def read(image: StoredImage) -> ImageItem:
                 return read_image({"id": str(image.sample_id), "filepath": image.name})
 
-            runs = [each for runs in grouped_runs(samples, label_field) for each in runs]
-            earlier = [each.mark for each in runs if each.run_id != run.run_id]
+            earlier = _earlier_marks(samples, run)
             update = partial(new_labels, label_field=label_field, replace=replace, mark=run.mark, earlier=earlier)
             segment_and_store(todo, model, [], read, update, run, batch_size, progress)
         elif len(todo):
@@ -215,12 +214,13 @@ def segment_anything(
         declare_mask_field(dataset, label_field)
     parameters = parameters_of(model.config) | {"prompting": prompt_field}
     with _recorded(samples, model, label_field or prompt_field, parameters, marks_labels=False) as run:
+        earlier = _earlier_marks(samples, run)
         if label_field is None:
             declare_labels(dataset, prompt_field, MASK_ATTRIBUTES)
             root, is_list = label_root(dataset, prompt_field)
-            update = partial(masks_in_place, root=root, is_list=is_list)
+            update = partial(masks_in_place, root=root, is_list=is_list, mark=run.mark, earlier=earlier)
         else:
-            update = partial(merged_labels, label_field=label_field, mark=run.mark)
+            update = partial(merged_labels, label_field=label_field, mark=run.mark, earlier=earlier)
         answered = {} if label_field is None or replace else ids_of_labels_with_masks(samples, label_field)
         read_prompted = ImageGetItem({"prompt_field": prompt_field})
 
@@ -239,6 +239,12 @@ def segment_anything(
         with fou.SetAttributes(model.writer, keep_boxes=label_field is None):
             segment_and_store(samples, model, [prompt_field], read, update, run, batch_size, progress)
     return run
+
+
+def _earlier_marks(samples: SampleCollection, run: SegmentationRun) -> list[str]:
+    """The marks of the other runs into the field of a run that has just started."""
+    runs = [each for runs in grouped_runs(samples, run.label_field) for each in runs]
+    return [each.mark for each in runs if each.run_id != run.run_id]
 
 
 def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:

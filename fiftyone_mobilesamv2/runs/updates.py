@@ -23,19 +23,17 @@ class Update(NamedTuple):
     reverse: Document
 
 
-# The documents of an image's masks -> the update of its sample.
+# The documents of an image's masks -> the update of its sample. None of these updates replaces labels of a run that was
+# recorded after this one started: it considers this one dead. Their arguments `mark` and `earlier` are the mark of the
+# run (see `marks`) and those of the runs that had been recorded when it started.
 MakeUpdate = Callable[[list[Document]], Update]
 
 
 def new_labels(documents: list[Document], label_field: str, replace: bool, mark: str, earlier: Sequence[str]) -> Update:
     """Sets the labels of a sample.
 
-    Labels of a later run are never replaced: it considers this one dead. Unless `replace`, other labels that were
-    stored in the meantime are kept, too, except those of an earlier run: it was considered dead.
-
-    Args:
-        mark: the mark of the run, see `marks`.
-        earlier: the marks of the runs that had been recorded when it started.
+    Unless `replace`, labels that were stored in the meantime are kept, except those of an earlier run: it was
+    considered dead.
     """
     path = f"{label_field}.{RUN_ID}"
     if replace:
@@ -49,7 +47,7 @@ def new_labels(documents: list[Document], label_field: str, replace: bool, mark:
     return Update(condition, {label_field: {"$literal": labels}}, reverse)
 
 
-def merged_labels(documents: list[Document], label_field: str, mark: str) -> Update:
+def merged_labels(documents: list[Document], label_field: str, mark: str, earlier: Sequence[str]) -> Update:
     """Adds labels to a field, replacing those with the same ids, in one update that loses no concurrent changes."""
     others = {
         "$filter": {
@@ -60,11 +58,13 @@ def merged_labels(documents: list[Document], label_field: str, mark: str) -> Upd
     labels = {"$concatArrays": [others, {"$literal": documents}]}
     values = {"_cls": "Detections", "detections": labels, RUN_ID: mark}
     return Update(
-        {}, {f"{label_field}.{name}": value for name, value in values.items()}, {f"{label_field}.detections": others}
+        {f"{label_field}.{RUN_ID}": {"$in": [None, mark, *earlier]}},
+        {f"{label_field}.{name}": value for name, value in values.items()},
+        {f"{label_field}.detections": others},
     )
 
 
-def masks_in_place(documents: list[Document], root: str, is_list: bool) -> Update:
+def masks_in_place(documents: list[Document], root: str, is_list: bool, mark: str, earlier: Sequence[str]) -> Update:
     """Adds masks to existing labels, found by their ids, since labels may have changed since they were read."""
     ids, masks = [], []
     for document in documents:
@@ -80,5 +80,7 @@ def masks_in_place(documents: list[Document], root: str, is_list: bool) -> Updat
         return {root: {"$map": {"input": f"${root}", "in": updated}} if is_list else updated}
 
     # Otherwise this would write to a label that has since become None, or a single label that has since been replaced.
-    condition = {f"{root}._id": {"$in": ids}}
+    later = {"_id": {"$in": ids}, RUN_ID: {"$nin": [None, mark, *earlier]}}
+    of_later = {root: {"$elemMatch": later}} if is_list else {f"{root}.{name}": each for name, each in later.items()}
+    condition = {f"{root}._id": {"$in": ids}, "$nor": [of_later]}
     return Update(condition, with_masks(masks), with_masks([dict.fromkeys(mask) for mask in masks]))
