@@ -131,7 +131,7 @@ class Faults:
     ) -> multiprocessing.Process:
         """Starts a run in a process of its own; `options` are arguments of `segment_everything`."""
         folder = folder or self.folder / "masks"
-        return self.start_process(_run, field, on_disk, str(folder), setting or Setting(), options)
+        return self.start_process(run_once, field, on_disk, str(folder), setting or Setting(), options)
 
     def start_process(self, work: Callable[..., None], *arguments: object) -> multiprocessing.Process:
         """Starts `work(dataset name, *arguments)` in a process of its own."""
@@ -207,7 +207,7 @@ def _logged(log: Path, work: Callable[..., None], *arguments: object) -> None:
     work(*arguments)
 
 
-def _run(dataset: str, field: str, on_disk: bool, folder: str, setting: Setting, options: dict[str, object]) -> None:
+def run_once(dataset: str, field: str, on_disk: bool, folder: str, setting: Setting, options: dict[str, object]) -> None:
     """Performs one complete run."""
     import fiftyone as fo
     import torch

@@ -225,10 +225,12 @@ def unequal_clocks(faults: Faults) -> Fault:
 def leave_zombie(faults: Faults) -> Fault:
     """Kills a run whose parent does not ask for its exit status."""
     field = faults.field()
-    script = f"from fault_setting import *; _run({faults.dataset.name!r}, {field!r}, True, "
-    script += f"{str(faults.folder / 'masks')!r}, Setting(), {{}})"
+    script = f"import fault_setting as f; f.run_once({faults.dataset.name!r}, {field!r}, True, "
+    script += f"{str(faults.folder / 'masks')!r}, f.Setting(), {{}})"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=os.path.dirname(__file__), stderr=subprocess.DEVNULL)
     while faults.dataset._sample_collection.count_documents({field: {"$ne": None}}) < 0.3 * len(faults.reference):
+        if process.poll() is not None:
+            raise RuntimeError("A run ended before a fault could be injected")
         time.sleep(0.01)
     process.kill()
     faults.finish(field, True)
