@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+import bson
 import fiftyone as fo
 import fiftyone.core.utils as fou
 import numpy as np
 from bson import ObjectId
 from fiftyone.constants import VERSION
 from pymongo import UpdateMany, UpdateOne
+from pymongo.errors import BulkWriteError
 
+from ..errors import StorageError
 from ..fiftyone_internals import (
     Document,
     bulk_write,
+    frame_collection,
     has_results,
     is_generated,
     replace_run_results,
     root_dataset,
     run_view,
+    sample_collection,
     source_dataset,
     split_frame_field,
 )
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from fiftyone.core.runs import BaseRunResults
 
 _MAX_UPDATES = 200
+_MAX_BYTES = 16 * 2**20  # of a document in MongoDB
 
 
 class RunStorage(RunFields):
@@ -64,7 +70,7 @@ class RunStorage(RunFields):
     def _replace(self, samples: SampleCollection, eval_key: str, results: BaseRunResults) -> None:
         """Stores the run under the key of an earlier one.
 
-        1. Attributes are stored under temporary, undeclared names: the documents accept them.
+        1. Attributes are stored under temporary, undeclared names, so that the documents are known to have room.
         2. One update of the run's document replaces the earlier run by this one, which is complete.
         3. The attributes get their final names, counts are stored, and what only the earlier run had is deleted. If
            this is interrupted, `config.leftovers` has the names of all fields that may exist.
@@ -75,6 +81,7 @@ class RunStorage(RunFields):
         self._remove_attributes(dataset, temporary)  # left by a process that was killed
         try:
             self._update(dataset, temporary, counts=False)
+            self._check_room(dataset, eval_key)
         except BaseException:
             self._remove_attributes(dataset, temporary)
             raise
@@ -93,7 +100,8 @@ class RunStorage(RunFields):
         earlier.cleanup_custom_metrics(samples, eval_key)
         self._declare(dataset, eval_key)
         self._move_attributes(dataset, temporary, eval_key)
-        earlier._remove_undeclared(dataset, eval_key)
+        if earlier.config.leftovers:
+            earlier._remove_undeclared(dataset, eval_key)
         delete_fields(dataset, [name for name in self.config.leftovers if name not in fields])
         for names, of_frames in zip(fou.split_frame_fields(list(self._count_fields(dataset, eval_key))), (False, True)):
             if names:
@@ -105,6 +113,18 @@ class RunStorage(RunFields):
             self._store_in(generated, eval_key)
         self.config.stored_as, self.config.leftovers = eval_key, []
         self.update_run_config(samples, eval_key, self.config)
+
+    def _check_room(self, dataset: fo.Dataset, eval_key: str) -> None:
+        """Raises StorageError if a document that gets counts would become too large by them."""
+        collection = frame_collection(dataset) if self._is_of_frames(dataset) else sample_collection(dataset)
+        counts = {eval_key + name: 0.0 for name in self._counts([])} if self._count_fields(dataset, eval_key) else {}
+        limit = _MAX_BYTES - len(bson.encode(counts))
+        if collection is None:
+            return
+        measured = {image.id for image in self._measured.images}
+        for document in collection.find({"$expr": {"$gt": [{"$bsonSize": "$$ROOT"}, limit]}}, {"_id": True}):
+            if document["_id"] in measured:
+                raise StorageError(_too_large(document, f"it has more than {limit} bytes"))
 
     def _move_attributes(self, dataset: fo.Dataset, temporary: str, eval_key: str) -> None:
         paths = [path for name in self._label_names(dataset) if (path := self._label_path(dataset, name))]
@@ -136,7 +156,10 @@ class RunStorage(RunFields):
             operations += image_updates(query, image, eval_key, objects_path, proposals_path, values)
             ids.append(query.get("_id", image.id))  # a frame has the same id in a frame view
             if len(operations) >= _MAX_UPDATES or number == len(self._measured.images):
-                bulk_write(dataset, operations, ids=ids, frames=of_frames)
+                try:
+                    bulk_write(dataset, operations, ids=ids, frames=of_frames)
+                except ValueError as error:
+                    raise _refusal(error) from error
                 ids, operations = [], []
 
     def _query(self, dataset: fo.Dataset, image: MeasuredImage) -> Document:
@@ -184,3 +207,18 @@ class RunStorage(RunFields):
             for i, k in enumerate(self.config.ks)
         }
         return {"_tp": tp, "_fp": sum(image.fp for image in images), "_fn": len(objects) - tp, **recalls}
+
+
+def _refusal(error: ValueError) -> Exception:
+    """Names the document that the database refused to update; FiftyOne's error has only the reason."""
+    if not isinstance(error.__cause__, BulkWriteError):
+        return error
+    return StorageError(_too_large(error.__cause__.details["writeErrors"][0]["op"]["q"], str(error)))
+
+
+def _too_large(query: Document, cause: str) -> str:
+    name = ", ".join(f"{key} {value}" for key, value in query.items())
+    return (
+        f"The results of the sample or frame with {name} can't be stored: {cause}. Use eval_key=None to store none, or "
+        "keep masks in files, which makes documents smaller."
+    )
