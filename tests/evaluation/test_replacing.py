@@ -94,7 +94,8 @@ def fail_after(mongod):
     def fail_after(writes=None, **how):
         mode = "off" if writes is None else {"skip": writes}
         data = {"failCommands": WRITES, **({"errorCode": 96} | how)}
-        admin.command("configureFailPoint", "failCommand", mode=mode, **({} if writes is None else {"data": data}))
+        arguments = {} if writes is None else {"data": data}
+        return admin.command("configureFailPoint", "failCommand", mode=mode, **arguments)["count"]
 
     try:
         fail_after()
@@ -214,10 +215,11 @@ evaluate_proposals(samples, "proposals", eval_key="ar", progress=False, **{NEW!r
     ) as process:
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None
-        fail_after(writes, blockConnection=True, blockTimeMS=1000, errorCode=None)
+        entered = fail_after(writes, blockConnection=True, blockTimeMS=1000, errorCode=None)
         process.stdin.write("\n")
         process.stdin.flush()
-        time.sleep(3)
+        admin = fo.core.odm.get_db_conn().client.admin
+        admin.command("waitForFailPoint", "failCommand", timesEntered=entered + 1, maxTimeMS=60_000)
         process.send_signal(signal.SIGKILL)
         process.wait()
         fail_after()
