@@ -11,7 +11,14 @@ from bson import ObjectId
 from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
-from ..fiftyone_internals import label_root
+from ..fiftyone_internals import (
+    is_generated,
+    label_root,
+    restored_view,
+    root_dataset,
+    serialized_view,
+    view_stages,
+)
 from ..modeling.arrays import AnyArray, IntArray, MaskArray
 from .average_recall import IOU_THRESHOLDS, AverageRecall
 from .figures import Line, recall_by_iou, recall_by_k
@@ -75,7 +82,19 @@ class ProposalResults(foud.DetectionResults):
 
     @property
     def gt_field(self) -> str:
-        """The field of the objects, by its current name. Raises ValueError if it is gone or can't be recognized."""
+        """The field of the objects, by its current name.
+
+        Raises:
+            ValueError: it is gone or can't be recognized, or the view that was evaluated needs a field that is gone.
+        """
+        if view_stages(self.samples) and not is_generated(self.samples):
+            try:
+                restored_view(root_dataset(self.samples), serialized_view(self.samples))
+            except ValueError as error:  # FiftyOne would not complain, and filter labels that do not exist
+                raise ArgumentError(
+                    f"The view of evaluation '{self.key}' needs a field that was renamed or deleted: {error}. Rename "
+                    "the field back, or evaluate again."
+                ) from error
         return self.field_in(self.samples, "gt_field")
 
     def field_in(self, samples: SampleCollection, role: str) -> str:

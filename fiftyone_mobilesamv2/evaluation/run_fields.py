@@ -33,6 +33,7 @@ from .match_attributes import ENDS, LabelPath, removal
 if TYPE_CHECKING:
     import fiftyone as fo
     from fiftyone.core.collections import SampleCollection
+    from fiftyone.core.evaluation import EvaluationInfo
 
     from .proposals import ProposalEvaluationConfig
 
@@ -81,7 +82,7 @@ class RunFields(foud.DetectionEvaluation):
                 f"'{taken[0]}' exists and does not belong to an earlier evaluation. Choose another eval_key."
             )
 
-    def _validate_run(self, samples: SampleCollection, eval_key: str, existing_info: fo.EvaluationInfo) -> None:
+    def _validate_run(self, samples: SampleCollection, eval_key: str, existing_info: EvaluationInfo) -> None:
         earlier = existing_info.config.build()
         dataset = root_dataset(samples)
         carriers = earlier._carriers(dataset, earlier.config.stored_as or eval_key)

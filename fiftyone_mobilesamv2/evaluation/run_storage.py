@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import bson
@@ -57,7 +57,7 @@ class RunStorage(RunFields):
             self._replace(samples, eval_key, results)
             return
         self.config.stored_as = eval_key
-        self.save_run_info(samples, self.run_info_cls()(eval_key, VERSION, datetime.utcnow(), self.config))
+        super().register_run(samples, eval_key)
         try:
             for each in datasets_of(samples):
                 self._store_in(each, eval_key)
@@ -94,7 +94,7 @@ class RunStorage(RunFields):
             results,
             config=self.config.serialize(),
             view_stages=run_view(samples),
-            timestamp=datetime.utcnow(),
+            timestamp=datetime.now(timezone.utc),
             version=VERSION,
         )
         earlier.cleanup_custom_metrics(samples, eval_key)

@@ -137,6 +137,30 @@ def test_deleted_field_is_named(small):
     assert not attributes(small)
 
 
+@pytest.mark.parametrize("name", ["ground_truth", "proposals"])
+def test_view_that_needs_a_renamed_field_is_named(small, name):
+    """FiftyOne would filter labels that do not exist, and find no missed objects."""
+    results = evaluate(small.filter_labels(name, F("label") == "a"))
+    small.rename_sample_field(name, "renamed")
+    with pytest.raises(ValueError, match=rf"view of evaluation 'ar'.*'{name}'.*Rename the field back, or evaluate"):
+        results.missed()
+    assert results.metrics()["support"] == 8
+    small.rename_sample_field("renamed", name)
+    assert len(missed(results, "ground_truth")) == 4
+    small.delete_evaluation("ar")
+    assert not attributes(small)
+
+
+def test_patches_of_renamed_fields_are_found(small):
+    results = evaluate(small.to_patches("ground_truth", other_fields="proposals"))
+    expected = results.metrics()["support"]
+    small.rename_sample_fields({"ground_truth": "gt", "proposals": "masks"})
+    loaded = small.load_evaluation_results("ar", cache=False)
+    assert len(results.missed()) == len(loaded.missed()) == 4 and loaded.metrics()["support"] == expected
+    small.delete_evaluation("ar")
+    assert not attributes(small)
+
+
 def test_renamed_frame_fields_are_followed(small):
     labels = small.first()
     video = fo.Sample("/nowhere/0.mp4", metadata=fo.VideoMetadata(frame_width=64, frame_height=48))
