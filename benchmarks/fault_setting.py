@@ -207,7 +207,9 @@ def _logged(log: Path, work: Callable[..., None], *arguments: object) -> None:
     work(*arguments)
 
 
-def run_once(dataset: str, field: str, on_disk: bool, folder: str, setting: Setting, options: dict[str, object]) -> None:
+def run_once(
+    dataset: str, field: str, on_disk: bool, folder: str, setting: Setting, options: dict[str, object]
+) -> None:
     """Performs one complete run."""
     import fiftyone as fo
     import torch

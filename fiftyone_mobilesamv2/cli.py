@@ -260,6 +260,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if key not in dataset.list_evaluations():
             raise ArgumentError(f"{args.dataset} has no evaluation '{key}'.")
         others[key] = dataset.load_evaluation_results(key)
+        if others[key] is None:
+            raise ArgumentError(f"Evaluation '{key}' of {args.dataset} has no results: it was interrupted.")
         if not isinstance(others[key], ProposalResults):
             raise ArgumentError(f"Evaluation '{key}' of {args.dataset} is not an evaluation of proposals.")
     results = evaluate_proposals(

@@ -53,7 +53,7 @@ class ClusterError(MobileSAMv2Error, RuntimeError):
 
 
 class StorageError(MobileSAMv2Error, OSError):
-    """Masks can't be stored: the disk is full, or the folder is not writable."""
+    """Masks or results can't be stored: the disk or a document is full, or the folder is not writable."""
 
 
 class Cancelled(BaseException):

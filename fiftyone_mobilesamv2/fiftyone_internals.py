@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.core.clips as focl
+import fiftyone.core.evaluation as foe
 import fiftyone.core.patches as fop
 import fiftyone.core.sample as fos
 import fiftyone.core.video as fov
-from bson import ObjectId
+from bson import ObjectId, json_util
 from fiftyone.core.odm.dataset import SampleFieldDocument
 from fiftyone.core.odm.utils import create_field
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
+    from fiftyone.core.runs import BaseRun, BaseRunResults
     from fiftyone.core.stages import ViewStage
     from pymongo import UpdateMany, UpdateOne
     from pymongo.collection import Collection
@@ -148,6 +150,58 @@ def rename_sidebar_group(samples: SampleCollection, name: str, new_name: str) ->
 def delete_empty_sidebar_group(samples: SampleCollection, name: str) -> None:
     """Deletes a group of the App's sidebar, if it exists and is empty."""
     samples._delete_empty_sidebar_group(name)
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def has_results(dataset: fo.Dataset, eval_key: str) -> bool:
+    """Whether an evaluation has stored results; one that was interrupted has none."""
+    return bool(foe.EvaluationMethod._get_run_doc(dataset, eval_key).results)
+
+
+def run_view(samples: SampleCollection) -> list[str] | None:
+    """The stages of the view that a run is about, in the format of the run's document; None for a dataset."""
+    if isinstance(samples, fo.Dataset):
+        return None
+    return [json_util.dumps(stage) for stage in samples._serialize(include_uuids=False)]
+
+
+def replace_run_results(
+    run: type[BaseRun],
+    samples: SampleCollection,
+    key: str,
+    results: BaseRunResults,
+    cache: bool = True,
+    **values: object,
+) -> None:
+    """Stores a run's results, and other values of its document.
+
+    FiftyOne deletes earlier results before it stores new ones. Here, a single update of the document replaces them.
+
+    Args:
+        run: the class of the run.
+        cache: whether to keep the results in memory.
+
+    Raises:
+        ValueError: the run was deleted in the meantime.
+    """
+    document, cached = run._get_run_doc(samples, key), getattr(samples._root_dataset, run._results_cache_field())
+    files, earlier = document.results.fs, document.results.grid_id
+    content = json_util.dumps(results.serialize()).encode()
+    file = files.put(content, content_type="application/json")
+    values |= {"results": file, "results_meta": dict(results.get_meta() or {})}
+    if not document._get_collection().update_one({"_id": document.id}, {"$set": values}).matched_count:
+        files.delete(file)
+        raise ValueError(f"'{key}' of {samples._root_dataset.name} was deleted in the meantime.")
+    document.reload()
+    if earlier is not None:
+        files.delete(earlier)
+    previous = cached.pop(key, None)
+    if previous is not None and previous is not results:
+        previous._key = None
+    if cache:
+        cached[key] = results
 
 
 # The database --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import fiftyone as fo
 import pytest
 from bson import ObjectId
 from fiftyone import ViewField as F
+from fiftyone.core.runs import Run
 from pymongo import UpdateOne
 
 from fiftyone_mobilesamv2 import fiftyone_internals as internals
@@ -105,6 +106,37 @@ def test_documents(labelled):
     collection.update_one({"_id": ObjectId(sample.id)}, {"$set": {"one.label": "z"}})
     internals.reload_samples(labelled, [sample.id])
     assert sample.one.label == "z"
+
+
+def test_results_are_replaced_by_one_update(labelled):
+    files = fo.core.odm.get_db_conn().fs.files
+    labelled.register_run("mine", labelled.init_run(method="test"))
+    first = labelled.init_run_results("mine", numbers=[1])
+    internals.replace_run_results(Run, labelled, "mine", first)
+    assert labelled.load_run_results("mine") is first
+    count = files.count_documents({})
+    internals.replace_run_results(
+        Run, labelled, "mine", labelled.init_run_results("mine", numbers=[2]), cache=False, version="9.9"
+    )
+    assert labelled.load_run_results("mine").numbers == [2] and first.key is None
+    assert labelled.get_run_info("mine").version == "9.9" and files.count_documents({}) == count
+    labelled.reload()
+    assert labelled.load_run_results("mine", cache=False).numbers == [2]
+    fo.core.odm.get_db_conn().runs.delete_many({"_dataset_id": labelled._doc.id})
+    with pytest.raises(ValueError, match=rf"'mine' of {labelled.name} was deleted"):
+        internals.replace_run_results(Run, labelled, "mine", labelled.init_run_results("mine", numbers=[3]))
+    assert files.count_documents({}) == count
+
+
+def test_evaluations(labelled):
+    labelled.add_sample_field("found", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
+    view = labelled.limit(1)
+    view.evaluate_detections("found", "boxes", eval_key="done", use_boxes=True, progress=False)
+    assert internals.has_results(labelled, "done")
+    assert internals.run_view(labelled) is None
+    assert internals.run_view(view) == labelled._doc.evaluations["done"].view_stages
+    labelled._doc.evaluations["done"].results = None
+    assert not internals.has_results(labelled, "done")
 
 
 def test_runs_and_sidebar(labelled):

@@ -11,7 +11,14 @@ from bson import ObjectId
 from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
-from ..fiftyone_internals import label_root
+from ..fiftyone_internals import (
+    is_generated,
+    label_root,
+    restored_view,
+    root_dataset,
+    serialized_view,
+    view_stages,
+)
 from ..modeling.arrays import AnyArray, IntArray, MaskArray
 from .average_recall import IOU_THRESHOLDS, AverageRecall
 from .figures import Line, recall_by_iou, recall_by_k
@@ -72,6 +79,35 @@ class ProposalResults(foud.DetectionResults):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.key!r} of {len(self.ytrue):,} objects>"
+
+    @property
+    def gt_field(self) -> str:
+        """The field of the objects, by its current name.
+
+        Raises:
+            ValueError: it is gone or can't be recognized, or the view that was evaluated needs a field that is gone.
+        """
+        if view_stages(self.samples) and not is_generated(self.samples):
+            try:
+                restored_view(root_dataset(self.samples), serialized_view(self.samples))
+            except ValueError as error:  # FiftyOne would not complain, and filter labels that do not exist
+                raise ArgumentError(
+                    f"The view of evaluation '{self.key}' needs a field that was renamed or deleted: {error}. Rename "
+                    "the field back, or evaluate again."
+                ) from error
+        return self.field_in(self.samples, "gt_field")
+
+    def field_in(self, samples: SampleCollection, role: str) -> str:
+        """The current name of the "gt_field" or "pred_field". Raises ValueError likewise."""
+        all_ids = (self._ytrue_ids_orig, self._ypred_ids_orig) if self.has_subset else (self.ytrue_ids, self.ypred_ids)
+        name: str = self.backend.current_field(samples, role, all_ids[role == "pred_field"])
+        return name
+
+    def use_subset(self, subset_def: object) -> ProposalResults:
+        for role in ("gt_field", "pred_field"):  # which FiftyOne reads
+            setattr(self.config, role, self.field_in(self.samples, role))
+        results: ProposalResults = super().use_subset(subset_def)
+        return results
 
     @property
     def average_recall(self) -> AverageRecall:
@@ -183,16 +219,17 @@ class ProposalResults(foud.DetectionResults):
             iou: 0.5, 0.55, ... or 0.95.
             k: default: the largest K of the run.
         """
-        missed = ~self._found(iou, k)
-        states, ranks = (f"{self.config.stored_as}{end}" for end in ("", "_rank"))
-        root, _ = label_root(self.samples, self.config.gt_field)
-        if self.has_subset or _threshold_index(iou) or not self.samples.has_field(f"{root}.{ranks}"):
+        missed, gt_field = ~self._found(iou, k), self.gt_field
+        states, ranks = (f"{self.key}{end}" for end in ("", "_rank"))
+        has_attributes = self.config.stored_as == self.key  # otherwise, storing or renaming them was interrupted
+        has_attributes &= self.samples.has_field(f"{label_root(self.samples, gt_field)[0]}.{ranks}")
+        if self.has_subset or _threshold_index(iou) or not has_attributes:
             return self._objects(missed)
         # The labels' attributes contain the same information, and MongoDB compares them faster than a long list of ids.
         not_found = F(states) == "fn"
         if k is not None:
             not_found |= F(ranks) > k
-        return self.samples.filter_labels(self.config.gt_field, not_found)
+        return self.samples.filter_labels(gt_field, not_found)
 
     def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> FoundDifference:
         """The objects that this run finds with an image's `k` best-ranked proposals but `other` doesn't, and vice
@@ -201,11 +238,11 @@ class ProposalResults(foud.DetectionResults):
         Raises:
             ValueError: the runs don't have the same ground truth.
         """
-        if other.config.gt_field != self.config.gt_field or set(other.ytrue_ids) != set(self.ytrue_ids):
+        if other.gt_field != self.gt_field or set(other.ytrue_ids) != set(self.ytrue_ids):
             raise ArgumentError(
                 f"Runs '{self.key}' and '{other.key}' have different ground truth objects "
-                f"({len(self.ytrue_ids)} of '{self.config.gt_field}', {len(other.ytrue_ids)} of "
-                f"'{other.config.gt_field}'): evaluate both on the same view."
+                f"({len(self.ytrue_ids)} of '{self.gt_field}', {len(other.ytrue_ids)} of "
+                f"'{other.gt_field}'): evaluate both on the same view."
             )
         found_by_other = set(other.ytrue_ids[other._found(iou, k)])
         by_this, by_other = self._found(iou, k), np.array([id in found_by_other for id in self.ytrue_ids], bool)
@@ -224,7 +261,7 @@ class ProposalResults(foud.DetectionResults):
 
     def _objects(self, chosen: MaskArray) -> fo.DatasetView:
         ids = [ObjectId(id) for id in self.ytrue_ids[chosen]]
-        return self.samples.filter_labels(self.config.gt_field, F("_id").is_in(ids))
+        return self.samples.filter_labels(self.gt_field, F("_id").is_in(ids))
 
     @classmethod
     def _from_dict(

@@ -18,6 +18,7 @@ from ..fiftyone_internals import (
     is_frames_view,
     is_generated,
     is_patches_view,
+    replace_run_results,
     root_dataset,
 )
 from ..labels.documents import (
@@ -30,7 +31,7 @@ from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall
 from .measuring import FOUND_AT, NO_CLASS, Match, Measured, measure, measure_on_cluster
 from .proposal_results import ProposalResults
 from .ranking import check_ranking
-from .run_fields import RunFields
+from .run_storage import RunStorage
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -107,7 +108,9 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
 
     Attributes:
         view: "frames" or "patches" if the run was on such a view, whose labels are in other fields of its dataset.
-        stored_as: the key in the field names; differs from the run's key if a new key's field names were taken.
+        stored_as: the key in the field names; differs from the run's key if a new key's field names were taken, or if
+            storing was interrupted.
+        leftovers: fields to delete with the run because storing it was interrupted.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         area_field: str | None = None,
         view: str | None = None,
         stored_as: str | None = None,
+        leftovers: Sequence[str] = (),
         # FiftyOne passes these to every method:
         iou: float = 0.5,
         classwise: bool = False,
@@ -133,6 +137,7 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         self.area_field = area_field
         self.view = view
         self.stored_as = stored_as
+        self.leftovers = list(leftovers)
         check_ranking(rank_by)
         if iou != IOU_THRESHOLDS[FOUND_AT]:
             raise ArgumentError(f'iou={iou}: "tp" and "fn" are decided at 0.5; the results have recall at 0.5 to 0.95.')
@@ -144,11 +149,12 @@ class ProposalEvaluationConfig(foud.DetectionEvaluationConfig):
         return "proposals"
 
 
-class ProposalEvaluation(RunFields):
+class ProposalEvaluation(RunStorage):
     """The evaluation method. It reads labels directly from the database, and each mask once.
 
-    FiftyOne calls `register_run`, which deletes an earlier run, then `register_samples`, and then, having loaded all
-    labels, `evaluate` for each sample. Here, the first measures, the second stores, and the third returns the matches.
+    FiftyOne calls `register_run`, `register_samples` and then, having loaded all labels, `evaluate` for each sample.
+    Here, the first measures, the second stores, and the third returns the matches. For other methods, the first deletes
+    an earlier run with the key; here, the second replaces it once everything is stored.
     """
 
     def __init__(self, config: ProposalEvaluationConfig) -> None:
@@ -172,20 +178,26 @@ class ProposalEvaluation(RunFields):
             self.config.view = "frames" if is_frames_view(samples) else "patches"
         if key is not None:
             self.check_names(samples, key)
-        self.config.stored_as = key
         self._measure(samples, progress)
         self.results = self._results(samples, key)
-        super().register_run(samples, key, overwrite=overwrite, cleanup=cleanup)
 
     def register_samples(self, samples: SampleCollection, eval_key: str | None, dynamic: bool = True) -> None:
-        if eval_key is None:
-            return
-        try:
-            self.write(samples, eval_key)
-            self.save_run_results(samples, eval_key, self.results)
-        except BaseException:
-            self.delete_run(samples, eval_key)
-            raise
+        if eval_key is not None and self.results is not None:
+            self.store(samples, eval_key, self.results)
+
+    @classmethod
+    def save_run_results(
+        cls,
+        samples: SampleCollection,
+        key: str | None,
+        run_results: ProposalResults | None,
+        overwrite: bool = True,
+        cache: bool = True,
+    ) -> None:
+        if key is None or run_results is None or not overwrite:
+            super().save_run_results(samples, key, run_results, overwrite=overwrite, cache=cache)
+        else:
+            replace_run_results(cls, samples, key, run_results, cache)
 
     def evaluate(self, doc: fo.Sample | FrameView, eval_key: str | None = None) -> list[Match]:
         # FiftyOne counts these matches and stores the counts again.

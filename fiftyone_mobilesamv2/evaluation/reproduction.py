@@ -22,6 +22,7 @@ from .. import zoo
 from ..errors import ArgumentError
 from ..labels.fields import GROUND_TRUTH_FIELD
 from ..modeling.checkpoints.catalog import DEMO_MODEL, pretrained_model
+from ..modeling.complete_files import complete_file
 from ..modeling.defaults import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall
 from .coco import load_coco
@@ -183,8 +184,9 @@ class Reproduction:
     def save(self, folder: Path) -> None:
         """Writes `reproduction.json` and `reproduction.png`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULTS_NAME).write_text(json.dumps(self.to_dict(), indent=2))
-        self._plot(folder / PICTURE_NAME)
+        with complete_file(folder / RESULTS_NAME) as results, complete_file(folder / PICTURE_NAME) as picture:
+            results.write_text(json.dumps(self.to_dict(), indent=2))
+            self._plot(picture)
 
     def _plot(self, path: Path) -> None:
         from matplotlib.figure import Figure  # without pyplot, which looks for a display

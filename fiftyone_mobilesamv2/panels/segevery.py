@@ -18,7 +18,7 @@ from fiftyone.operators.categories import Categories
 
 from ..errors import message_of
 from ..evaluation import figures
-from ..fiftyone_internals import is_frame_field, is_generated, label_root, split_frame_field
+from ..fiftyone_internals import has_results, is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
 from ..operators.form import code
 from ..registration import PLUGIN
@@ -280,8 +280,8 @@ def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
 
 
 def evaluations(dataset: fo.Dataset) -> list[str]:
-    """The keys of the evaluations of proposals, latest first."""
-    keys = dataset.list_evaluations(method="proposals")
+    """The keys of the complete evaluations of proposals, latest first."""
+    keys = [key for key in dataset.list_evaluations(method="proposals") if has_results(dataset, key)]
     return sorted(keys, key=lambda key: dataset.get_evaluation_info(key).timestamp, reverse=True)
 
 
@@ -308,10 +308,10 @@ def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
     from ..runs.record import segmented_fields
 
     dataset = ctx.dataset
-    if keys := _chosen(ctx):
-        fields = {key: dataset.get_evaluation_info(key).config.pred_field for key in keys}
-        return {key: (dataset.load_evaluation_view(key), name) for key, name in fields.items()}
-    return {name: (dataset, name) for name in segmented_fields(dataset)}
+    if not (keys := _chosen(ctx)):
+        return {name: (dataset, name) for name in segmented_fields(dataset)}
+    samples = {key: dataset.load_evaluation_view(key) for key in keys}
+    return {key: (view, _results(dataset, key).field_in(view, "pred_field")) for key, view in samples.items()}
 
 
 def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
@@ -344,22 +344,22 @@ def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
     from ..evaluation.average_recall import AREA_RANGES, FREQUENCIES
     from ..labels.documents import stored_images
 
-    config, missed = results.config, results.missed()
+    gt_field, missed = results.gt_field, results.missed()
     if group == "all":
         return missed
     if group in FREQUENCIES:
-        return missed.filter_labels(config.gt_field, F("frequency") == FREQUENCIES[group])
+        return missed.filter_labels(gt_field, F("frequency") == FREQUENCIES[group])
     min_area, max_area = AREA_RANGES[group]
     ids = []
-    for image in stored_images(missed, [config.gt_field]):
-        labels = image.labels(config.gt_field)
+    for image in stored_images(missed, [gt_field]):
+        labels = image.labels(gt_field)
         try:
-            areas = _areas(labels, image, config)
+            areas = _areas(labels, image, results.config)
         except LabelError as error:
             logger.warning("%s is skipped: %s", image.name, error)
         else:
             ids += [label["_id"] for label, area in zip(labels, areas) if min_area <= area <= max_area]
-    return missed.filter_labels(config.gt_field, F("_id").is_in(ids))
+    return missed.filter_labels(gt_field, F("_id").is_in(ids))
 
 
 def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMethodConfig) -> list[float]:
@@ -387,7 +387,7 @@ def _clicked(ctx: ExecutionContext) -> ProposalResults:
 
 def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:
     """Shows the objects of a view, as patches if FiftyOne supports that."""
-    field_name = results.config.gt_field
+    field_name = results.gt_field
     if len(view) and not is_generated(view) and not is_frame_field(view, field_name):
         view = view.to_patches(field_name)
     _show(ctx, view)

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 from ultralytics import YOLO
 
+from ..modeling.complete_files import complete_file
 from .scenes import TRAIN_SEED, VALIDATION_SEED, make_scene
 
 ARCHITECTURE = "yolov8n.yaml"
@@ -37,7 +38,8 @@ def write_yolo_dataset(folder: Path, train: int, validation: int) -> Path:
             boxes = scene.boxes() / np.array([width, height, width, height], np.float32)
             centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
             rows = [f"0 {x:.6f} {y:.6f} {w:.6f} {h:.6f}" for (x, y), (w, h) in zip(centers, sizes)]
-            label_file.write_text("\n".join(rows))
+            with complete_file(label_file) as temporary:
+                temporary.write_text("\n".join(rows))
     data = folder / "data.yaml"
     data.write_text(f"path: {folder.resolve()}\ntrain: images/train\nval: images/val\nnames: {{0: object}}\n")
     return data

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..modeling.checkpoints.files import PACKAGED_WEIGHTS
 from ..modeling.checkpoints.loading import load_decoder, load_detector, load_encoder, read_tensors
+from ..modeling.complete_files import complete_file
 from .decoder import ENCODER
 
 
@@ -26,7 +27,7 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(runs: Path, output: Path) -> list[Path]:
-    """Exports the averaged weights of both training runs and checks that they load.
+    """Exports the averaged weights of both training runs and checks that they load; then replaces earlier files.
 
     Args:
         runs: the folder that contains `decoder/` and `detector/`.
@@ -39,13 +40,14 @@ def export(runs: Path, output: Path) -> list[Path]:
 
     output.mkdir(parents=True, exist_ok=True)
     files = [output / "demo_sam.safetensors", output / "demo_detector.safetensors"]
-    save_file(half(sam), files[0])
-    save_file(half(detector), files[1])
-    for file in files:
-        file.chmod(0o644)  # safetensors makes files readable only by their owner; others read an installed package
-    load_encoder(files[0], ENCODER)
-    load_decoder(files[0], ENCODER)
-    load_detector(files[1])
+    with complete_file(files[0]) as sam_file, complete_file(files[1]) as detector_file:
+        save_file(half(sam), sam_file)
+        save_file(half(detector), detector_file)
+        for file in (sam_file, detector_file):
+            file.chmod(0o644)  # safetensors makes files readable only by their owner; others read an installed package
+        load_encoder(sam_file, ENCODER)
+        load_decoder(sam_file, ENCODER)
+        load_detector(detector_file)
     return files
 
 

@@ -22,6 +22,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from ..modeling.arrays import AnyArray, FloatArray, ImageArray, MaskArray
+from ..modeling.complete_files import complete_file
 
 # Seeds of this project's sets. Published figures refer to TEST_SEED.
 TRAIN_SEED = 1
@@ -180,7 +181,8 @@ def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
         scene = make_scene(TEST_SEED, index)
         path = images_folder / f"{index:03d}.png"
         if not path.exists():
-            cv2.imwrite(str(path), scene.image[:, :, ::-1])
+            with complete_file(path) as temporary:
+                cv2.imwrite(str(temporary), scene.image[:, :, ::-1])
         height, width = scene.labels.shape
         images.append({"id": index, "file_name": path.name, "height": height, "width": width})
         for mask in scene.masks():
@@ -197,7 +199,8 @@ def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
                 }
             )
     categories = [{"id": 1, "name": "object"}]
-    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    with complete_file(file) as temporary:
+        temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return images_folder, file
 
 

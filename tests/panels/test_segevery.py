@@ -1,6 +1,7 @@
 """The SegEvery panel as the App uses it: registration, events, and the operators it triggers in the App."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import fiftyone as fo
@@ -10,6 +11,7 @@ from bson import json_util
 from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
+from fiftyone_mobilesamv2.evaluation.proposals import ProposalEvaluationConfig
 from fiftyone_mobilesamv2.panels import segevery
 from fiftyone_mobilesamv2.runs import segment as segmentation
 from fiftyone_mobilesamv2.runs.record import recorded_runs
@@ -262,6 +264,26 @@ def test_deleted_evaluation_disappears(panel, measured):
     assert list(Response(panel, measured, "refresh", runs=BOTH).plot("by_k")) == ["few_ar"]
     response = Response(panel, measured, "show_missed_by_iou", runs=BOTH, trace="good_ar", x=0.5)
     assert "good_ar" in response.calls["notify"]["message"] and list(response.plot("by_k")) == ["few_ar"]
+
+
+def test_renamed_fields_are_followed(panel, measured):
+    before = Response(panel, measured, "on_load").plot("counts")
+    measured.rename_sample_fields({"ground_truth": "gt", "few": "masks"})
+    response = Response(panel, measured, "on_load")
+    assert not [name for name in response.contents if name.endswith("error")]
+    assert response.plot("counts")["few_ar"]["y"] == before["few_ar"]["y"]
+    click = Response(panel, measured, "show_missed_by_iou", trace="few_ar", x=0.5)
+    assert click.objects("gt") == ["medium0", "medium2", "small0", "small1"]
+
+
+def test_evaluation_that_was_interrupted_is_not_listed(panel, measured):
+    """A killed process leaves an evaluation without results."""
+    interrupted = ProposalEvaluationConfig("few", "ground_truth").build()
+    info = interrupted.run_info_cls()("interrupted", timestamp=datetime.now(), config=interrupted.config)
+    interrupted.save_run_info(measured, info)
+    assert "interrupted" in measured.list_evaluations() and segevery.evaluations(measured) == ["few_ar", "good_ar"]
+    evaluate_proposals(measured, "few", eval_key="interrupted")
+    assert segevery.evaluations(measured)[0] == "interrupted"
 
 
 def test_deleted_field_is_reported(panel, measured):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ..complete_files import complete_file
 from .catalog import Weights
 
 logger = logging.getLogger(__name__)
@@ -113,10 +112,8 @@ def read_record(record: Path) -> dict[str, Any]:
 
 def _write_record(record: Path, content: dict[str, Any]) -> None:
     try:
-        # Written to another file and moved, because another process may be reading.
-        temporary = record.with_name(f"{record.name}.{os.getpid()}-{threading.get_ident()}")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(record)
+        with complete_file(record) as temporary:  # another process may be reading
+            temporary.write_text(json.dumps(content))
     except OSError as error:
         logger.debug("Could not write %s: %s", record, error)
 
