@@ -68,7 +68,8 @@ def _label(kind: str, number: int, x: int, y: int, w: int, h: int) -> Document:
     }
     corners = [(x / WIDTH, y / HEIGHT), ((x + w) / WIDTH, y / HEIGHT), ((x + w) / WIDTH, (y + h) / HEIGHT)]
     if kind == "Keypoints":
-        return label | {"points": [list(point) for point in corners], "sam_labels": [1, 1, 0]}
+        points = [list(point) for point in corners]
+        return label | {"confidence": None, "points": points, "sam_labels": [1, 1, 0]}
     label |= {"iscrowd": False, "predicted_iou": 0.75, "stability": 0.5}
     if kind == "Polylines":
         points = [*corners, (x / WIDTH, (y + h) / HEIGHT)]
@@ -116,9 +117,11 @@ def labels_in(value: object) -> list[Document]:
 SCORES = {"confidence", "predicted_iou", "stability"}
 
 
-def defects(value: object, attributes: set[str]) -> Iterator[str]:
+def defects(value: object, attributes: set[str], only_with_ids: bool) -> Iterator[str]:
     """What makes the labels of a field's value unusable for something that reads these attributes."""
     for label in labels_in(value):
+        if only_with_ids and not isinstance(label.get("_id"), ObjectId):
+            continue
         for name in sorted(attributes):
             if not _is_valid(label, name):
                 yield f"{name}={label.get(name)!r:.200}"
@@ -166,3 +169,26 @@ def _is_number(value: object) -> bool:
 
 def _may_be_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def covered(value: object) -> tuple[float, float] | None:
+    """The pixels that labels cover together, as FiftyOne draws them, and how many may differ along their outlines.
+
+    None if that would take too much memory.
+    """
+    import fiftyone as fo
+
+    drawn, outline = np.zeros((HEIGHT, WIDTH), bool), 0.0
+    for label in labels_in(value):
+        points = label["points"] if "points" in label else [[label["bounding_box"][:2]], [label["bounding_box"][2:]]]
+        corners = np.array([point for shape in points for point in shape]) * [WIDTH, HEIGHT]
+        if np.abs(corners).max(initial=0) > 10 * WIDTH:
+            return None
+        if "points" in label:
+            read = fo.Polyline(points=label["points"], closed=True, filled=True)
+        else:
+            shape = {name: label.get(name) for name in ("bounding_box", "mask", "mask_path")}
+            read = fo.Detection.from_dict({"_cls": "Detection"} | shape)
+        drawn |= read.to_segmentation(frame_size=(WIDTH, HEIGHT)).mask > 0
+        outline += 2 * np.abs(np.diff(corners, axis=0)).sum() + 2 * (WIDTH + HEIGHT) * ("points" in label)
+    return float(drawn.sum()), outline + 4

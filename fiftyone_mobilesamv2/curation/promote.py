@@ -25,7 +25,7 @@ from ..fiftyone_internals import (
     sample_collection,
     source_dataset,
 )
-from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, value_in, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, visit_images
 from ..labels.fields import GROUND_TRUTH_FIELD, check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from .findings import LabelIds, check_images, check_tagged_field, retag, tags_of, with_labels
@@ -198,18 +198,21 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
     make = _polyline if kind is fol.Polylines else _detection
     try:
         labels = [make(proposal, stored.known_size, label) for proposal in new]
-        # Others may be promoting the same proposals: the query only matches if none has become a label since.
-        if value_in(document, gt_field) is not None:
-            query[attribute] = {"$nin": [made[PROMOTED_FROM] for made in labels]}
-            update: Document = {"$push": {path: {"$each": labels}}}
-        else:  # MongoDB can't append to a list that does not exist
-            query[gt_field] = None
-            update = {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}
-        update["$currentDate"] = {"last_modified_at": True}
-        result = collection.update_one(query, update)
+        # Others may be promoting the same proposals: the first update only matches if none has become a label since.
+        is_list = {path: {"$type": "array"}, attribute: {"$nin": [made[PROMOTED_FROM] for made in labels]}}
+        updates: list[tuple[Document, Document]] = [
+            (is_list, {"$push": {path: {"$each": labels}}}),
+            # MongoDB can't append to a list that does not exist.
+            ({gt_field: None}, {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}),
+            ({gt_field: {"$type": "object"}, path: None}, {"$set": {path: labels}}),
+        ]
+        now = {"$currentDate": {"last_modified_at": True}}
+        stored_now = any(
+            collection.update_one(query | condition, update | now).matched_count for condition, update in updates
+        )
     except (OSError, WriteError, DocumentTooLarge) as error:
         raise LabelError(f"its labels can't be stored: {error}") from error
-    if not result.matched_count:
+    if not stored_now:
         raise LabelError(
             f"its labels in '{gt_field}' were changed at the same time, or are something else than labels: promote "
             "again"
