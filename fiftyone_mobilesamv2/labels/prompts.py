@@ -47,6 +47,9 @@ def _prompt_of(label: Document) -> fol.Label:
             f"{name_of(label)} is neither a detection nor a keypoint: its _cls={shortened(label.get('_cls'))}"
         )
     kind = fol.Keypoint if label["_cls"] == "Keypoint" else fol.Detection
+    box = label.get("bounding_box")
+    if isinstance(box, list) and any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in box):
+        raise LabelError(_unusable_box(name_of(label), box))  # FiftyOne would make numbers of them
     try:  # a mask is not needed, and may be of any size
         return kind.from_dict({name: value for name, value in label.items() if name != "mask"})
     except Exception as error:  # of any kind: FiftyOne does not expect values of wrong types
@@ -88,12 +91,16 @@ def check_prompts(prompts: fol.Label | None) -> None:
     for prompt in labels_of(prompts):
         if isinstance(prompt, fol.Detection):
             if not _is_in_image(prompt.bounding_box):
-                raise ArgumentError(
-                    f"detection {prompt.id} has the unusable bounding box {shortened(prompt.bounding_box)}: [x, y, "
-                    f"width, height] was expected, relative to the image and at least partly inside it"
-                )
+                raise ArgumentError(_unusable_box(f"detection {prompt.id}", prompt.bounding_box))
         elif not len(keypoint_prompt(prompt)[0]):
             raise ArgumentError(f"keypoint {prompt.id} has no point inside the image")
+
+
+def _unusable_box(name: str, box: object) -> str:
+    return (
+        f"{name} has the unusable bounding box {shortened(box)}: [x, y, width, height] was expected, relative to the "
+        "image and at least partly inside it"
+    )
 
 
 def _is_pair(value: object) -> bool:
