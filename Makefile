@@ -5,7 +5,7 @@ STAMP := .venv/.setup-done
 DEV_STAMP := .venv/.setup-dev-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart lint test test-slow screenshots bench faults clean
+.PHONY: help setup setup-dev quickstart lint test test-slow screenshots bench faults corpus clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench: setup-dev ## measure speed and memory anew, for docs/speed.md (12 to 15 m
 
 faults: setup-dev ## kill runs, stop the database, fill the disk: what is lost? (about 10 minutes)
 	$(PY) benchmarks/faults.py
+
+corpus: setup-dev ## give files and labels with wrong values to everything that reads them (about 5 minutes)
+	$(PY) benchmarks/corpus
 
 clean: ## remove the environment, build outputs and caches
 	rm -rf .venv .screenshots build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

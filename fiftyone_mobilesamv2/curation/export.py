@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from ..errors import ArgumentError, LabelError
+from ..errors import ArgumentError
 from ..evaluation.measuring import NO_CLASS
-from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, name_of, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, class_of, is_crowd, number_of, visit_images
 from ..labels.fields import check_shapes_field
 from ..labels.masks import masks_of
 from .findings import check_images
@@ -183,17 +182,15 @@ def _annotations(stored: StoredImage, field: str) -> list[dict[str, Any]]:
     annotations = []
     for label, mask in zip(labels, masks_of(labels, stored.known_size)):
         annotation = {
-            "category": label.get("label") or NO_CLASS,
+            "category": class_of(label) or NO_CLASS,
             "segmentation": {"size": list(mask["size"]), "counts": mask["counts"].decode()},
             "area": int(mask_utils.area(mask)),
             "bbox": mask_utils.toBbox(mask).tolist(),
             "iscrowd": int(is_crowd(label)),
         }
         for key, attribute in SCORES.items():
-            if (value := label.get(attribute)) is not None:
-                if not isinstance(value, (int, float)) or not math.isfinite(value):
-                    raise LabelError(f"{name_of(label)} has {attribute}={value!r}: a number was expected")
-                annotation[key] = value
+            if label.get(attribute) is not None:
+                annotation[key] = number_of(label, [attribute])
         annotations.append(annotation)
     return annotations
 

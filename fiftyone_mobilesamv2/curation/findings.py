@@ -11,10 +11,11 @@ import fiftyone.core.labels as fol
 from bson import ObjectId
 from pymongo import UpdateOne
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, LabelError
 from ..evaluation.ranking import check_ranking
-from ..fiftyone_internals import Document, bulk_write, is_generated, label_path, label_type, root_dataset
-from ..labels.fields import check_shapes_field
+from ..fiftyone_internals import Document, bulk_write, is_generated, label_path, label_root, label_type, root_dataset
+from ..labels.documents import name_of, shortened
+from ..labels.fields import check_shapes_field, with_lists
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -59,8 +60,13 @@ def check_tagged_field(samples: SampleCollection, name: str, role: str, attribut
 
 
 def tags_of(label: Document) -> set[str]:
-    """The tags of a label's database document."""
-    return set(label.get("tags") or [])
+    """The tags of a label's database document. Raises LabelError if they aren't a list of texts."""
+    tags = label.get("tags")
+    if tags is None:
+        return set()
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise LabelError(f"{name_of(label)} has tags={shortened(tags)}: a list of texts was expected")
+    return set(tags)
 
 
 def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now: LabelIds) -> None:
@@ -90,6 +96,16 @@ def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now:
 
 def patches_of(samples: SampleCollection, field_name: str, tag: str, ids: Iterable[str]) -> fo.core.patches.PatchesView:
     """The labels `ids`, which have this tag, as patches in this order."""
+    ids = list(ids)
     # Selected by tag first: creating patches from thousands of ids takes ten times as long.
-    patches = samples.select_labels(tags=tag, fields=field_name).to_patches(field_name)
-    return patches.select(list(ids), ordered=True)
+    tagged = with_labels(samples, field_name, ids).select_labels(tags=tag, fields=field_name)
+    return tagged.to_patches(field_name).select(ids, ordered=True)
+
+
+def with_labels(samples: SampleCollection, field_name: str, ids: Iterable[str]) -> SampleCollection:
+    """The samples with any of these labels.
+
+    FiftyOne's selections of labels fail for the whole collection if one sample has unusable labels.
+    """
+    path = f"{label_root(samples, field_name)[0]}._id"
+    return with_lists(samples, field_name).match({path: {"$in": [ObjectId(id) for id in ids]}})

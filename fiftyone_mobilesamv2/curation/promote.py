@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from ..fiftyone_internals import (
     sample_collection,
     source_dataset,
 )
-from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, value_in, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, visit_images
 from ..labels.fields import GROUND_TRUTH_FIELD, check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from ..labels.schema import declare_labels
-from .findings import LabelIds, check_images, check_tagged_field, retag
+from .findings import LabelIds, check_images, check_tagged_field, retag, tags_of, with_labels
 from .unlabeled import DISMISSED, PROMOTED, UNLABELED
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
     from ..modeling.rle import RLE
+
+logger = logging.getLogger(__name__)
 
 PROMOTED_FROM = "promoted_from"  # attribute of a label with the id of its proposal
 
@@ -98,11 +101,11 @@ def promote_to_labels(
     declare_labels(dataset, gt_field, {PROMOTED_FROM: fof.StringField})
 
     requested = dict.fromkeys(ids)
-    shown = samples.select_labels(ids=[id for id in requested if ObjectId.is_valid(id)], fields=pred_field)
+    shown = _selected(samples, pred_field, requested)
     sample_ids = set(shown.values("sample_id" if is_patches_view(samples) else "id"))
     label_ids = shown.values(label_path(shown, pred_field, "id"), unwind=True)
     # A view may hide attributes, and patches may be outdated.
-    view = dataset.select(sample_ids).select_labels(ids=label_ids, fields=pred_field)
+    view = _selected(dataset.select(sample_ids), pred_field, label_ids)
 
     labelled: dict[ObjectId, list[ObjectId]] = {}  # sample id -> its proposals that are labels now
     existing_ids: set[str] = set()
@@ -111,6 +114,8 @@ def promote_to_labels(
     def visit(stored: StoredImage) -> None:
         nonlocal promoted, samples_changed
         proposals = stored.labels(pred_field)
+        for proposal in proposals:
+            tags_of(proposal)
         existing_ids.update(str(proposal["_id"]) for proposal in proposals)
         new = _promote(dataset, stored, proposals, gt_field, label)
         labelled[stored.sample_id] = [proposal["_id"] for proposal in proposals]
@@ -129,17 +134,29 @@ def promote_to_labels(
 def dismiss(samples: SampleCollection, ids: Iterable[str], pred_field: str) -> int:
     """Replaces the tag "unlabeled" of these proposals by "dismissed", so that they are not suggested again.
 
-    Arguments as for :func:`promote_to_labels`. Returns the number of proposals.
+    Arguments as for :func:`promote_to_labels`. Returns the number of proposals, without those of samples in which one
+    can't be tagged, which are logged.
     """
     dataset = root_dataset(samples)
     check_tagged_field(dataset, pred_field, "proposals")
-    view = dataset.select_labels(ids=[id for id in ids if ObjectId.is_valid(id)], fields=pred_field)
-    label_ids = {
-        image.sample_id: [label["_id"] for label in image.labels(pred_field)]
-        for image in stored_images(view, [pred_field])
-    }
+    label_ids: dict[ObjectId, list[ObjectId]] = {}
+    for image in stored_images(_selected(dataset, pred_field, ids), [pred_field]):
+        try:
+            proposals = image.labels(pred_field)
+            for proposal in proposals:
+                tags_of(proposal)
+        except LabelError as error:
+            logger.warning("No proposal of %s was dismissed: %s", image.name, error)
+        else:
+            label_ids[image.sample_id] = [proposal["_id"] for proposal in proposals]
     _tag(samples, pred_field, label_ids, DISMISSED)
     return sum(map(len, label_ids.values()))
+
+
+def _selected(samples: SampleCollection, pred_field: str, ids: Iterable[str]) -> SampleCollection:
+    """The samples with any of these proposals, and only these proposals."""
+    valid = [id for id in ids if ObjectId.is_valid(id)]
+    return with_labels(samples, pred_field, valid).select_labels(ids=valid, fields=pred_field)
 
 
 def check_promotion(samples: SampleCollection, pred_field: str, gt_field: str) -> None:
@@ -172,26 +189,33 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
     document = collection.find_one(query, {attribute: True})
     if document is None:
         raise LabelError("it has been deleted")
-    before = {each.get(PROMOTED_FROM) for each in labels_in(document, gt_field)}
+    values = [each.get(PROMOTED_FROM) for each in labels_in(document, gt_field)]
+    before = {value for value in values if isinstance(value, str)}
     new = [proposal for proposal in proposals if str(proposal["_id"]) not in before]
     if not new:
         return 0
     make = _polyline if kind is fol.Polylines else _detection
     try:
         labels = [make(proposal, stored.known_size, label) for proposal in new]
-        # Others may be promoting the same proposals: the query only matches if none has become a label since.
-        if value_in(document, gt_field) is not None:
-            query[attribute] = {"$nin": [made[PROMOTED_FROM] for made in labels]}
-            update: Document = {"$push": {path: {"$each": labels}}}
-        else:  # MongoDB can't append to a list that does not exist
-            query[gt_field] = None
-            update = {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}
-        update["$currentDate"] = {"last_modified_at": True}
-        result = collection.update_one(query, update)
+        # Others may be promoting the same proposals: the first update only matches if none has become a label since.
+        is_list = {path: {"$type": "array"}, attribute: {"$nin": [made[PROMOTED_FROM] for made in labels]}}
+        updates: list[tuple[Document, Document]] = [
+            (is_list, {"$push": {path: {"$each": labels}}}),
+            # MongoDB can't append to a list that does not exist.
+            ({gt_field: None}, {"$set": {gt_field: {**kind().to_dict(), kind._LABEL_LIST_FIELD: labels}}}),
+            ({gt_field: {"$type": "object"}, path: None}, {"$set": {path: labels}}),
+        ]
+        now = {"$currentDate": {"last_modified_at": True}}
+        stored_now = any(
+            collection.update_one(query | condition, update | now).matched_count for condition, update in updates
+        )
     except (OSError, WriteError, DocumentTooLarge) as error:
         raise LabelError(f"its labels can't be stored: {error}") from error
-    if not result.matched_count:
-        raise LabelError("its labels were changed at the same time: promote again")
+    if not stored_now:
+        raise LabelError(
+            f"its labels in '{gt_field}' were changed at the same time, or are something else than labels: promote "
+            "again"
+        )
     return len(new)
 
 

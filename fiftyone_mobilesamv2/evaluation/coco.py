@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping
 from numbers import Integral
@@ -73,9 +74,9 @@ def make_dataset(
     """A dataset of the images `paths` (id -> path) with their objects; otherwise like :func:`load_coco`."""
     if sample is not None and (isinstance(sample, bool) or not isinstance(sample, Integral) or sample < 1):
         raise ArgumentError(f"sample must be a number of images, 1 or more, or None for all; got {sample!r}.")
-    existing = sorted(key for key, path in paths.items() if path.is_file())
+    existing = sorted(key for key, path in paths.items() if os.path.isfile(path))  # False for names that are too long
     if len(existing) < (len(paths) if sample is None else sample):
-        missing = [str(path) for path in paths.values() if not path.is_file()]
+        missing = [f"{str(path)!r:.300}" for path in paths.values() if not os.path.isfile(path)]
         raise FileNotFoundError(
             f"{len(missing)} of the {len(paths)} images in {instances.file} don't exist: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}. Pass the folder that contains them as `images`"

@@ -89,24 +89,24 @@ class Instances:
             mask: MaskArray = mask_utils.decode(_rle(annotation.get("segmentation"), size)).astype(bool)
         except ValueError as error:
             raise ArgumentError(
-                f"{self.file}: the segmentation of annotation {annotation.get('id')} is unusable: {error}. Polygons, "
+                f"{self.file}: the segmentation of annotation {repr(annotation['id'])} is unusable: {error}. Polygons, "
                 f"[[x, y, x, y, ...], ...], or RLE of {size[0]} rows and {size[1]} columns were expected."
             ) from error
         return mask
 
     def _text(self, key: str, entry: Entry, name: str) -> str:
         value = self._value(key, entry, name)
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or not _is_unicode(value):
             self._refuse(key, entry, f"has {name}={repr(value)}: text was expected")
         return value
 
     def _value(self, key: str, entry: Entry, name: str) -> Any:
         if name not in entry:
-            self._refuse(key, entry, f"has no '{name}'; it has {', '.join(entry)}")
+            self._refuse(key, entry, f"has no '{name}'; it has {_shortened(entry, 10)}")
         return entry[name]
 
     def _refuse(self, key: str, entry: Entry, problem: str) -> NoReturn:
-        raise ArgumentError(f"{self.file}: {_KINDS[key]} {entry.get('id')} {problem}.")
+        raise ArgumentError(f"{self.file}: {_KINDS[key]} {repr(entry['id'])} {problem}.")
 
 
 def read_instances(file: str | PathLike[str]) -> Instances:
@@ -125,8 +125,8 @@ def read_instances(file: str | PathLike[str]) -> Instances:
     try:
         images, categories, annotations = (_entries(content, key) for key in _KINDS)
         instances = Instances(file, _by_id("images", images), _by_id("categories", categories), defaultdict(list))
-        for number, annotation in enumerate(annotations):
-            owner = f"annotation {annotation.get('id', f'number {number}')}"
+        for id, annotation in _by_id("annotations", annotations).items():
+            owner = f"annotation {repr(id)}"
             image, category = (_id(annotation, key, owner) for key in ("image_id", "category_id"))
             if image not in instances.images or category not in instances.categories:
                 raise ArgumentError(
@@ -171,6 +171,11 @@ def _id(entry: Entry, key: str, owner: str) -> Id:
 def _shortened(values: Iterable[object], count: int = 5) -> str:
     texts = [repr(value) for value in values]
     return ", ".join(texts[:count]) + (", ..." if len(texts) > count else "")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be stored: JSON may contain halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_number(value: object) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import fiftyone as fo
 
+from ..errors import ArgumentError
 from ..labels.fields import GROUND_TRUTH_FIELD
 from .coco import make_dataset
-from .instances import read_instances
+from .instances import Id, Instances, read_instances
 
 
 def load_lvis(
@@ -31,13 +33,21 @@ def load_lvis(
     The paper uses "100 randomly sampled LVIS images" without naming them: `sample=100` draws different ones.
     """
     instances = read_instances(annotations)
-    paths = {key: _find_image(Path(images), instances.image_text(key, "coco_url")) for key in instances.images}
+    paths = {key: _find_image(Path(images), _path_of(instances, key)) for key in instances.images}
     return make_dataset(instances, paths, sample, seed, name, gt_field)
 
 
-def _find_image(folder: Path, coco_url: str) -> Path:
-    """`folder/val2017/000.jpg` of "http://.../val2017/000.jpg", or `folder/000.jpg` if only that exists."""
-    url = PurePosixPath(urlsplit(coco_url).path)
-    path = folder / url.parent.name / url.name
-    flat = folder / url.name
-    return flat if flat.is_file() and not path.is_file() else path
+def _path_of(instances: Instances, image: Id) -> PurePosixPath:
+    """The path in an image's URL."""
+    url = instances.image_text(image, "coco_url")
+    try:
+        return PurePosixPath(urlsplit(url).path)
+    except ValueError as error:
+        raise ArgumentError(f"{instances.file}: image {image!r} has coco_url={url!r:.100}: {error}.") from error
+
+
+def _find_image(folder: Path, url_path: PurePosixPath) -> Path:
+    """`folder/val2017/000.jpg` of `/val2017/000.jpg`, or `folder/000.jpg` if only that exists."""
+    path = folder / url_path.parent.name / url_path.name
+    flat = folder / url_path.name
+    return flat if os.path.isfile(flat) and not os.path.isfile(path) else path

@@ -13,7 +13,17 @@ from bson import ObjectId
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import is_generated
-from ..labels.documents import Progress, Skipped, StoredImage, ensure_metadata, is_crowd, number_of, visit_shard
+from ..labels.documents import (
+    Progress,
+    Skipped,
+    StoredImage,
+    class_of,
+    ensure_metadata,
+    is_crowd,
+    is_number,
+    number_of,
+    visit_shard,
+)
 from ..labels.masks import boxes_may_overlap, boxes_of, masks_of
 from ..modeling.arrays import IntArray
 from ..runs.cluster import Cluster, Work, on_cluster
@@ -158,6 +168,7 @@ def _match(stored: StoredImage, config: ProposalEvaluationConfig, recall: Averag
     crowd = [is_crowd(label) for label in objects]
     areas = None if config.area_field is None else [number_of(label, [config.area_field]) for label in objects]
     frequencies = [label.get("frequency") for label in objects]
+    classes = [class_of(label) or NO_CLASS for label in objects]
     boxes = boxes_of(proposals, size), boxes_of(objects, size)
     shapes: tuple[Shapes, Shapes] = boxes
     if config.use_masks:
@@ -177,15 +188,16 @@ def _match(stored: StoredImage, config: ProposalEvaluationConfig, recall: Averag
     for i in counted:
         rank = matches.ranks[FOUND_AT, i]
         match = proposals[rank] if rank != NOT_FOUND else {}
+        confidence = match.get("confidence")  # which another ranking does not check
         image.objects.append(
             MeasuredObject(
                 objects[i]["_id"],
-                objects[i].get("label") or NO_CLASS,
+                classes[i],
                 float(matches.best_ious[i]),
                 matches.ranks[:, i],
                 match.get("_id"),
                 float(matches.ious[rank, i]) if match else None,
-                match.get("confidence"),
+                confidence if is_number(confidence) else None,
             )
         )
     return image

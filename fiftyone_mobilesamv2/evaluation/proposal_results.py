@@ -19,6 +19,7 @@ from ..fiftyone_internals import (
     serialized_view,
     view_stages,
 )
+from ..labels.fields import with_lists
 from ..modeling.arrays import AnyArray, IntArray, MaskArray
 from .average_recall import IOU_THRESHOLDS, AverageRecall
 from .figures import Line, recall_by_iou, recall_by_k
@@ -229,7 +230,7 @@ class ProposalResults(foud.DetectionResults):
         not_found = F(states) == "fn"
         if k is not None:
             not_found |= F(ranks) > k
-        return self.samples.filter_labels(gt_field, not_found)
+        return with_lists(self.samples, gt_field).filter_labels(gt_field, not_found)
 
     def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> FoundDifference:
         """The objects that this run finds with an image's `k` best-ranked proposals but `other` doesn't, and vice
@@ -261,7 +262,7 @@ class ProposalResults(foud.DetectionResults):
 
     def _objects(self, chosen: MaskArray) -> fo.DatasetView:
         ids = [ObjectId(id) for id in self.ytrue_ids[chosen]]
-        return self.samples.filter_labels(self.gt_field, F("_id").is_in(ids))
+        return with_lists(self.samples, self.gt_field).filter_labels(self.gt_field, F("_id").is_in(ids))
 
     @classmethod
     def _from_dict(

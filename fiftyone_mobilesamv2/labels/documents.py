@@ -9,7 +9,8 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from reprlib import repr as shortened  # stored values may be of any length
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import fiftyone.core.utils as fou
 from bson import ObjectId
@@ -60,10 +61,10 @@ class StoredImage:
     def labels(self, field_name: str) -> list[Document]:
         """The individual labels of a requested field. Raises LabelError if one isn't a label or has no id."""
         labels = labels_in(self.document, field_name)
-        if not isinstance(labels, list) or not all(isinstance(label, dict) for label in labels):
-            raise LabelError(f"'{field_name}' contains something else than labels")
-        if not all("_id" in label for label in labels):
-            raise LabelError(f"a label in '{field_name}' has no id: it was not stored by FiftyOne")
+        for label in labels:
+            if not isinstance(id := label.get("_id"), ObjectId):
+                found = f"the id {shortened(id)}" if "_id" in label else "no id"
+                raise LabelError(f"a label in '{field_name}' has {found}: it was not stored by FiftyOne")
         return labels
 
     def distinct_labels(self, field_name: str) -> list[Document]:
@@ -85,10 +86,11 @@ def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iter
     keep = dict.fromkeys([*names, "filepath", "metadata", "frame_number", "_sample_id"], True)
     if not any(is_frame_field(samples, name) for name in field_names):
         for document in aggregate(samples, pipeline=[{"$project": keep}]):
-            metadata = document.get("metadata") or {}
+            metadata = document.get("metadata")
             # For a patch or frame, the id of its source.
             sample_id = document["_sample_id"] if "_sample_id" in document else document["_id"]
-            size = _size(metadata.get("height"), metadata.get("width"))
+            sides = (metadata.get("height"), metadata.get("width")) if isinstance(metadata, dict) else (None, None)
+            size = _size(*sides)
             yield StoredImage(document, sample_id, document["filepath"], size)
         return
     paths = ["id", "filepath", "metadata.frame_height", "metadata.frame_width"]
@@ -98,22 +100,29 @@ def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iter
         yield StoredImage(document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size)
 
 
-def _size(height: int | None, width: int | None) -> tuple[int, int] | None:
-    return (height, width) if height and width else None
+def _size(height: object, width: object) -> tuple[int, int] | None:
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return (height, width) if height > 0 and width > 0 else None
 
 
 def labels_in(document: Document, field_name: str) -> list[Document]:
-    """The individual labels of a field in a sample or frame document."""
-    labels = value_in(document, field_name)
+    """The individual labels of a field in a sample or frame document. Raises LabelError if one isn't a label."""
+    value = value_in(document, field_name)
+    labels = [value]
     for name in ("detections", "polylines", "keypoints"):
-        if isinstance(labels, dict) and name in labels:
-            return labels[name] or []  # None if a view hides all of them
-    return [labels] if labels else []
+        if isinstance(value, dict) and name in value:
+            labels = value[name]
+    if value is None or labels is None:  # the list is None if a view hides all of them
+        return []
+    if not isinstance(labels, list) or not all(isinstance(label, dict) for label in labels):
+        raise LabelError(f"'{field_name}' contains something else than labels")
+    return labels
 
 
-def value_in(document: Document, field_name: str) -> Document | None:
+def value_in(document: Document, field_name: str) -> Any:
     """The stored labels of a field in a sample or frame document."""
-    value: Document | None = document
+    value: Any = document
     for part in field_name.removeprefix("frames.").split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
@@ -194,27 +203,46 @@ def number_of(label: Document, names: Iterable[str]) -> float:
 
     Raises:
         MissingError: the label lacks one of them.
-        LabelError: one of them is not a number.
+        LabelError: one of them is not a finite number.
     """
     values: list[float] = []
     for name in names:
         value = label.get(name)
         if value is None:
             raise MissingError(f"{name_of(label)} has no {name}")
-        if not isinstance(value, (int, float)) or math.isnan(value):
-            raise LabelError(f"{name_of(label)} has {name}={value!r}: a number was expected")
+        if not is_number(value):
+            raise LabelError(f"{name_of(label)} has {name}={shortened(value)}: a number was expected")
         values.append(value)
     return sum(values) / len(values)
 
 
 def is_crowd(label: Document) -> bool:
     """COCO's `iscrowd`: whether the label covers a group of objects. Raises LabelError if it is neither 0 nor 1."""
-    value = label.get("iscrowd")
+    return is_set(label, "iscrowd")
+
+
+def is_set(label: Document, name: str) -> bool:
+    """Whether an attribute is true; None is false. Raises LabelError if it is neither true nor false, nor 0 or 1."""
+    value = label.get(name)
     if value not in (None, 0, 1):  # False and True equal 0 and 1
-        raise LabelError(f"{name_of(label)} has iscrowd={value!r}: true or false, or 0 or 1, was expected")
+        raise LabelError(f"{name_of(label)} has {name}={shortened(value)}: true or false, or 0 or 1, was expected")
     return bool(value)
+
+
+def class_of(label: Document) -> str | None:
+    """The class of a label; None without one. Raises LabelError if it isn't text."""
+    name = label.get("label")
+    if not isinstance(name, str | None):
+        raise LabelError(f"{name_of(label)} has label={shortened(name)}: text was expected")
+    return name or None
+
+
+def is_number(value: object) -> bool:
+    """Whether a stored value is a finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def name_of(label: Document) -> str:
     """The name of a label in messages."""
-    return f"{label.get('_cls', 'label')} {label.get('_id')}"
+    kind = label.get("_cls")
+    return f"{kind if kind in ('Detection', 'Polyline', 'Keypoint') else 'label'} {label.get('_id')}"

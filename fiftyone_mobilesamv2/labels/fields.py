@@ -13,8 +13,10 @@ from ..fiftyone_internals import (
     FRAMES_PREFIX,
     aggregate,
     contains_videos,
+    is_frame_field,
     is_generated,
     label_path,
+    label_root,
     root_dataset,
     source_dataset,
     split_frame_field,
@@ -47,6 +49,17 @@ def have_masks(samples: SampleCollection, field_name: str) -> bool:
         label = labels_in(document, field_name)[0]
         return bool(label.get("mask") or label.get("mask_path") or "points" in label)
     return True
+
+
+def with_lists(samples: SampleCollection, field_name: str) -> SampleCollection:
+    """The samples in which a field of lists of labels contains a list.
+
+    FiftyOne's filters of labels fail for the whole collection if one sample contains something else there.
+    """
+    path, is_list = label_root(samples, field_name)
+    if not is_list or is_frame_field(samples, path):
+        return samples
+    return samples.match({path: {"$type": "array"}})
 
 
 def check_shapes_field(samples: SampleCollection, name: str, role: str) -> None:

@@ -11,6 +11,7 @@ import tokenize
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import fiftyone.core.storage as fos
@@ -21,8 +22,9 @@ from ..fiftyone_internals import Document
 from ..images import size_of
 from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
 from ..modeling.rle import RLE, rle_from_crop, rle_from_polygons
-from .documents import name_of
+from .documents import is_number, is_set, name_of, shortened
 
+_MAX_PATH = 4096  # characters of a file's path: Linux's limit, the highest
 _NO_MASK = np.zeros((0, 0), bool), np.zeros(4, np.int64)
 
 
@@ -77,7 +79,7 @@ def boxes_may_overlap(boxes: FloatArray, others: FloatArray) -> MaskArray:
 
 
 def _mask_of(label: Document, size: tuple[int, int]) -> RLE:
-    return _polygons_mask(label, size) if "points" in label else rle_from_crop(*_cropped_mask(label, size), size)
+    return _polygons_mask(label, size) if _is_polyline(label) else rle_from_crop(*_cropped_mask(label, size), size)
 
 
 def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, IntArray]:
@@ -107,7 +109,7 @@ def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, In
 
 def _polygons_mask(label: Document, size: tuple[int, int]) -> RLE:
     """The area of a polyline, whose shapes FiftyOne and the App fill even-odd."""
-    if not label.get("filled") and not label.get("closed"):
+    if not any([is_set(label, "filled"), is_set(label, "closed")]):
         raise LabelError(f"{name_of(label)} is an open line without an area: set `closed` or `filled`")
     height, width = size
     polygons = [points * [width, height] for points in _outlines(label) if len(points) >= 3]
@@ -122,21 +124,35 @@ def _polygons_mask(label: Document, size: tuple[int, int]) -> RLE:
 def _outlines(label: Document) -> list[FloatArray]:
     """The shapes of a polyline, float64 [N, 2] each, relative to the image."""
     shapes = []
-    stored = label["points"] or ()
-    for points in stored if isinstance(stored, (list, tuple)) else [stored]:
+    stored = label.get("points")
+    for points in stored if isinstance(stored, list) else [[] if stored is None else stored]:
         try:
-            array: AnyArray = np.array(points)
-        except ValueError:  # of different lengths
-            array = np.array(None)
-        if array.size and (array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] != 2):
-            raise LabelError(f"{name_of(label)} has points that are not pairs of numbers")
-        shapes.append(array.astype(float).reshape(-1, 2))
+            shapes.append(pairs_of_numbers(points))
+        except ValueError as error:
+            raise LabelError(f"{name_of(label)} has points that are {error}") from error
     return shapes
+
+
+def pairs_of_numbers(points: Any) -> FloatArray:
+    """float64 [N, 2] of stored points. Raises ValueError, with what they are, unless they are pairs of numbers."""
+    try:
+        array: AnyArray = np.array(points)
+    except ValueError:  # of different lengths
+        array = np.array(None)
+    if array.size and (array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] != 2):
+        raise ArgumentError("not pairs of numbers")
+    if any(isinstance(value, bool) for point in points for value in point):  # NumPy makes numbers of them
+        raise ArgumentError("not pairs of numbers")
+    return array.astype(float).reshape(-1, 2)
+
+
+def _is_polyline(label: Document) -> bool:
+    return "points" in label or label.get("_cls") == "Polyline"
 
 
 def _relative_box(label: Document) -> FloatArray:
     box: object
-    if "points" in label:
+    if _is_polyline(label):
         points = np.concatenate([np.zeros((0, 2)), *_outlines(label)])
         if not len(points):
             raise LabelError(f"{name_of(label)} has no points")
@@ -149,11 +165,11 @@ def _relative_box(label: Document) -> FloatArray:
     if (
         not isinstance(box, list)
         or len(box) != 4
-        or not all(isinstance(v, (int, float)) and abs(v) <= 2 for v in box)
+        or not all(is_number(v) and abs(v) <= 2 for v in box)
         or min(box[2:]) <= 0
     ):
         raise LabelError(
-            f"{name_of(label)} has bounding_box={box!r:.100}: [x, y, width, height], relative to the image, was "
+            f"{name_of(label)} has bounding_box={shortened(box)}: [x, y, width, height], relative to the image, was "
             "expected"
         )
     return np.array(box, float)
@@ -167,7 +183,8 @@ def _stored_mask(label: Document, size: tuple[int, int]) -> MaskArray:
         try:
             mask = _deserialized(stored, max_values)
         except (zlib.error, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
-            raise LabelError(f"{name_of(label)} has a mask that can't be decoded: {error}") from error
+            cause = " ".join(str(error).split())[:200]  # NumPy's causes contain the whole header
+            raise LabelError(f"{name_of(label)} has a mask that can't be decoded: {cause}") from error
     else:
         mask = _mask_file(label, max_values)
     if mask.dtype.kind not in "biuf":
@@ -186,7 +203,9 @@ def _stored_mask(label: Document, size: tuple[int, int]) -> MaskArray:
 def _mask_file(label: Document, max_values: int) -> AnyArray:
     path = label["mask_path"]
     if not isinstance(path, str):
-        raise LabelError(f"{name_of(label)} has mask_path={path!r:.100}: the path of a file was expected")
+        raise LabelError(f"{name_of(label)} has mask_path={shortened(path)}: the path of a file was expected")
+    if len(path) > _MAX_PATH:
+        raise LabelError(f"{name_of(label)} has a mask_path of {len(path):,} characters")
     mask: AnyArray | None = None
     try:
         height, width = size_of(path)
@@ -212,7 +231,7 @@ def _single_channel(label: Document, mask: AnyArray) -> AnyArray:
 
 
 def _check_has_mask(label: Document) -> None:
-    if label.get("mask") is None and not label.get("mask_path") and "points" not in label:
+    if label.get("mask") is None and label.get("mask_path") in (None, "") and not _is_polyline(label):
         raise MissingError(
             f"{name_of(label)} has no mask. Create masks from boxes with `apply_model(model, ..., prompt_field=...)`, "
             f"or evaluate boxes with `use_masks=False`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr  # shortened: values may be of any length
 from typing import Any, TypedDict
 
 import numpy as np
@@ -113,7 +114,7 @@ def checked_rle(segmentation: Mapping[str, Any], size: tuple[int, int]) -> RLE:
     height, width = size
     declared, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(declared, (list, tuple)) or list(declared) != [height, width]:
-        raise ArgumentError(f"its size is {declared}")
+        raise ArgumentError(f"its size is {repr(declared)}")
     if isinstance(counts, (str, bytes)):
         runs = run_lengths(counts)
     elif isinstance(counts, list) and all(isinstance(run, int) and not isinstance(run, bool) for run in counts):

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import fiftyone.core.labels as fol
 from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
-from ..fiftyone_internals import label_root, root_dataset, select_all_slices, split_frame_field, view_stages
-from ..labels.fields import RUN_ID, check_label_field
+from ..fiftyone_internals import Document, label_root, root_dataset, select_all_slices, split_frame_field, view_stages
+from ..labels.fields import RUN_ID, check_label_field, with_lists
 from ..modeling.checkpoints.files import weights_sha256
 from ..modeling.defaults import CONFIDENCE
 from ..zoo.config import PARAMETERS, MobileSAMv2ModelConfig
@@ -107,28 +106,28 @@ def count_labels(samples: SampleCollection, label_field: str) -> tuple[int, int]
 def count_labels_with_masks(samples: SampleCollection, field_name: str) -> tuple[int, int]:
     """The number of detections with masks in a field, and of all its detections, among those that the view shows."""
     root, _ = label_root(samples, field_name)
-    return samples.filter_labels(field_name, HAS_MASK).count(root), samples.count(root)
+    listed = with_lists(samples, field_name)
+    return listed.filter_labels(field_name, HAS_MASK).count(root), listed.count(root)
 
 
 # Prompts of the dataset ---------------------------------------------------------------------------------------------
 def ids_of_labels_with_masks(samples: SampleCollection, label_field: str) -> dict[str, list[str]]:
     """Sample id -> the ids of its labels that have masks, including labels that the view hides."""
-    labels = unfiltered(samples).filter_labels(label_field, HAS_MASK)
+    labels = with_lists(unfiltered(samples), label_field).filter_labels(label_field, HAS_MASK)
     return dict(zip(*labels.values(["id", f"{label_field}.detections.id"])))
 
 
-def prompts_left(
-    prompts: Sequence[fol.Detection | fol.Keypoint], in_place: bool, replace: bool, answered: Sequence[str]
-) -> fol.Label | None:
-    """The prompts of a sample that have no mask yet, or None if all have one."""
-    left = [p for p in prompts if replace or (not _has_mask(p) if in_place else p.id not in answered)]
-    if not left:
-        return None
-    return fol.Keypoints(keypoints=left) if isinstance(left[0], fol.Keypoint) else fol.Detections(detections=left)
+def labels_left(
+    labels: Sequence[Document], in_place: bool, replace: bool, answered: Sequence[str]
+) -> Sequence[Document]:
+    """The labels of a sample that have no mask yet."""
+    if replace:
+        return labels
+    return [each for each in labels if not (_has_mask(each) if in_place else str(each["_id"]) in answered)]
 
 
-def _has_mask(detection: fol.Detection) -> bool:
-    return detection.mask is not None or detection.mask_path is not None
+def _has_mask(label: Document) -> bool:
+    return label.get("mask") is not None or label.get("mask_path") is not None
 
 
 # Parameters -------------------------------------------------------------------------------------------------------

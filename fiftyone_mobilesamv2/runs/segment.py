@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import fiftyone.core.labels as fol
 import fiftyone.core.utils as fou
-from mongoengine.errors import ValidationError
 
 from ..errors import ArgumentError, Cancelled, LabelError
 from ..fiftyone_internals import label_root, root_dataset
 from ..labels.documents import Progress, StoredImage
 from ..labels.fields import MASK_ATTRIBUTES, check_label_field, check_prompt_field
+from ..labels.prompts import prompts_of
 from ..labels.schema import declare_labels
 from ..zoo.config import MobileSAMv2ModelConfig, mask_folder
 from ..zoo.model import MobileSAMv2Model
@@ -28,7 +26,7 @@ from .claims import mark_abandoned, on_record
 from .cluster import Cluster, on_cluster
 from .marks import declare_mask_field
 from .pipeline import DELETED, check_mask_folder, counted, segment_and_store, settle_leftovers
-from .plan import ids_of_labels_with_masks, parameters_of, prepare, prompts_left, samples_left
+from .plan import ids_of_labels_with_masks, labels_left, parameters_of, prepare, samples_left
 from .record import SegmentationRun, grouped_runs, recorded_runs
 from .retry import UNAVAILABLE, retry_while_unavailable
 from .shards import Shard
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
 
 logger = logging.getLogger(__name__)
-_KINDS = {"Detection": fol.Detection, "Keypoint": fol.Keypoint}
 
 
 def segment_everything(
@@ -228,13 +225,13 @@ def segment_anything(
             sample_id = str(image.sample_id)
             item = ImageItem(sample_id, image.name, prompted=True, skip_failures=True)
             try:
-                prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
-            except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
+                labels = image.labels(prompt_field)
+                prompts = prompts_of(labels_left(labels, label_field is None, replace, answered.get(sample_id) or ()))
+            except LabelError as error:
                 return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
-            remaining = prompts_left(prompts, label_field is None, replace, answered.get(sample_id) or ())
-            if remaining is None:
+            if prompts is None:
                 return None
-            return read_prompted({"id": sample_id, "filepath": item.filepath, "prompt_field": remaining})
+            return read_prompted({"id": sample_id, "filepath": item.filepath, "prompt_field": prompts})
 
         with fou.SetAttributes(model.writer, keep_boxes=label_field is None):
             segment_and_store(samples, model, [prompt_field], read, update, run, batch_size, progress)

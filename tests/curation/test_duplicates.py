@@ -1,5 +1,7 @@
 """Duplicates, parts and wholes: hand-drawn cases, a comparison with full masks in numpy, and what is stored."""
 
+import re
+
 import fiftyone as fo
 import numpy as np
 import pytest
@@ -224,6 +226,27 @@ def test_bad_label_skips_only_its_image(by_hand, add_image, detection, rectangle
     with pytest.raises(ValueError, match="No image could be used"):
         find_duplicates(by_hand[:1], "proposals", progress=False)
     assert stored() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "cause"),
+    [
+        ("proposals.detections", "text", "something else than labels"),
+        ("proposals.detections.0.tags", "duplicate", "tags='duplicate'"),
+        ("proposals.detections.0.tags", [5], r"tags=\[5\]"),
+        ("proposals.detections.0.iscrowd", "false", "iscrowd='false'"),
+        ("proposals.detections.0.confidence", True, "confidence=True"),
+    ],
+)
+def test_value_of_another_type_costs_its_image(by_hand, add_image, detection, rectangle, path, value, cause):
+    odd = add_image(proposals=[detection(rectangle(0, 0, 9, 9), confidence=0.5, tags=["duplicate"])])
+    before = find_duplicates(by_hand, "proposals", progress=False)
+    by_hand._sample_collection.update_one({"_id": odd._id}, {"$set": {path: value}})
+    result = find_duplicates(by_hand, "proposals", progress=False)
+    (skipped,) = result.skipped
+    assert skipped["id"] == odd.id and re.search(cause, skipped["cause"])
+    assert result.ids == before.ids and notes(by_hand.limit(1)) == EXPECTED
+    assert result.patches("duplicate").values("proposals.label") == ["twin", "chained"]
 
 
 def test_invalid_input_is_refused(by_hand, stored):

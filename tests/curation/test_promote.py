@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 from fiftyone_mobilesamv2.curation import promote
-from fiftyone_mobilesamv2.curation.promote import promote_to_labels
+from fiftyone_mobilesamv2.curation.promote import dismiss, promote_to_labels
 from fiftyone_mobilesamv2.labels.documents import stored_images
 from fiftyone_mobilesamv2.labels.masks import masks_of
 
@@ -307,3 +307,72 @@ def test_invalid_input_is_refused(labelled, stored):
     refused("read-only", pred_field="locked")
     refused("must be the name of a class", label=" ")
     refused("has no field 'proposals' for the proposals", samples=labelled.to_patches("ground_truth"))
+
+
+# Labels as another program may have stored them -----------------------------------------------------------------------
+
+
+def set_raw(dataset, sample, path, value):
+    dataset._sample_collection.update_one({"_id": ObjectId(sample.id)}, {"$set": {path: value}})
+
+
+@pytest.mark.parametrize("value", [7, "text", [], {"a": 1}, [None]])
+@pytest.mark.parametrize("path", ["proposals", "proposals.detections"])
+def test_samples_without_lists_of_labels_are_left_alone(labelled, add_image, detection, shapes, path, value):
+    add_image(proposals=[detection(shapes[0])])
+    ids = ids_of(labelled)
+    last = labelled.last()
+    set_raw(labelled, last, path, value)
+    result = promote_to_labels(labelled, ids[:4], "proposals", label="cat", progress=False)
+    assert counts(result) == (4, 0, 2, [], [])
+    assert dismiss(labelled, ids[:4], "proposals") == 4
+    document = labelled._sample_collection.find_one({"_id": ObjectId(last.id)})
+    for part in path.split("."):
+        document = document[part]
+    assert document == value
+
+
+@pytest.mark.parametrize("value", [7, "text", {"detections": "text"}, {"detections": {"promoted_from": ["a"]}}])
+def test_ground_truth_that_is_no_list_of_labels_is_kept(labelled, value):
+    sample = labelled.first()
+    set_raw(labelled, sample, "ground_truth", value)
+    result = promote_to_labels(labelled, ids_of(labelled), "proposals", label="cat", progress=False)
+    assert (result.promoted, [each["id"] for each in result.skipped]) == (1, [sample.id])
+    assert "'ground_truth'" in result.skipped[0]["cause"]
+    assert labelled._sample_collection.find_one({"_id": ObjectId(sample.id)})["ground_truth"] == value
+
+
+@pytest.mark.parametrize(
+    ("value", "before"),
+    [
+        (None, []),
+        ({"_cls": "Detections", "detections": None}, []),
+        ({"_cls": "Detections"}, []),
+        ({"_cls": "Detections", "detections": [None, {"promoted_from": [1]}]}, [None, {"promoted_from": [1]}]),
+    ],
+)
+def test_ground_truth_without_labels_gets_them(labelled, value, before):
+    set_raw(labelled, labelled.first(), "ground_truth", value)
+    result = promote_to_labels(labelled, ids_of(labelled), "proposals", label="cat", progress=False)
+    assert counts(result) == (4, 0, 2, [], [])
+    labels = labelled._sample_collection.find_one({})["ground_truth"]["detections"]
+    assert labels[:-3] == before and [label["label"] for label in labels[-3:]] == ["cat"] * 3
+
+
+@pytest.mark.parametrize("tags", ["unlabeled", 5, {"a": 1}, [None], ""])
+def test_tags_that_are_no_list_of_texts_cost_their_image(labelled, caplog, tags):
+    first, second, _ = labelled
+    set_raw(labelled, first, "proposals.detections.1.tags", tags)
+    ids = ids_of(labelled)
+    result = promote_to_labels(labelled, ids, "proposals", label="cat", progress=False)
+    assert (result.promoted, [each["id"] for each in result.skipped]) == (1, [first.id])
+    assert ids[1] in result.skipped[0]["cause"] and "has tags=" in result.skipped[0]["cause"]
+    assert dismiss(labelled, ids, "proposals") == 1
+    assert f"No proposal of {first.filepath} was dismissed: Detection {ids[1]} has tags=" in caplog.text
+    documents = {str(document["_id"]): document for document in labelled._sample_collection.find({})}
+    assert [each["tags"] for each in documents[first.id]["proposals"]["detections"]] == [
+        ["unlabeled", "mine"],
+        tags,
+        ["unlabeled", "mine"],
+    ]
+    assert "dismissed" in documents[second.id]["proposals"]["detections"][0]["tags"]

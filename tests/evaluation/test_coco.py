@@ -215,7 +215,9 @@ def test_json_nested_without_end_is_refused(files):
 def test_missing_images_are_reported(files):
     for key in range(2, 9):
         files.image(key, exists=False)
-    with pytest.raises(FileNotFoundError, match=r"^7 of the 8 images in .*instances\.json.*002\.png.*004\.png, \.\.\."):
+    with pytest.raises(
+        FileNotFoundError, match=r"^7 of the 8 images in .*instances\.json.*002\.png.*004\.png', \.\.\."
+    ):
         files.load()
 
 
@@ -286,6 +288,15 @@ NAN = float("nan")
         (changed("images", width=13), r"001\.png has 12x10 pixels.*13x10"),
         (changed("images", width="12"), "image 1 has width='12' and height=10: whole numbers"),
         (changed("images", id=None), "image number 0 has id=None"),
+        (lambda c: c["annotations"][0].pop("id"), "annotation number 0 has id=None"),
+        (changed("annotations", id=[1]), r"annotation number 0 has id=\[1\]"),
+        (changed("annotations", id="two\nlines", area="7"), r"annotation 'two\\nlines' has area='7'"),
+        (changed("categories", name="half \ud83d"), r"category 3 has name='half \\ud83d': text"),
+        (
+            lambda c: c["categories"][0].update({"two\nlines": c["categories"][0].pop("name")}),
+            r"has no 'name'; it has ",
+        ),
+        (lambda c: c["annotations"][0]["segmentation"].update(size="two\nlines"), f"{SEGMENTATION}.*its size is 'two"),
         (lambda c: c["categories"][0].pop("name"), "category 3 has no 'name'"),
         (changed("categories", name=7), "category 3 has name=7: text"),
         (lambda c: c.pop("categories"), "isn't in COCO format.*categories"),
@@ -293,6 +304,7 @@ NAN = float("nan")
         (lambda c: c.update(annotations=[None]), "isn't in COCO format.*annotations"),
         (added("images"), "1 ids occur more than once in 'images': 1"),
         (added("categories"), "1 ids occur more than once in 'categories': 3"),
+        (added("annotations"), "1 ids occur more than once in 'annotations': 1"),
         (lambda c: c["images"].append({"id": "1"}), "ids in 'images' are partly text"),
     ],
 )
@@ -302,8 +314,17 @@ def test_errors_name_the_file_and_leave_no_dataset(files, damage, message):
     before = fo.list_datasets()
     with pytest.raises(ValueError, match=message) as error:
         files.load(name="coco-broken")
-    assert str(files.file) in str(error.value)
+    assert str(files.file) in str(error.value) and str(error.value).isprintable()
     assert fo.list_datasets() == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "nul\0.png", "two\nlines.png", "half \ud83d.png"])
+def test_file_name_that_no_file_can_have(files, name):
+    files.content["images"][0]["file_name"] = name
+    message = r"instances\.json: image 1 has file_name=" if "\ud83d" in name else "1 of the 1 images in .* don't exist"
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        files.load()
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
 
 
 def test_invalid_annotation_file_is_refused(files):

@@ -105,6 +105,14 @@ def test_unknown_category_is_reported(load, content):
         load(sample=1)
 
 
+def test_invalid_url_is_refused(load, content):
+    content["images"][0]["coco_url"] = "http://[images/1.png"
+    with pytest.raises(
+        ValueError, match=r"lvis\.json: image 1 has coco_url='http://\[images/1\.png': Invalid IPv6 URL"
+    ):
+        load(keys=())
+
+
 def test_coco_file_is_refused(load, content):
     content["images"][0] = {"id": 1, "file_name": "1.png", "width": WIDTH, "height": HEIGHT, "coco_url": ""}
     del content["images"][0]["coco_url"]

@@ -971,3 +971,46 @@ def test_labels_deleted_meanwhile_do_not_shift_attributes(labeled):
         assert label.id in kept
         if not label.get_attribute_value("iscrowd", False):
             assert label.ar == ("tp" if matched[label.id] else "fn")
+
+
+@pytest.mark.parametrize("use_masks", [True, False])
+def test_values_of_other_types_cost_their_images(dataset, use_masks):
+    """All are as another program may have stored them; the good image is found as if it were alone."""
+    bad = {
+        "ground_truth.detections.0.label": ["cat"],
+        "ground_truth.detections.0.iscrowd": [0],
+        "ground_truth.detections.0._id": {"a": 1},
+        "ground_truth.detections.0": None,
+        "ground_truth": 7,
+        "proposals.detections": "text",
+        "proposals.detections.0._id": "text",
+        "proposals.detections.0.confidence": True,
+        "proposals.detections.1.confidence": float("inf"),
+        "proposals.detections.1.bounding_box": [True, False, True, True],
+    }
+    fine = {"proposals.detections.0.label": ["cat"], "proposals.detections.0.tags": 5, "ground_truth._cls": None}
+    box = rectangle(10, 10, 40, 40)
+    for number in range(len(bad) + len(fine) + 1):
+        sample = fo.Sample(f"/nowhere/{number}.png", metadata=fo.ImageMetadata(width=WIDTH, height=HEIGHT))
+        sample["ground_truth"] = fo.Detections(detections=[detection(box, label="cat")])
+        proposals = [detection(box, confidence=0.5), detection(rectangle(0, 0, 9, 9), confidence=0.25)]
+        sample["proposals"] = fo.Detections(detections=proposals)
+        dataset.add_sample(sample)
+    ids = dataset.values("_id")
+    for id, (path, value) in zip(ids, (bad | fine).items()):
+        dataset._sample_collection.update_one({"_id": id}, {"$set": {path: value}})
+    for _ in range(2):  # the second run replaces the first
+        results = evaluate_proposals(
+            dataset, "proposals", eval_key="ar", ks=[1, 10], use_masks=use_masks, progress=False
+        )
+    assert [ObjectId(each["id"]) for each in results.skipped] == ids[: len(bad)]
+    for path, each in zip(bad, results.skipped):
+        assert path.split(".")[-1] in each["cause"] or path.split(".")[0] in each["cause"] or " id " in each["cause"]
+    metrics = results.metrics()
+    assert (metrics["AR@1"], metrics["AR@10"]) == (1, 1) and len(results.missed()) == 0
+    stored = {document["_id"]: document for document in dataset._sample_collection.find({})}
+    assert [stored[id].get("ar_tp") for id in ids] == [None] * len(bad) + [1] * (len(fine) + 1)
+    dataset.delete_evaluation("ar")
+    assert not any("ar_tp" in document for document in dataset._sample_collection.find({}))
+    left = {document["_id"]: document for document in dataset._sample_collection.find({})}
+    assert left[ids[4]]["ground_truth"] == 7 and left[ids[5]]["proposals"]["detections"] == "text"

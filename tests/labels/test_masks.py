@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from fiftyone_mobilesamv2.errors import LabelError
-from fiftyone_mobilesamv2.labels.documents import visit_images
+from fiftyone_mobilesamv2.labels.documents import stored_images, visit_images
 from fiftyone_mobilesamv2.labels.masks import boxes_of, masks_of, serialized
 
 SIZE = 60, 80
@@ -93,6 +93,11 @@ def test_polyline_far_outside_has_the_pixels_inside_the_image(far):
         (polyline([]), "at least 3 points"),
         (polyline(5), "not pairs of numbers"),
         (polyline("square"), "not pairs of numbers"),
+        (polyline([[[True, 0.1], [0.2, 0.2], [0.3, 0.3]]]), "not pairs of numbers"),
+        (polyline([circle(40, 30, 9)]) | {"closed": "false"}, "closed='false': true or false"),
+        (polyline([circle(40, 30, 9)]) | {"filled": 0.5}, "filled=0.5: true or false"),
+        ({name: value for name, value in polyline([]).items() if name != "points"}, "at least 3 points"),
+        (polyline(None), "at least 3 points"),
     ],
 )
 def test_unusable_polyline_is_named(label, message):
@@ -142,6 +147,10 @@ def header(shape, descr="'|b1'"):
         ({"mask": zlib.compress(array(np.ones(5, bool)))}, "two dimensions"),
         ({"mask": None, "mask_path": ["a.png"]}, r"mask_path=\['a.png'\]"),
         ({"mask": None, "mask_path": 5}, "mask_path=5"),
+        ({"mask": None, "mask_path": False}, "mask_path=False"),
+        ({"mask": None, "mask_path": "a" * 10_000}, "mask_path of 10,000 characters"),
+        ({"mask": header(b"(" + b"9" * 5000 + b")")}, "can't be decoded"),
+        ({"bounding_box": [True, False, True, True]}, "bounding_box="),
         ({"mask": None, "mask_path": "a\0b"}, "can't be read.*not a valid path"),
         ({"mask": None, "mask_path": "/dev/zero"}, "can't be read.*not a regular file"),
         ({"mask": None, "mask_path": "/"}, "can't be read.*is a folder"),
@@ -188,7 +197,13 @@ def test_pipe_is_not_waited_for(dataset, tmp_path):
     assert [(each["filepath"], "no metadata" in each["cause"]) for each in skipped] == [(str(pipe), True)]
 
 
-@pytest.mark.parametrize("labels", [5, "text", [1], {"detections": [None]}, {"detections": 5}, {"detections": [[1]]}])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *(5, 0, False, "text", "", [], [1]),
+        *({"detections": labels} for labels in ([None], 5, 0, False, "", {}, [[1]])),
+    ],
+)
 def test_what_is_no_label_costs_its_image(dataset, labels):
     metadata = fo.ImageMetadata(width=8, height=6)
     samples = [fo.Sample(f"/{n}.png", metadata=metadata, ground_truth=fo.Detections()) for n in range(2)]
@@ -198,3 +213,26 @@ def test_what_is_no_label_costs_its_image(dataset, labels):
     skipped = visit_images(dataset, ["ground_truth"], lambda s: seen.append(s.labels("ground_truth")), progress=False)
     assert seen == [[]] and [each["id"] for each in skipped] == [ids[0]]
     assert "something else than labels" in skipped[0]["cause"]
+
+
+@pytest.mark.parametrize("id", ["text", 5, None, [1], {"a": 1}, float("nan")])
+def test_label_without_an_id_of_its_own_costs_its_image(dataset, id):
+    metadata = fo.ImageMetadata(width=8, height=6)
+    (sample_id,) = dataset.add_samples([fo.Sample("/0.png", metadata=metadata, ground_truth=fo.Detections())])
+    dataset.add_sample(fo.Sample("/1.png", metadata=metadata, ground_truth=fo.Detections()))
+    labels = {"ground_truth.detections": [{"_cls": "Detection", "_id": id}]}
+    dataset._sample_collection.update_one({"_id": ObjectId(sample_id)}, {"$set": labels})
+    visit = lambda stored: stored.distinct_labels("ground_truth") and None  # noqa: E731
+    (skipped,) = visit_images(dataset, ["ground_truth"], visit, progress=False)
+    assert skipped["id"] == sample_id and "a label in 'ground_truth' has the id" in skipped["cause"]
+
+
+@pytest.mark.parametrize(
+    "metadata", [5, "text", {"width": "8", "height": "6"}, {"width": 8.0, "height": 6}, {"width": -8}]
+)
+def test_metadata_of_another_type_is_that_of_an_unknown_size(dataset, metadata):
+    ids = dataset.add_samples([fo.Sample(f"/nowhere/{n}.png", ground_truth=fo.Detections()) for n in range(2)])
+    for id, value in zip(ids, (metadata, {"width": 8, "height": 6})):
+        dataset._sample_collection.update_one({"_id": ObjectId(id)}, {"$set": {"metadata": value}})
+    sizes = [stored.size for stored in stored_images(dataset, ["ground_truth"])]
+    assert sizes == [None, (6, 8)]

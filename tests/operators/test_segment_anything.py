@@ -217,7 +217,7 @@ def test_bad_box_fails_only_its_image(plugin, boxed):
 
 def test_unreadable_prompts_fail_only_their_image(plugin, boxed):
     ids = boxed.values("_id")
-    boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"boxes.detections.0.mask": b"abc"}})
+    boxed._sample_collection.update_one({"_id": ids[0]}, {"$set": {"boxes.detections.0.tags": 5}})
     boxed._sample_collection.update_one({"_id": ids[3]}, {"$unset": {"boxes.detections.0._id": ""}})
     result = plugin.call("segment_anything", boxed, prompt_field="boxes", replace=True, **DEMO)
     assert [each["sample_id"] for each in result["failures"]] == [str(ids[0]), str(ids[3])]
