@@ -69,6 +69,20 @@ def select_all_slices(dataset: fo.Dataset) -> fo.DatasetView:
     return dataset.select_group_slices(_allow_mixed=True)
 
 
+def is_dynamic_groups(samples: SampleCollection) -> bool:
+    """Whether it shows dynamic groups: those of :meth:`fiftyone.core.collections.SampleCollection.group_by`."""
+    return bool(samples._is_dynamic_groups)
+
+
+def samples_of_dynamic_groups(view: fo.DatasetView) -> fo.DatasetView:
+    """All samples of the dynamic groups that a view shows."""
+    samples: fo.DatasetView = view._parse_dynamic_groups()[2]
+    if view._stages[-1].outputs_dynamic_groups:
+        return samples
+    # Later stages may leave groups out. FiftyOne can't select samples of a view with the stage `Flatten` itself.
+    return samples.select(view.flatten().values("id"))
+
+
 def view_stages(samples: SampleCollection) -> list[ViewStage]:
     """The stages of a view, without those of the view behind its patches or frames; empty for a dataset."""
     return getattr(samples, "_stages", [])

@@ -13,6 +13,7 @@ from ..fiftyone_internals import (
     FRAMES_PREFIX,
     aggregate,
     contains_videos,
+    is_dynamic_groups,
     is_generated,
     label_path,
     label_root,
@@ -82,10 +83,24 @@ def _check_is_text(name: str, value: object) -> None:
         raise ArgumentError(f"{name} must be the name of a field, not {value!r}.")
 
 
+def check_not_grouped(samples: SampleCollection) -> None:
+    """Raises ValueError if these are groups of samples: a grouped dataset, or dynamic groups."""
+    fov.validate_collection(samples)
+    if is_dynamic_groups(samples):
+        raise ArgumentError(
+            "Dynamic groups can't be processed as a whole: use the view that they were made from, or select their "
+            "samples: dataset.select(view.flatten().values('id'))."
+        )
+    if samples.media_type == "group":
+        raise ArgumentError(
+            "Groups can't be processed as a whole: choose a slice with dataset.select_group_slices(...)."
+        )
+
+
 def check_label_field(samples: SampleCollection, label_field: str) -> None:
     """Raises ValueError if masks can't be stored in this field of these samples."""
     _check_is_text("label_field", label_field)
-    fov.validate_non_grouped_collection(samples)
+    check_not_grouped(samples)
     if is_generated(samples):
         raise ArgumentError(
             "Patches, clips and frame views can't be segmented: segment the samples that they come from."
@@ -111,7 +126,7 @@ def check_label_field(samples: SampleCollection, label_field: str) -> None:
 def check_prompt_field(samples: SampleCollection, prompt_field: str, in_place: bool) -> None:
     """Raises ValueError if this field can't provide prompts or, with `in_place`, can't store the masks itself."""
     _check_is_text("prompt_field", prompt_field)
-    fov.validate_non_grouped_collection(samples)
+    check_not_grouped(samples)
     if samples.media_type == "video" or is_generated(samples):
         raise ArgumentError(
             "Prompts must be on a dataset's own images. For patches, use the samples that they come from; for videos, "
