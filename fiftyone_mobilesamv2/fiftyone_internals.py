@@ -5,11 +5,13 @@ Written for FiftyOne 1.22. Anything with a public equivalent is not here.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.core.clips as focl
+import fiftyone.core.models as fom
 import fiftyone.core.patches as fop
 import fiftyone.core.sample as fos
 import fiftyone.core.video as fov
@@ -150,6 +152,17 @@ def rename_sidebar_group(samples: SampleCollection, name: str, new_name: str) ->
 def delete_empty_sidebar_group(samples: SampleCollection, name: str) -> None:
     """Deletes a group of the App's sidebar, if it exists and is empty."""
     samples._delete_empty_sidebar_group(name)
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def apply_model_variables() -> dict[str, Any] | None:
+    """The local variables of the running `apply_model`, which tells a model nothing about its samples; None outside."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not fom.apply_model.__code__:
+        frame = frame.f_back
+    return None if frame is None else dict(frame.f_locals)
 
 
 # The database --------------------------------------------------------------------------------------------------------

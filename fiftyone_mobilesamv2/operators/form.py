@@ -85,7 +85,7 @@ class Form:
         else:  # of grouped datasets, the slice that the App shows
             ctx = self.ctx
             if is_dynamic_groups(ctx.view):
-                self.note("This works on all samples of the groups in this view.")
+                self.note("The current view counts as all samples of its groups.")
                 ctx = _context_without_dynamic_groups(ctx)
             self.inputs.view_target(ctx, action_description=action, require_flat=True)
             self.samples = ctx.target_view(require_flat=True)
