@@ -14,7 +14,7 @@ from bson import ObjectId
 from pycocotools import mask as mask_utils
 from pymongo.errors import DocumentTooLarge, WriteError
 
-from ..errors import ArgumentError, LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError, message_of, plain
 from ..fiftyone_internals import (
     Document,
     is_patches_view,
@@ -93,7 +93,7 @@ def promote_to_labels(
     dataset = root_dataset(samples)
     check_promotion(samples, pred_field, gt_field)
     if not isinstance(label, str) or not label.strip():
-        raise ArgumentError(f"label must be the name of a class, not {label!r}.")
+        raise ArgumentError(f"label must be the name of a class, not {plain(label)!r}.")
     if not dataset.has_field(gt_field):
         dataset.add_sample_field(gt_field, fof.EmbeddedDocumentField, embedded_doc_type=fol.Detections)
     attribute = label_path(dataset, gt_field, PROMOTED_FROM)
@@ -190,7 +190,7 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
         update["$currentDate"] = {"last_modified_at": True}
         result = collection.update_one(query, update)
     except (OSError, WriteError, DocumentTooLarge) as error:
-        raise LabelError(f"its labels can't be stored: {error}") from error
+        raise LabelError(f"its labels can't be stored: {message_of(error)}") from error
     if not result.matched_count:
         raise LabelError("its labels were changed at the same time: promote again")
     return len(new)

@@ -9,7 +9,7 @@ import fiftyone.core.labels as fol
 import fiftyone.core.stages as fosg
 import fiftyone.core.validation as fov
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from ..fiftyone_internals import (
     FRAMES_PREFIX,
     aggregate,
@@ -84,7 +84,7 @@ _MAX_ATTEMPTS = 5
 
 def _check_is_text(name: str, value: object) -> None:
     if not isinstance(value, str):
-        raise ArgumentError(f"{name} must be the name of a field, not {value!r}.")
+        raise ArgumentError(f"{name} must be the name of a field, not {plain(value)!r}.")
 
 
 def check_not_grouped(samples: SampleCollection) -> None:

@@ -17,7 +17,7 @@ from fiftyone.operators import types
 from fiftyone.operators.constants import ViewTarget
 from fiftyone.operators.executor import ExecutionContext
 
-from ..errors import FormError, MobileSAMv2Error
+from ..errors import FormError, MobileSAMv2Error, plain
 from ..fiftyone_internals import (
     frame_collection,
     is_dynamic_groups,
@@ -244,7 +244,7 @@ class Form:
         return default
 
     def _value(self, name: str, default: object) -> object:
-        value = self.ctx.params.get(name)
+        value = plain(self.ctx.params.get(name))
         self.values[name] = value = default if value is None or value == "" else value
         return value
 

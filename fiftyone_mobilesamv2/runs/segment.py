@@ -16,7 +16,7 @@ import fiftyone.core.labels as fol
 import fiftyone.core.utils as fou
 from mongoengine.errors import ValidationError
 
-from ..errors import ArgumentError, Cancelled, LabelError
+from ..errors import ArgumentError, Cancelled, LabelError, message_of, plain
 from ..fiftyone_internals import label_root, root_dataset
 from ..labels.documents import Progress, StoredImage
 from ..labels.fields import check_label_field, check_prompt_field, declare_label_field, declare_mask_attributes
@@ -225,7 +225,7 @@ def segment_anything(
             try:
                 prompts = [_KINDS[label["_cls"]].from_dict(label) for label in image.labels(prompt_field)]
             except (LabelError, KeyError, ValidationError, TypeError, ValueError, zlib.error) as error:
-                return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
+                return dataclasses.replace(item, error=f"its prompts can't be read: {message_of(error)}")
             remaining = prompts_left(prompts, label_field is None, replace, answered.get(sample_id) or ())
             if remaining is None:
                 return None
@@ -247,9 +247,9 @@ def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:
 
 def _check_options(replace: bool, batch_size: int) -> None:
     if not isinstance(replace, bool):  # a string such as "no" would be true
-        raise ArgumentError(f"replace must be True or False, not {replace!r}.")
+        raise ArgumentError(f"replace must be True or False, not {plain(replace)!r}.")
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+        raise ArgumentError(f"batch_size must be a whole number of at least 1, not {plain(batch_size)!r}.")
 
 
 @contextmanager
