@@ -288,6 +288,11 @@ def code(text: object) -> str:
     return "`" + "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'") + "`"
 
 
+def cell(text: object) -> str:
+    """Like :func:`code`, in a cell of a table."""
+    return code(text).replace("|", "\\|")
+
+
 def _shortened(value: object) -> str:
     text = repr(value).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 100 else f"{text[:100]}..."

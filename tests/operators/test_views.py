@@ -4,6 +4,7 @@ import re
 
 import cv2
 import fiftyone as fo
+import fiftyone.brain as fob
 import numpy as np
 import pytest
 from fiftyone import ViewField as F
@@ -28,6 +29,7 @@ def images(mongod, scene_files):
     dataset.set_values("embedding", list(np.eye(4)))
     evaluate_proposals(dataset, "proposals", eval_key="ar", progress=False)
     dataset.evaluate_detections("proposals", gt_field="ground_truth", eval_key="eval", progress=False)
+    fob.compute_similarity(dataset, embeddings="embedding", brain_key="similarity", backend="sklearn")
     dataset.save_view("late", dataset.match(F("number") <= 2))
     dataset.save_view("scenes", dataset.group_by("scene"))
     yield dataset
@@ -73,9 +75,6 @@ def videos(images, tmp_path_factory):
 
 
 def by_similarity(dataset):
-    import fiftyone.brain as fob
-
-    fob.compute_similarity(dataset, embeddings="embedding", brain_key="similarity", backend="sklearn")
     return dataset.sort_by_similarity(dataset.first().id, brain_key="similarity", k=3)
 
 
@@ -132,7 +131,7 @@ def is_in_words(text):
 def test_every_form_is_shown(plugin, shown):
     view, sent, size = shown
     for name in FORMS:
-        form = plugin.form(name, view, **sent)
+        form = plugin.form(name, view, {"place": "new"}, **sent)
         for text in form.errors + form.messages:
             assert len(text) > 10 and is_in_words(text), name
         if size is not None and name != "promote_to_labels":
