@@ -116,6 +116,21 @@ KINDS = {
 }
 
 
+QUICK = (
+    "dynamic groups",
+    "view of dynamic groups",
+    "saved dynamic groups",
+    "sorted by similarity",
+    "evaluation patches",
+    "another slice",
+    "groups as a whole",
+    "dynamic groups of slices",
+    "clips",
+    "frames",
+)
+ALL = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+
+
 @pytest.fixture
 def shown(request):
     """(view, what the App sends besides, number of images) of a kind of view."""
@@ -127,7 +142,7 @@ def is_in_words(text):
     return re.search(r"Error|Exception|Traceback|<class|object at 0x", text) is None
 
 
-@pytest.mark.parametrize("shown", KINDS, indirect=True)
+@pytest.mark.parametrize("shown", ALL, indirect=True)
 def test_every_form_is_shown(plugin, shown):
     view, sent, size = shown
     for name in FORMS:
@@ -139,7 +154,7 @@ def test_every_form_is_shown(plugin, shown):
         plugin.operators[name].resolve_execution_options(plugin.context(name, view, **sent))
 
 
-@pytest.mark.parametrize("shown", [kind for kind in KINDS if KINDS[kind][3]], indirect=True)
+@pytest.mark.parametrize("shown", [each for each in ALL if KINDS[each.values[0]][3]], indirect=True)
 def test_operators_see_the_images_behind_a_view(plugin, shown):
     view, sent, size = shown
     text, _ = plugin.run_to_the_end("image_coverage", view, {"field": "proposals"}, **sent)
