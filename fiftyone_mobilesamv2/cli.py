@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArgumentError, DownloadError, MobileSAMv2Error
+from .errors import ArgumentError, DownloadError, MobileSAMv2Error, message_of
 from .evaluation.ranking import RANKINGS
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         # Anything else is a bug: its traceback shows where.
         if not isinstance(error, (MobileSAMv2Error, OSError, PyMongoError)):
             raise
-        print(f"fiftyone-mobilesamv2: {error}", file=sys.stderr)
+        print(f"fiftyone-mobilesamv2: {message_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nfiftyone-mobilesamv2: interrupted", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.error import URLError
 
 
 class MobileSAMv2Error(Exception):
@@ -72,11 +74,39 @@ def message_of(error: BaseException) -> str:
 
     >>> message_of(ValueError("the file is empty"))
     'the file is empty'
+    >>> message_of(URLError(OSError(111, "Connection refused")))
+    'Connection refused'
     >>> message_of(KeyError("mask"))
     "KeyError: 'mask'"
     """
-    text = str(error).strip()
+    if type(error) is URLError:
+        return message_of(error.reason) if isinstance(error.reason, BaseException) else str(error.reason)
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error).strip())
     return text if text and not isinstance(error, _DEFECTS) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def with_file(path: str, message: str) -> str:
+    """A message about a file, which names the file once.
+
+    >>> with_file("a.png", "permission denied")
+    'a.png: permission denied'
+    >>> with_file("a.png", "'a.png' is a folder")
+    "'a.png' is a folder"
+    """
+    return message if path in message or repr(path) in message else f"{path}: {message}"
+
+
+def plain(value: object) -> object:
+    """A value for a message: NumPy's and PyTorch's single numbers, also in lists, become Python's.
+
+    >>> import numpy as np
+    >>> plain([np.float64(10.0), 3])
+    [10.0, 3]
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "ndim", None) == 0 else value
 
 
 @dataclass(frozen=True)
@@ -89,4 +119,4 @@ class Failure:
 
     def __str__(self) -> str:
         """The file, once, and the cause."""
-        return self.error if self.filepath is None or self.filepath in self.error else f"{self.filepath}: {self.error}"
+        return self.error if self.filepath is None else with_file(self.filepath, self.error)

@@ -5,12 +5,14 @@ Written for FiftyOne 1.22. Anything with a public equivalent is not here.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.core.clips as focl
 import fiftyone.core.evaluation as foe
+import fiftyone.core.models as fom
 import fiftyone.core.patches as fop
 import fiftyone.core.sample as fos
 import fiftyone.core.video as fov
@@ -71,6 +73,20 @@ def contains_videos(samples: SampleCollection) -> bool:
 def select_all_slices(dataset: fo.Dataset) -> fo.DatasetView:
     """The samples of all slices of a grouped dataset, even with different media types."""
     return dataset.select_group_slices(_allow_mixed=True)
+
+
+def is_dynamic_groups(samples: SampleCollection) -> bool:
+    """Whether it shows dynamic groups: those of :meth:`fiftyone.core.collections.SampleCollection.group_by`."""
+    return bool(samples._is_dynamic_groups)
+
+
+def samples_of_dynamic_groups(view: fo.DatasetView) -> fo.DatasetView:
+    """All samples of the dynamic groups that a view shows."""
+    samples: fo.DatasetView = view._parse_dynamic_groups()[2]
+    if view._stages[-1].outputs_dynamic_groups:
+        return samples
+    # Later stages may leave groups out. FiftyOne can't select samples of a view with the stage `Flatten` itself.
+    return samples.select(view.flatten().values("id"))
 
 
 def view_stages(samples: SampleCollection) -> list[ViewStage]:
@@ -202,6 +218,17 @@ def replace_run_results(
         previous._key = None
     if cache:
         cached[key] = results
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def apply_model_variables() -> dict[str, Any] | None:
+    """The local variables of the running `apply_model`, which tells a model nothing about its samples; None outside."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not fom.apply_model.__code__:
+        frame = frame.f_back
+    return None if frame is None else dict(frame.f_locals)
 
 
 # The database --------------------------------------------------------------------------------------------------------

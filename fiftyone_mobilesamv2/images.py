@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from .errors import ArgumentError
+from .errors import ArgumentError, message_of
 
 MAX_SIDE = 65_535  # JPEG's limit. Masks are upsampled with a matrix that has a row for each pixel of a side.
 
@@ -77,7 +77,7 @@ def check_is_file(path: str | PathLike[str]) -> None:
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # the path contains invalid characters
-        raise ArgumentError(f"{name} is not a valid path: {error}") from error
+        raise ArgumentError(f"{name} is not a valid path: {message_of(error)}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} doesn't exist") from error
     if stat.S_ISDIR(mode):

@@ -78,6 +78,33 @@ def test_groups(dataset):
     assert len(dataset) == 1 and len(internals.select_all_slices(dataset)) == 2
 
 
+@pytest.mark.parametrize("kept", ["all", "later stages leave groups out"])
+def test_samples_of_dynamic_groups(dataset, kept):
+    dataset.add_samples([fo.Sample(f"/{number}.png", scene=number // 2) for number in range(4)])
+    groups = dataset.group_by("scene")
+    assert internals.is_dynamic_groups(groups) and not internals.is_dynamic_groups(dataset)
+    view = groups if kept == "all" else groups.match(F("scene") == 1)
+    samples = internals.samples_of_dynamic_groups(view)
+    assert not internals.is_dynamic_groups(samples) and samples.media_type == "image"
+    assert samples.values("filepath") == [f"/{number}.png" for number in range(0 if kept == "all" else 2, 4)]
+    assert len(samples.select(samples.first().id)) == 1
+
+
+def test_variables_of_apply_model(labelled):
+    class Model(fo.core.models.Model):
+        def __enter__(self):
+            self.seen = internals.apply_model_variables()
+            raise NotImplementedError
+
+        media_type = "image"
+
+    model = Model()
+    with pytest.raises(NotImplementedError):
+        labelled.apply_model(model, "x", num_workers=3)
+    assert model.seen["samples"] is labelled and model.seen["label_field"] == "x" and model.seen["num_workers"] == 3
+    assert model.seen["model"] is model and internals.apply_model_variables() is None
+
+
 def test_stages_of_views(labelled):
     assert internals.view_stages(labelled) == [] and len(internals.view_stages(labelled.limit(1))) == 1
     patches = labelled.limit(1).to_patches("boxes").limit(1)

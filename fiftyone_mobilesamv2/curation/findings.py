@@ -15,7 +15,7 @@ from ..errors import ArgumentError, LabelError
 from ..evaluation.ranking import check_ranking
 from ..fiftyone_internals import Document, bulk_write, is_generated, label_path, label_root, label_type, root_dataset
 from ..labels.documents import name_of, shortened
-from ..labels.fields import check_shapes_field, with_lists
+from ..labels.fields import check_not_grouped, check_shapes_field, with_lists
 
 if TYPE_CHECKING:
     import fiftyone as fo
@@ -37,11 +37,8 @@ def check_options(rank_by: str = "confidence", **shares: float) -> None:
 
 def check_images(samples: SampleCollection) -> None:
     """Raises ValueError unless these are whole images."""
+    check_not_grouped(samples)
     if is_generated(samples) or samples.media_type not in ("image", None):  # None: without samples
-        if samples.media_type == "group":
-            raise ArgumentError(
-                "Groups can't be processed as a whole: choose a slice with dataset.select_group_slices(...)."
-            )
         kind = "patches or frames" if is_generated(samples) else f"media of type '{samples.media_type}'"
         raise ArgumentError(f"The view contains {kind}, not images: choose the dataset or a view of whole images.")
 

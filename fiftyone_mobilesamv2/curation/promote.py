@@ -15,7 +15,7 @@ from bson import ObjectId
 from pycocotools import mask as mask_utils
 from pymongo.errors import DocumentTooLarge, WriteError
 
-from ..errors import ArgumentError, LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError, message_of, plain
 from ..fiftyone_internals import (
     Document,
     is_patches_view,
@@ -97,7 +97,7 @@ def promote_to_labels(
     dataset = root_dataset(samples)
     check_promotion(samples, pred_field, gt_field)
     if not isinstance(label, str) or not label.strip():
-        raise ArgumentError(f"label must be the name of a class, not {label!r}.")
+        raise ArgumentError(f"label must be the name of a class, not {plain(label)!r}.")
     declare_labels(dataset, gt_field, {PROMOTED_FROM: fof.StringField})
 
     requested = dict.fromkeys(ids)
@@ -210,7 +210,7 @@ def _promote(dataset: fo.Dataset, stored: StoredImage, proposals: Sequence[Docum
             collection.update_one(query | condition, update | now).matched_count for condition, update in updates
         )
     except (OSError, WriteError, DocumentTooLarge) as error:
-        raise LabelError(f"its labels can't be stored: {error}") from error
+        raise LabelError(f"its labels can't be stored: {message_of(error)}") from error
     if not stored_now:
         raise LabelError(
             f"its labels in '{gt_field}' were changed at the same time, or are something else than labels: promote "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from ..modeling.arrays import FloatArray, IntArray, MaskArray
 from ..modeling.rle import RLE
 
@@ -82,7 +82,7 @@ class AverageRecall:
         """Raises ValueError unless `ks` are whole numbers from 1 to 100,000; there is one count for each rank."""
         ks = tuple(ks)
         if not ks or any(isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= MAX_K for k in ks):
-            raise ArgumentError(f"ks must be whole numbers from 1 to {MAX_K:,}, such as {KS}; got {ks}.")
+            raise ArgumentError(f"ks must be whole numbers from 1 to {MAX_K:,}, such as {KS}; got {plain(ks)}.")
         self.ks = tuple(sorted({int(k) for k in ks}))
         self.images = 0
         self.totals = dict.fromkeys(AREA_RANGES, 0)

@@ -19,7 +19,7 @@ import fiftyone as fo
 import fiftyone.core.labels as fol
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from ..labels.fields import GROUND_TRUTH_FIELD
 from .instances import Entry, Id, Instances, read_instances
 
@@ -73,7 +73,7 @@ def make_dataset(
 ) -> fo.Dataset:
     """A dataset of the images `paths` (id -> path) with their objects; otherwise like :func:`load_coco`."""
     if sample is not None and (isinstance(sample, bool) or not isinstance(sample, Integral) or sample < 1):
-        raise ArgumentError(f"sample must be a number of images, 1 or more, or None for all; got {sample!r}.")
+        raise ArgumentError(f"sample must be a number of images, 1 or more, or None for all; got {plain(sample)!r}.")
     existing = sorted(key for key, path in paths.items() if os.path.isfile(path))  # False for names that are too long
     if len(existing) < (len(paths) if sample is None else sample):
         missing = [f"{str(path)!r:.300}" for path in paths.values() if not os.path.isfile(path)]

@@ -1,8 +1,12 @@
-"""The figures of evaluations and runs, as plotly's JSON: notebooks and the SegEvery panel draw the same ones."""
+"""The figures of evaluations and runs, as plotly's JSON: notebooks and the SegEvery panel draw the same ones.
+
+Plotly reads texts as HTML with links, so names of fields, evaluations and stages are escaped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,7 +105,9 @@ def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
             known = {name: seconds for name, seconds in run.seconds.items() if name != "total"}
             seconds = known | {"other": max(0.0, run.seconds["total"] - sum(known.values()))}
             values.append(1000 * seconds.get(stage, 0) / run.images)
-        data.append(_bar(stage, number, values, list(runs), f"{stage}: %{{x:.0f}} ms", orientation="h"))
+        hover = f"{escape(stage, quote=False)}: %{{x:.0f}} ms"
+        names = [escape(name, quote=False) for name in runs]
+        data.append(_bar(stage, number, values, names, hover, orientation="h"))
     layout = _layout("ms per image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
     layout["yaxis"]["autorange"] = "reversed"  # the first bar on top
     return Figure(data, layout)
@@ -111,7 +117,7 @@ def _line(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: 
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": name,
+        "name": escape(name, quote=False),
         "x": x.tolist(),
         "y": _numbers(y),
         "line": {"color": _color(number)},
@@ -123,7 +129,7 @@ def _line(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: 
 def _bar(name: str, number: int, x: _Values, y: _Values, hover: str, **more: object) -> _JSON:
     return {
         "type": "bar",
-        "name": name,
+        "name": escape(name, quote=False),
         "x": np.asarray(x).tolist(),
         "y": np.asarray(y).tolist(),
         "marker": {"color": _color(number)},

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import fiftyone.core.validation as fov
 import fiftyone.utils.eval.detection as foud
 import numpy as np
 
@@ -25,7 +24,7 @@ from ..labels.documents import (
     Progress,
     log_skipped,
 )
-from ..labels.fields import GROUND_TRUTH_FIELD, check_shapes_field
+from ..labels.fields import GROUND_TRUTH_FIELD, check_not_grouped, check_shapes_field
 from ..runs.cluster import Cluster
 from .average_recall import IOU_THRESHOLDS, KS, NOT_FOUND, AverageRecall
 from .measuring import FOUND_AT, NO_CLASS, Match, Measured, measure, measure_on_cluster
@@ -225,7 +224,7 @@ class ProposalEvaluation(RunStorage):
 
     def check_fields(self, samples: SampleCollection) -> None:
         """Raises ValueError if the fields of the configuration can't be compared in these samples."""
-        fov.validate_non_grouped_collection(samples)
+        check_not_grouped(samples)
         config = self.config
         check_shapes_field(samples, config.pred_field, "proposals")
         check_shapes_field(samples, config.gt_field, "ground truth")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 
 
 class Ranking(NamedTuple):
@@ -30,4 +30,4 @@ RANKINGS = {
 def check_ranking(rank_by: str) -> None:
     """Raises ArgumentError unless `rank_by` is a key of RANKINGS."""
     if rank_by not in RANKINGS:
-        raise ArgumentError(f"rank_by={rank_by!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")
+        raise ArgumentError(f"rank_by={plain(rank_by)!r}: one of {', '.join(map(repr, RANKINGS))} was expected.")

@@ -16,7 +16,7 @@ import fiftyone.core.utils as fou
 from bson import ObjectId
 from fiftyone import ViewField as F
 
-from ..errors import ArgumentError, LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError, with_file
 from ..fiftyone_internals import Document, aggregate, is_frame_field, split_frame_field
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def visit_images(
 def log_skipped(skipped: Sequence[Skipped], total: int) -> None:
     """Logs the skipped images. Raises ValueError if all images were skipped."""
     if skipped:
-        text = f"images skipped: {len(skipped)}; the first: {skipped[0]['filepath']}: {skipped[0]['cause']}"
+        text = f"images skipped: {len(skipped)}; the first: {with_file(skipped[0]['filepath'], skipped[0]['cause'])}"
         if len(skipped) == total:
             raise ArgumentError(f"No image could be used; {text}.")
         logger.warning("%s. All are in `skipped` of the result.", text)
@@ -172,7 +172,7 @@ def visit_shard(
             try:
                 visit(stored)
             except MissingError as error:
-                raise ArgumentError(f"{stored.name}: {error}.") from error
+                raise ArgumentError(f"{with_file(stored.name, str(error))}.") from error
             except LabelError as error:
                 skipped.append({"id": str(stored.document["_id"]), "filepath": stored.name, "cause": str(error)})
     return skipped, total

@@ -6,20 +6,25 @@ from typing import TYPE_CHECKING
 
 import fiftyone.core.fields as fof
 import fiftyone.core.labels as fol
+import fiftyone.core.stages as fosg
 import fiftyone.core.validation as fov
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from ..fiftyone_internals import (
     FRAMES_PREFIX,
     aggregate,
     contains_videos,
+    is_dynamic_groups,
     is_frame_field,
+    is_frames_view,
     is_generated,
+    is_patches_view,
     label_path,
     label_root,
     root_dataset,
     source_dataset,
     split_frame_field,
+    view_stages,
 )
 from .documents import labels_in
 
@@ -89,13 +94,27 @@ PROMPT_TYPES = (fol.Detections, fol.Keypoints, fol.Detection, fol.Keypoint)
 
 def _check_is_text(name: str, value: object) -> None:
     if not isinstance(value, str):
-        raise ArgumentError(f"{name} must be the name of a field, not {value!r}.")
+        raise ArgumentError(f"{name} must be the name of a field, not {plain(value)!r}.")
+
+
+def check_not_grouped(samples: SampleCollection) -> None:
+    """Raises ValueError if these are groups of samples: a grouped dataset, or dynamic groups."""
+    fov.validate_collection(samples)
+    if is_dynamic_groups(samples):
+        raise ArgumentError(
+            "Dynamic groups can't be processed as a whole: use the view that they were made from, or select their "
+            "samples: dataset.select(view.flatten().values('id'))."
+        )
+    if samples.media_type == "group":
+        raise ArgumentError(
+            "Groups can't be processed as a whole: choose a slice with dataset.select_group_slices(...)."
+        )
 
 
 def check_label_field(samples: SampleCollection, label_field: str) -> None:
     """Raises ValueError if masks can't be stored in this field of these samples."""
     _check_is_text("label_field", label_field)
-    fov.validate_non_grouped_collection(samples)
+    check_not_grouped(samples)
     if is_generated(samples):
         raise ArgumentError(
             "Patches, clips and frame views can't be segmented: segment the samples that they come from."
@@ -111,6 +130,10 @@ def check_label_field(samples: SampleCollection, label_field: str) -> None:
         return
     if "." in name:
         raise ArgumentError(f"'{label_field}' is inside another field: choose a top-level field for the masks.")
+    _check_stores_masks(field, label_field)
+
+
+def _check_stores_masks(field: fof.Field, label_field: str) -> None:
     if not _contains(field, (fol.Detections,)):
         kind = field.document_type.__name__ if isinstance(field, fof.EmbeddedDocumentField) else type(field).__name__
         raise ArgumentError(f"'{label_field}' contains {kind}, not Detections: choose another field for the masks.")
@@ -118,10 +141,37 @@ def check_label_field(samples: SampleCollection, label_field: str) -> None:
         raise ArgumentError(f"'{label_field}' is read-only: choose another field for the masks.")
 
 
+def check_apply_model(
+    samples: SampleCollection, label_field: str, prompt_field: str | None = None, num_workers: int = 0
+) -> None:
+    """Raises ValueError if FiftyOne's `apply_model` would lose the masks, or ignore the prompts, of these samples."""
+    if is_patches_view(samples):
+        raise ArgumentError("Patches can't be segmented: segment the samples that they come from.")
+    if any(isinstance(stage, fosg.Flatten) for stage in view_stages(samples)):
+        raise ArgumentError(
+            "FiftyOne can't read the images of a flattened view: use the view that was grouped, or select its samples: "
+            "dataset.select(view.values('id'))."
+        )
+    if is_frames_view(samples) and not samples.has_field(label_field) and not num_workers:
+        raise ArgumentError(
+            f"'{label_field}' is a new field, which FiftyOne adds to a frames view only if workers read the images: "
+            f"pass num_workers=1 or more."
+        )
+    if samples.media_type == "video":
+        label_field = FRAMES_PREFIX + label_field.removeprefix(FRAMES_PREFIX)
+        if prompt_field is not None:
+            raise ArgumentError(
+                f"FiftyOne passes no prompts of videos to a model: to use '{prompt_field}', apply it to a frames view, "
+                f"dataset.to_frames(sample_frames=True)."
+            )
+    if (field := samples.get_field(label_field)) is not None:
+        _check_stores_masks(field, label_field)
+
+
 def check_prompt_field(samples: SampleCollection, prompt_field: str, in_place: bool) -> None:
     """Raises ValueError if this field can't provide prompts or, with `in_place`, can't store the masks itself."""
     _check_is_text("prompt_field", prompt_field)
-    fov.validate_non_grouped_collection(samples)
+    check_not_grouped(samples)
     if samples.media_type == "video" or is_generated(samples):
         raise ArgumentError(
             "Prompts must be on a dataset's own images. For patches, use the samples that they come from; for videos, "

@@ -17,7 +17,7 @@ import cv2
 import fiftyone.core.storage as fos
 import numpy as np
 
-from ..errors import ArgumentError, LabelError, MissingError
+from ..errors import ArgumentError, LabelError, MissingError, message_of
 from ..fiftyone_internals import Document
 from ..images import size_of
 from ..modeling.arrays import AnyArray, FloatArray, IntArray, MaskArray
@@ -213,7 +213,7 @@ def _mask_file(label: Document, max_values: int) -> AnyArray:
             content = np.frombuffer(fos.read_file(path, binary=True), np.uint8)
             mask = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     except (OSError, ValueError, cv2.error) as error:
-        raise LabelError(f"{name_of(label)} has a mask_path that can't be read: {error}") from error
+        raise LabelError(f"{name_of(label)} has a mask_path that can't be read: {message_of(error)}") from error
     if height * width > max_values:
         raise LabelError(f"{name_of(label)} has a mask of {width}x{height} pixels, far larger than its image: {path}")
     if mask is None:

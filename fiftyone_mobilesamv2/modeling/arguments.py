@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from .arrays import AnyArray, ImageArray, IntArray
 from .defaults import MAX_NMS_CANDIDATES, MAX_POINTS_PER_SIDE
 from .grid_prompts import GridFilter
@@ -34,7 +34,8 @@ def checked_number(name: str, value: float, minimum: float, maximum: float, whol
     """
     kind = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise ArgumentError(f"{name} must be a {'whole ' * whole}number from {minimum} to {maximum}, not {value!r}.")
+        expected = f"a {'whole ' * whole}number from {minimum} to {maximum}"
+        raise ArgumentError(f"{name} must be {expected}, not {plain(value)!r}.")
     return int(value) if whole else float(value)
 
 

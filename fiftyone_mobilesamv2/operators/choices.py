@@ -9,7 +9,7 @@ import fiftyone as fo
 import fiftyone.core.stages as fosg
 from bson import ObjectId
 
-from ..errors import FormError
+from ..errors import FormError, with_file
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import FRAMES_PREFIX, all_view_stages, root_dataset
 from ..labels.fields import GROUND_TRUTH_FIELD, SHAPE_TYPES, have_masks, label_fields
@@ -159,7 +159,8 @@ def skipped_text(skipped: Sequence[Skipped]) -> list[str]:
     if not skipped:
         return []
     first = skipped[0]
-    return [f"**{count(len(skipped), 'image')} skipped.** The first: {code(first['filepath'])}: {code(first['cause'])}"]
+    cause = with_file(first["filepath"], first["cause"])
+    return [f"**{count(len(skipped), 'image')} skipped.** The first: {code(cause)}"]
 
 
 def skipped_button(skipped: Sequence[Skipped]) -> list[Button]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fiftyone as fo
 
-from ..errors import ArgumentError, FormError
+from ..errors import ArgumentError, FormError, message_of
 from .app_work import Outcome, Progress
 from .choices import SHAPES, skipped_button, skipped_text
 from .form import Form, code, count
@@ -43,7 +43,7 @@ class ExportMasks(Operator):
             )
             check_path(path, overwrite)
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: "~name" of an unknown user
-            form.problem(f"File: {error}")
+            form.problem(f"File: {message_of(error)}")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..curation.export import export_masks

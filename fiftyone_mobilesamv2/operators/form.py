@@ -15,14 +15,22 @@ import fiftyone as fo
 from bson import ObjectId
 from fiftyone.operators import types
 from fiftyone.operators.constants import ViewTarget
+from fiftyone.operators.executor import ExecutionContext
 
-from ..errors import FormError, MobileSAMv2Error
-from ..fiftyone_internals import frame_collection, is_generated, root_dataset, sample_collection, serialized_view
-from ..labels.fields import label_fields
+from ..errors import FormError, MobileSAMv2Error, plain
+from ..fiftyone_internals import (
+    frame_collection,
+    is_dynamic_groups,
+    is_generated,
+    root_dataset,
+    sample_collection,
+    samples_of_dynamic_groups,
+    serialized_view,
+)
+from ..labels.fields import check_not_grouped, label_fields
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
-    from fiftyone.operators.executor import ExecutionContext
 
     from ..zoo.config import Parameter
 
@@ -73,10 +81,15 @@ class Form:
             )
         if is_generated(self.ctx.view):  # patches, clips or frames, which the App shows in place of the samples
             self.note("This works on the whole dataset, not on the patches, clips or frames of this view.")
-            self.samples = self.dataset
+            self.samples = self.ctx.flatten_group_slices(self.dataset)
         else:  # of grouped datasets, the slice that the App shows
-            self.inputs.view_target(self.ctx, action_description=action, require_flat=True)
-            self.samples = self.ctx.target_view(require_flat=True)
+            ctx = self.ctx
+            if is_dynamic_groups(ctx.view):
+                self.note("The current view counts as all samples of its groups.")
+                ctx = _context_without_dynamic_groups(ctx)
+            self.inputs.view_target(ctx, action_description=action, require_flat=True)
+            self.samples = ctx.target_view(require_flat=True)
+        check_not_grouped(self.samples)
         if not self.size:
             empty = "This dataset has" if not len(self.ctx.dataset) else "The current view has"
             raise FormError(f"{empty} no samples. There is nothing to {action[0].lower() + action[1:]}.")
@@ -240,7 +253,7 @@ class Form:
         return default
 
     def _value(self, name: str, default: object) -> object:
-        value = self.ctx.params.get(name)
+        value = plain(self.ctx.params.get(name))
         self.values[name] = value = default if value is None or value == "" else value
         return value
 
@@ -248,6 +261,12 @@ class Form:
         self.problems.append(text)
         prop.invalid = True
         prop.error_message = text
+
+
+def _context_without_dynamic_groups(ctx: ExecutionContext) -> ExecutionContext:
+    """The same request with the samples of the view's dynamic groups as its view."""
+    view = {"view": serialized_view(samples_of_dynamic_groups(ctx.view))}
+    return ExecutionContext({**ctx.request_params, "view_name": None, "filters": None, "extended": None, **view})
 
 
 def _state(compute: Callable[..., object], samples: SampleCollection, *args: Hashable) -> Hashable:
@@ -276,6 +295,11 @@ def _cached(compute: Callable[..., Any], samples: SampleCollection, *args: Hasha
 def code(text: object) -> str:
     """Markdown that shows a text literally, whatever it contains."""
     return "`" + "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'") + "`"
+
+
+def cell(text: object) -> str:
+    """Like :func:`code`, in a cell of a table."""
+    return code(text).replace("|", "\\|")
 
 
 def _shortened(value: object) -> str:

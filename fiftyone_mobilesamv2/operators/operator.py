@@ -13,7 +13,7 @@ import fiftyone.operators as foo
 from fiftyone.operators import types
 from tqdm import tqdm
 
-from ..errors import ArgumentError, FormError
+from ..errors import ArgumentError
 from .app_work import REFRESH, Outcome, Progress, Work, advance, running, show_outcome, show_progress, throttled
 from .form import Form
 
@@ -95,7 +95,7 @@ class Operator(foo.Operator):
 
     def resolve_execution_options(self, ctx: ExecutionContext) -> foo.ExecutionOptions:
         form, many = Form(ctx), False
-        with suppress(FormError):  # the form itself shows the error
+        with suppress(ArgumentError):  # the form itself shows the error
             if ctx.dataset is not None:
                 form.target(self.title)
                 many = form.size > MANY_IMAGES

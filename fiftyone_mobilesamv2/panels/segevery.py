@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import threading
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from ..errors import message_of
 from ..evaluation import figures
 from ..fiftyone_internals import has_results, is_frame_field, is_generated, label_root, split_frame_field
 from ..labels.fields import label_fields
-from ..operators.form import code
+from ..operators.form import cell, code
 from ..registration import PLUGIN
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class SegEvery(foo.Panel):
         _show_objects(ctx, results, missed_of_group(results, ctx.params["id"]))
 
     def show_images(self, ctx: ExecutionContext) -> None:
-        samples, name = _sources(ctx)[ctx.params["trace"]]
+        samples, name = _sources(ctx)[html.unescape(ctx.params["trace"])]
         min_objects, max_objects = map(int, ctx.params["id"].split("-"))
         _show(ctx, with_objects(samples, name, min_objects, max_objects))
 
@@ -251,11 +252,9 @@ def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> N
 
     table = comparison_table(results)
     names = [name for name in map(str, table) if name.startswith("AR@")]
-    columns = [*sorted(names, key=lambda name: int(name[3:])), "AR"]
-    lines = ["| Evaluation | " + " | ".join(columns) + " |", "| --- " + "| ---: " * len(columns) + "|"]
-    for key, row in table[columns].iterrows():
-        lines.append(f"| {key} | " + " | ".join("-" if value != value else f"{value:.3f}" for value in row) + " |")
-    panel.md("\n".join(lines), name="table")
+    table = table[[*sorted(names, key=lambda name: int(name[3:])), "AR"]].map("{:.3f}".format).replace("nan", "-")
+    text = table.rename(cell).rename_axis("Evaluation").to_markdown(disable_numparse=True, stralign="right")
+    panel.md(text, name="table")
 
 
 def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
@@ -381,7 +380,7 @@ def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMeth
 def _clicked(ctx: ExecutionContext) -> ProposalResults:
     """The evaluation of the clicked point."""
     with _load_lock:
-        results: ProposalResults = ctx.dataset.load_evaluation_results(ctx.params["trace"], cache=False)
+        results: ProposalResults = ctx.dataset.load_evaluation_results(html.unescape(ctx.params["trace"]), cache=False)
     return results
 
 

@@ -14,7 +14,7 @@ from numbers import Integral
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ArgumentError, ClusterError
+from ..errors import ArgumentError, ClusterError, message_of, plain
 from ..fiftyone_internals import restored_view, root_dataset, serialized_view
 from ..modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
 from ..modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
@@ -51,10 +51,10 @@ class Cluster:
     def of(cls, cluster: str | None, workers: int | None) -> Cluster | None:
         """The cluster that a caller requests; None without one. Raises ArgumentError if the request is invalid."""
         if not (cluster is None or (isinstance(cluster, str) and cluster)):
-            raise ArgumentError(f"cluster must be 'auto', 'local' or an address, not {cluster!r}.")
+            raise ArgumentError(f"cluster must be 'auto', 'local' or an address, not {plain(cluster)!r}.")
         if workers is not None:
             if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
-                raise ArgumentError(f"workers must be a whole number of at least 1, not {workers!r}.")
+                raise ArgumentError(f"workers must be a whole number of at least 1, not {plain(workers)!r}.")
             if cluster is None:
                 raise ArgumentError("workers requires a cluster, such as cluster='local'.")
         return None if cluster is None else cls(cluster, workers)
@@ -89,7 +89,7 @@ def on_cluster(
         try:
             ray.init(address=cluster.address, logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ClusterError(f"The Ray cluster '{cluster.address}' can't be reached: {error}") from error
+            raise ClusterError(f"The Ray cluster '{cluster.address}' can't be reached: {message_of(error)}") from error
     actors: list[Any] = []
     try:
         count, resources = _workers(ray, cluster.workers)

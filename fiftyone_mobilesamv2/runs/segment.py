@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.utils as fou
 
-from ..errors import ArgumentError, Cancelled, LabelError
+from ..errors import ArgumentError, Cancelled, LabelError, message_of, plain
 from ..fiftyone_internals import label_root, root_dataset
 from ..labels.documents import Progress, StoredImage
 from ..labels.fields import MASK_ATTRIBUTES, check_label_field, check_prompt_field
@@ -228,7 +228,7 @@ def segment_anything(
                 labels = image.labels(prompt_field)
                 prompts = prompts_of(labels_left(labels, label_field is None, replace, answered.get(sample_id) or ()))
             except LabelError as error:
-                return dataclasses.replace(item, error=f"its prompts can't be read: {error}")
+                return dataclasses.replace(item, error=f"its prompts can't be read: {message_of(error)}")
             if prompts is None:
                 return None
             return read_prompted({"id": sample_id, "filepath": item.filepath, "prompt_field": prompts})
@@ -255,9 +255,9 @@ def _config(model: MobileSAMv2Model) -> MobileSAMv2ModelConfig:
 
 def _check_options(replace: bool, batch_size: int) -> None:
     if not isinstance(replace, bool):  # a string such as "no" would be true
-        raise ArgumentError(f"replace must be True or False, not {replace!r}.")
+        raise ArgumentError(f"replace must be True or False, not {plain(replace)!r}.")
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a whole number of at least 1, not {batch_size!r}.")
+        raise ArgumentError(f"batch_size must be a whole number of at least 1, not {plain(batch_size)!r}.")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bson import ObjectId
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from ..fiftyone_internals import root_dataset
 from . import retry as database
 from .retry import retry_while_unavailable
@@ -42,7 +42,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, str):  # it is used in queries
-            raise ArgumentError(f"The group of a shard must be a string, not {self.group!r}.")
+            raise ArgumentError(f"The group of a shard must be a string, not {plain(self.group)!r}.")
         if not (1 <= self.count <= MAX_SHARDS and 0 <= self.index < self.count):
             raise ArgumentError(
                 f"Shard {self.index} of {self.count} is invalid: at most {MAX_SHARDS:,} shards, numbered from 0."

@@ -15,7 +15,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, plain
 from ..modeling.defaults import (
     CONFIDENCE,
     MAX_NMS_CANDIDATES,
@@ -231,7 +231,8 @@ class MobileSAMv2ModelConfig(BaseModel):
         if parameter is None:
             raise ArgumentError(f"Unknown parameter {name} of {self.name}; it takes {', '.join(PARAMETERS)}.")
         if parameter.is_fixed:
-            raise ArgumentError(f"{name} cannot be changed after loading: load the model again with {name}={value!r}.")
+            again = f"load the model again with {name}={plain(value)!r}"
+            raise ArgumentError(f"{name} cannot be changed after loading: {again}.")
         try:
             super().__setattr__(name, parameter.default if value is None else value)
         except ValidationError:
@@ -297,7 +298,7 @@ class Parameter:
 
     def refusal(self, value: object) -> ArgumentError:
         """The error for an invalid value, which says what was expected."""
-        return ArgumentError(f"{self.name} must be {self.expected}, not {value!r}.")
+        return ArgumentError(f"{self.name} must be {self.expected}, not {plain(value)!r}.")
 
 
 def _kind_and_limits(annotation: object) -> tuple[type, dict[type, Any]]:

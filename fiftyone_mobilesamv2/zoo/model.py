@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import fiftyone.core.labels as fol
 import fiftyone.core.models as fom
+import fiftyone.utils.torch as fout
 import fiftyone.zoo.models as fozm
 import numpy as np
 import torch
 from bson import ObjectId
 
 from ..errors import Failure, message_of
+from ..fiftyone_internals import apply_model_variables
 from ..labels.detections import LABEL_BYTES_PER_SAMPLE, DetectionWriter, ImageMasks
+from ..labels.fields import check_apply_model
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
 from ..labels.prompts import keypoint_prompt, labels_of
@@ -88,6 +91,13 @@ class MobileSAMv2Model(fom.Model, fom.SupportsGetItem, fom.TorchModelMixin):
         self._preprocess = True
 
     def __enter__(self) -> MobileSAMv2Model:
+        if (call := apply_model_variables()) is not None:
+            check_apply_model(
+                call["samples"],
+                call["label_field"],
+                call["field_mapping"].get("prompt_field"),
+                fout.recommend_num_workers(call["num_workers"]),
+            )
         self.failures = []
         self.num_images = 0
         self.num_labels = 0

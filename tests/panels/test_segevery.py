@@ -1,10 +1,12 @@
 """The SegEvery panel as the App uses it: registration, events, and the operators it triggers in the App."""
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 
 import fiftyone as fo
+import fiftyone.core.odm as foo
 import numpy as np
 import pytest
 from bson import json_util
@@ -149,7 +151,26 @@ def test_plots_and_table_show_the_recall(panel, measured):
     assert response.plot("by_group")["good_ar"]["hovertext"][1] == "2 objects"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in response.text("table").splitlines()]
     assert rows[0] == ["Evaluation", "AR@10", "AR@100", "AR@1000", "AR"]
-    assert rows[2:] == [["good_ar", *["0.720"] * 4], ["few_ar", *["0.200"] * 4]]
+    assert rows[2:] == [["`good_ar`", *["0.720"] * 4], ["`few_ar`", *["0.200"] * 4]]
+
+
+def test_names_are_shown_literally_and_found_when_clicked(panel, measured):
+    name = "x`|<a href='http://host/'>p</a>&amp;"
+    measured.rename_sample_field("good", name)
+    results = evaluate_proposals(measured, name, eval_key="hostile")
+    database = foo.get_db_conn()
+    database.datasets.update_one({"name": measured.name}, {"$rename": {"evaluations.hostile": f"evaluations.{name}"}})
+    database.runs.update_one({"key": "hostile"}, {"$set": {"key": name}})
+    measured.reload()
+    response = Response(panel, measured, "refresh", runs=[name])
+    escaped = "x`|&lt;a href='http://host/'&gt;p&lt;/a&gt;&amp;amp;"
+    assert list(response.plot("by_k")) == list(response.plot("counts")) == [escaped]
+    assert r"| `x'\|<a href='http://host/'>p</a>&amp;` |" in response.text("table")
+    assert f"The time for `{name.replace('`', chr(39))}` is unknown" in response.text("unknown")
+    missed = Response(panel, measured, "show_missed_by_k", runs=[name], trace=escaped, x=1)
+    assert len(missed.view) == results.missed(k=1).count("ground_truth.detections") > 0
+    images = Response(panel, measured, "show_images", runs=[name], trace=escaped, id="0-0")
+    assert images.view.values("filepath") == ["/nowhere/1.png"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +331,7 @@ def test_ground_truth_without_objects(panel, dataset):
     evaluate_proposals(dataset, "masks", eval_key="ar")
     response = Response(panel, dataset, "on_load")
     assert response.plot("by_iou")["ar"]["y"] == [None] * 10
-    assert "| ar | - | - | - | - |" in response.text("table")
+    assert re.search(r"\| +`ar` \| +- \| +- \| +- \| +- \|", response.text("table"))
     assert response.plot("counts")["ar"]["y"] == [0, 1]
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
+from fiftyone_mobilesamv2.errors import ArgumentError
 from fiftyone_mobilesamv2.labels.detections import DETECTION_BYTES, ImageMasks
 from fiftyone_mobilesamv2.labels.mask_files import MaskFiles
 from fiftyone_mobilesamv2.modeling.masks import Segmentation
@@ -432,6 +433,48 @@ def test_sampled_frames_are_segmented(video, model):
     video.reload()
     stored = video.first().frames
     assert [len(stored[n][FIELD].detections) for n in (1, 2, 3)] == [len(f[FIELD].detections) for f in frames]
+
+
+def refused(samples, model, expected, **options):
+    """FiftyOne passes no samples to a model, and would fail only after all images are segmented, or not at all."""
+    with pytest.raises(ArgumentError, match=expected):
+        samples.apply_model(model, **{"label_field": FIELD, "num_workers": 0} | options)
+    assert model.num_images == 0
+
+
+def test_apply_model_refuses_images_whose_masks_would_be_lost(filled, model):
+    with model:
+        pass  # forgets the images of other tests
+    box = fo.Detection(label="x", bounding_box=[0.1, 0.1, 0.2, 0.2])
+    filled.set_values("boxes", [fo.Detections(detections=[box.copy()]) for _ in filled])
+    filled.evaluate_detections("boxes", gt_field="boxes", eval_key="eval", progress=False)
+    flattened = filled.group_by("filepath").flatten()
+    refused(filled.to_patches("boxes"), model, "Patches can't be segmented: segment the samples")
+    refused(filled.to_evaluation_patches("eval"), model, "Patches can't be segmented: segment the samples")
+    refused(flattened, model, r"dataset\.select\(view\.values\('id'\)\)")
+    refused(filled, model, "'tags' contains ListField, not Detections", label_field="tags")
+    filled.select(flattened.limit(1).values("id")).apply_model(model, FIELD, num_workers=0)
+    assert filled.count(f"{FIELD}.detections") > 0
+
+
+def test_apply_model_refuses_frames_whose_masks_would_be_lost(video, model):
+    with model:
+        pass
+    video.add_frame_field("boxes", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
+    refused(video.to_frames().to_patches("boxes"), model, "Patches can't be segmented: segment the samples")
+    refused(video.to_frames(), model, "pass num_workers=1 or more")
+    refused(video, model, r"apply it to a frames view, dataset\.to_frames\(", prompt_field="frames.boxes")
+    refused(video, model, "'frames.frame_number' contains FrameNumberField", label_field="frame_number")
+    video.to_frames().apply_model(model, "boxes", batch_size=2, num_workers=0)  # a field that exists
+    assert all(frame.boxes.detections for frame in video.first().frames.values())
+    assert not video.has_frame_field(FIELD)
+
+
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="needs ffmpeg")
+def test_clips_are_segmented(video, model):
+    video.to_clips([[[2, 3]]]).apply_model(model, FIELD)
+    video.reload()
+    assert [bool(video.first().frames[number][FIELD]) for number in (1, 2, 3)] == [False, True, True]
 
 
 @pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="needs ffmpeg")

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 import tenacity
 from tqdm import tqdm
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, message_of
 from .catalog import HOSTS, HubFile, Weights
 from .verification import find_problem, record_path
 
@@ -190,10 +190,8 @@ def explain(error: BaseException) -> str:
     """Describes a request's error as part of a sentence, without secrets."""
     if status := http_status(error):
         text = f"HTTP status {status} ({getattr(error, 'reason', '') or http.client.responses.get(status)})"
-    elif isinstance(error, urllib.error.URLError):
-        text = str(getattr(error.reason, "strerror", None) or error.reason)
     else:
-        text = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+        text = message_of(error)
     return without_secrets(" ".join(text.split()))
 
 
@@ -250,7 +248,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     except http.client.IncompleteRead as error:
         return error.partial  # the missing bytes show in the file's size
     except (TimeoutError, ConnectionError) as error:
-        raise _Broken(f"the connection broke ({error}); try again to resume") from error
+        raise _Broken(f"the connection broke ({message_of(error)}); try again to resume") from error
 
 
 # Retries -------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
                 # Another process may have downloaded it meanwhile.
                 reasons = {} if path.is_file() else download(weights, path, progress)
         except OSError as error:
-            reasons = {str(path.parent): f"can't be written to: {error}"}
+            reasons = {str(path.parent): f"can't be written to: {error.strerror or error}"}
         if reasons:
             raise _download_error(None, {weights: reasons})
     verify(path, weights)

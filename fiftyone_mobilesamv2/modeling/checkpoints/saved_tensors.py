@@ -119,7 +119,7 @@ def read_saved(path: Path) -> object:
         try:
             return _interpret(archive.read(program), storage)
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"its pickle is malformed: {error!r}") from error
+            raise ValueError("its pickle is malformed") from error
 
 
 def named_tensors(

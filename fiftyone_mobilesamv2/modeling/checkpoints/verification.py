@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, message_of
 from ..complete_files import complete_file
 from .catalog import Weights
 
@@ -57,7 +57,7 @@ def find_problem(path: Path, weights: Weights, record: Path, reread: bool = Fals
                 f"is not {weights.filename}: its sha256 is {sha256}{_if_web_page(path)}, expected {weights.describe()}"
             )
     except OSError as error:
-        return f"can't be read ({error})"
+        return f"can't be read ({error.strerror or error})"
     if not (weights.sha256 or weights.git_blob) and recorded and recorded_hashes[0] != sha256:
         return (
             f"has changed since {weights.filename} was first used: its sha256 was {recorded_hashes[0]} and is "
@@ -106,7 +106,8 @@ def read_record(record: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{record} can't be read ({error}); delete it.") from error
+        cause = getattr(error, "strerror", None) or message_of(error)
+        raise CheckpointError(f"{record} can't be read ({cause}); delete it.") from error
     return content if isinstance(content, dict) else {}
 
 
