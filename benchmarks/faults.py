@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+import psutil
 from pymongo import MongoClient
 
 MODEL = "mobilesamv2-demo-torch"
@@ -307,6 +308,23 @@ def kill_worker(faults: Faults) -> Fault:
     return faults.compare("one of two workers killed", 1, field)
 
 
+def kill_raylet(faults: Faults) -> Fault:
+    """Kills Ray's own process on this machine. The run must end with an error within a minute."""
+    field = faults.field()
+    process = faults.start(field, True, cluster="local")
+    faults.wait_until_stored(field, 0.3, process)
+    (raylet,) = (child for child in psutil.Process(process.pid).children() if child.name() == "raylet")
+    raylet.kill()
+    process.join(60)
+    if not process.exitcode:
+        raise RuntimeError("A run does not end when Ray's process is killed")
+    wrong = faults.check_partial(field)
+    faults.expect_success(faults.start(field, True, cluster="local"))
+    result = faults.compare("Ray's process on this machine (raylet) killed", 1, field)
+    result.differing += wrong
+    return result
+
+
 def fill_disk(faults: Faults) -> Fault | None:
     """Stores masks on a small tmpfs. Returns None if it can't be mounted, which requires root."""
     field, folder = faults.field(), faults.folder / "small-masks"
@@ -383,6 +401,7 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
             lambda: restart_database(faults, signal.SIGKILL, "the database killed, and started 3 s later"),
             lambda: lose_writes(faults),
             lambda: kill_worker(faults),
+            lambda: kill_raylet(faults),
             lambda: fill_disk(faults),
             lambda: run_twice_at_once(faults),
             lambda: delete_field(faults),
