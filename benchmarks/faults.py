@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from fault_setting import Fault, Faults, Setting, temporary_faults
 from mongoengine.errors import FieldDoesNotExist
 from pymongo import MongoClient
@@ -107,6 +108,23 @@ def kill_worker(faults: Faults) -> Fault:
     os.kill(shard["owner"]["pid"], signal.SIGKILL)
     faults.expect_success(process)
     return faults.compare("one of two workers killed", 1, field)
+
+
+def kill_raylet(faults: Faults) -> Fault:
+    """Kills Ray's own process on this machine. The run must end with an error within a minute."""
+    field = faults.field()
+    process = faults.start(field, True, cluster="local", workers=2)
+    faults.wait_until_stored(field, 0.3, process)
+    (raylet,) = (child for child in psutil.Process(process.pid).children() if child.name() == "raylet")
+    raylet.kill()
+    process.join(60)
+    if not process.exitcode:
+        raise RuntimeError("A run does not end when Ray's process is killed")
+    wrong = faults.check_partial(field)
+    faults.expect_success(faults.start(field, True, cluster="local", workers=2))
+    result = faults.compare("Ray's process on this machine (raylet) killed", 1, field)
+    result.differing += wrong
+    return result
 
 
 def fill_disk(faults: Faults) -> Fault | None:
@@ -312,6 +330,7 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
             lambda: restart_database(faults, signal.SIGKILL, "the database killed, and started 3 s later"),
             lambda: lose_writes(faults),
             lambda: kill_worker(faults),
+            lambda: kill_raylet(faults),
             lambda: fill_disk(faults),
             lambda: run_twice_at_once(faults),
             lambda: suspend(faults, replace=False),

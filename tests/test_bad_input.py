@@ -97,18 +97,6 @@ def assert_is_clear_message(error, path):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-# EXIF orientation -> how a viewer transforms the pixels [H, W, 3].
-ORIENTATIONS = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a),
-}
-
 
 def write_readable(folder):
     """Writes unusual but valid images. Returns {path: pixels}."""
@@ -129,12 +117,6 @@ def write_readable(folder):
     for suffix in ("gif", "jpg", "jp2"):
         add(f"rgb.{suffix}", rgb)
     add("progressive.jpg", rgb, progressive=True)
-    for number, turned in ORIENTATIONS.items():
-        exif = Image.Exif()
-        exif[0x0112] = number
-        add(f"orientation-{number}.png", rgb, turned(PICTURE), exif=exif)
-        add(f"orientation-{number}.jpg", rgb, turned(jpeg_pixels(rgb, folder)), exif=exif)
-
     add("cmyk.jpg", rgb.convert("CMYK"))
     add("grey.jpg", grey)
     for suffix in ("png", "tiff"):
@@ -165,11 +147,6 @@ def write_readable(folder):
     (folder / "link.png").symlink_to(folder / "rgb.png")
     expected[str(folder / "link.png")] = PICTURE
     return expected
-
-
-def jpeg_pixels(image, folder):
-    image.save(folder / "plain.jpg")
-    return np.asarray(Image.open(folder / "plain.jpg"))
 
 
 def png_chunk(name, data):

@@ -1,10 +1,10 @@
-"""Image files of every kind are read as the App shows them. test_bad_input.py tests EXIF orientations."""
+"""Image files of every kind are read as the App shows them; tests/app/test_orientations.py compares with a browser."""
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, features
 
-from fiftyone_mobilesamv2.images import read_image
+from fiftyone_mobilesamv2.images import read_image, shown_size
 
 
 def picture(height=40, width=60):
@@ -78,6 +78,53 @@ def test_animation_gives_its_first_frame(tmp_path):
     for suffix in ("gif", "webp"):
         frames[0].save(tmp_path / f"image.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
         assert red_box(read_image(tmp_path / f"image.{suffix}")) == red_box(picture())
+
+
+# EXIF orientation -> the shown pixels [H, W, 3] of those that are stored.
+ORIENTATIONS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "TIFF", "WEBP", *(["AVIF"] if features.check("avif") else [])])
+def test_exif_orientation(tmp_path, kind):
+    image, path = Image.fromarray(picture()), tmp_path / "image"
+    image.save(path, kind)
+    stored = np.asarray(Image.open(path).convert("RGB"))
+    assert red_box(stored) == pytest.approx(red_box(picture()), abs=1)
+    for orientation, turned in ORIENTATIONS.items():
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        image.save(path, kind, exif=exif)
+        expected = stored if kind == "WEBP" else turned(stored)
+        np.testing.assert_array_equal(read_image(path), expected)
+        assert shown_size(path) == expected.shape[:2]
+
+
+def test_orientations_that_browsers_ignore(tmp_path):
+    image, path = Image.fromarray(picture()), tmp_path / "image.jpg"
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    short, long, count = (number.to_bytes(2, "little") for number in (3, 4, 1))
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01%s" + count + b"\0\0\x06\0\0\0\0\0\0\0"
+    shown = {}
+    for name, options in {
+        "short": {"exif": exif % short},
+        "long": {"exif": exif % long},
+        "cut": {"exif": (exif % short)[:20]},
+        "nothing": {"exif": b"Exif\0\0"},
+        "XMP": {"xmp": xmp},
+    }.items():
+        image.save(path, **options)
+        shown[name] = shown_size(path)
+        assert read_image(path).shape[:2] == shown[name]
+    assert shown == {"short": (60, 40), **dict.fromkeys(["long", "cut", "nothing", "XMP"], (40, 60))}
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])

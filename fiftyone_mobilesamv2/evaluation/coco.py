@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
+from typing import NoReturn
 
 import fiftyone as fo
 import fiftyone.core.labels as fol
 import numpy as np
 
 from ..errors import ArgumentError, plain
+from ..images import size_of
+from ..labels.documents import image_metadata
 from ..labels.fields import GROUND_TRUTH_FIELD
 from .instances import Entry, Id, Instances, read_instances
 
@@ -45,6 +48,8 @@ def load_coco(
     - `iscrowd`: bool.
     - `area`: the area in the file, in pixels; for polygons, it may differ slightly from the mask's pixel count, which
       it is where the file states none.
+
+    Annotations lie on the image as the App shows it, with its EXIF orientation applied if it is a JPEG or PNG file.
 
     An object without pixels, such as a polygon of two points, keeps the file's box, rounded outwards to pixels, and an
     all-False mask: as in pycocotools, no proposal can find it. A warning lists these objects.
@@ -121,12 +126,10 @@ def _samples(instances: Instances, paths: Mapping[Id, Path], gt_field: str, empt
     """Yields the samples; adds the ids of annotations without pixels to `empty`."""
     for key, path in paths.items():
         size = instances.size(key)
-        metadata = fo.ImageMetadata.build_for(str(path))
-        if (metadata.height, metadata.width) != size:
-            raise ArgumentError(
-                f"{path} has {metadata.width}x{metadata.height} pixels, but {instances.file} says {size[1]}x{size[0]}: "
-                "use the annotated images, not resized ones."
-            )
+        metadata = image_metadata(str(path))
+        shown = metadata.height, metadata.width
+        if shown != size:
+            _refuse_size(instances, path, shown, size)
         detections = []
         for annotation in instances.objects.get(key, ()):
             detection = _detection(instances, annotation, size)
@@ -136,6 +139,17 @@ def _samples(instances: Instances, paths: Mapping[Id, Path], gt_field: str, empt
         sample = fo.Sample(str(path.resolve()), metadata=metadata)
         sample[gt_field] = fol.Detections(detections=detections)
         yield sample
+
+
+def _refuse_size(instances: Instances, path: Path, shown: tuple[int, int], size: tuple[int, int]) -> NoReturn:
+    found = f"{shown[1]}x{shown[0]} pixels, but {instances.file} says {size[1]}x{size[0]}"
+    if shown == size[::-1] and size_of(path) == size:
+        raise ArgumentError(
+            f"{path} is shown with {found}: its EXIF orientation rotates it, and the annotations lie on the image "
+            "without this rotation. Remove the orientation from the images, for example with: exiftool -Orientation= "
+            f"{path.parent}"
+        )
+    raise ArgumentError(f"{path} has {found}: use the annotated images, not resized or rotated ones.")
 
 
 def _detection(instances: Instances, annotation: Entry, size: tuple[int, int]) -> fol.Detection:

@@ -9,15 +9,18 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from reprlib import repr as shortened  # stored values may be of any length
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import fiftyone.core.metadata as fomt
 import fiftyone.core.utils as fou
 from bson import ObjectId
 from fiftyone import ViewField as F
 
 from ..errors import ArgumentError, LabelError, MissingError, with_file
 from ..fiftyone_internals import Document, aggregate, is_frame_field, split_frame_field
+from ..images import shown_size
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
@@ -43,13 +46,22 @@ class StoredImage:
         document: its database document, with the requested fields.
         sample_id: id of the dataset's sample that it is or belongs to.
         name: its name in messages.
-        size: (height, width) in pixels; None if its metadata is missing.
+        size_in_metadata: (height, width) in pixels; None if its metadata is missing.
     """
 
     document: Document
     sample_id: ObjectId
     name: str
-    size: tuple[int, int] | None
+    size_in_metadata: tuple[int, int] | None
+
+    @cached_property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, as the App shows the image; None if its metadata is missing.
+
+        Labels lie where the App draws them: relative to the image as shown, whatever its metadata says.
+        """
+        size, filepath = self.size_in_metadata, self.document.get("filepath")
+        return size[::-1] if size and filepath and _is_shown_with_swapped_sides(filepath, size) else size
 
     @property
     def known_size(self) -> tuple[int, int]:
@@ -98,6 +110,16 @@ def stored_images(samples: SampleCollection, field_names: Sequence[str]) -> Iter
     for document in aggregate(samples, frames_only=True, post_pipeline=[{"$project": keep}]):
         path, size = videos[document["_sample_id"]]
         yield StoredImage(document, document["_sample_id"], f"{path}, frame {document['frame_number']}", size)
+
+
+def _is_shown_with_swapped_sides(path: str, size: tuple[int, int]) -> bool:
+    """Whether the App shows an image whose metadata says `size` (height, width) with height and width swapped."""
+    if size[0] == size[1]:
+        return False
+    try:
+        return shown_size(path) == size[::-1]
+    except (OSError, ValueError):  # with metadata, labels can be evaluated without the image
+        return False
 
 
 def _size(height: object, width: object) -> tuple[int, int] | None:
@@ -179,14 +201,36 @@ def visit_shard(
 
 
 def ensure_metadata(samples: SampleCollection, progress: Progress = None) -> None:
-    """Computes and stores the missing metadata of images."""
-    sides = ("metadata.height", "metadata.width")
-    if samples.media_type == "video":
-        sides = ("metadata.frame_height", "metadata.frame_width")
+    """Computes and stores the missing metadata of images, with their sizes as the App shows them."""
+    is_video = samples.media_type == "video"
+    sides = ("metadata.frame_height", "metadata.frame_width") if is_video else ("metadata.height", "metadata.width")
     missing = samples.match((F(sides[0]) == None) | (F(sides[1]) == None))  # noqa: E711
-    endless = [id for id, path in zip(*missing.values(["id", "filepath"])) if _is_special(path)]
-    if len(endless) < len(missing):
-        missing.exclude(endless).compute_metadata(overwrite=True, progress=progress)
+    ids = [id for id, path in zip(*missing.values(["id", "filepath"])) if not _is_special(path)]
+    if not ids:
+        return
+    computed = samples.select(ids)
+    computed.compute_metadata(overwrite=True, progress=progress)
+    if is_video:
+        return
+    found = zip(*computed.values(["id", "filepath", "metadata"]))
+    swapped = {id: metadata for id, path, metadata in found if metadata and _swap_sides_if_shown_so(metadata, path)}
+    if swapped:
+        samples.set_values("metadata", swapped, key_field="id")
+
+
+def image_metadata(path: str) -> fomt.ImageMetadata:
+    """An image's metadata, with its size as the App shows it."""
+    metadata = fomt.ImageMetadata.build_for(path)
+    _swap_sides_if_shown_so(metadata, path)
+    return metadata
+
+
+def _swap_sides_if_shown_so(metadata: fomt.ImageMetadata, path: str) -> bool:
+    """Corrects the size that FiftyOne computes, which lacks some EXIF orientations. Returns whether it was wrong."""
+    is_wrong = _is_shown_with_swapped_sides(path, (metadata.height, metadata.width))
+    if is_wrong:
+        metadata.height, metadata.width = metadata.width, metadata.height
+    return is_wrong
 
 
 def _is_special(path: str) -> bool:

@@ -95,9 +95,15 @@ def _cropped_mask(label: Document, size: tuple[int, int]) -> tuple[MaskArray, In
         # The pixels of a coarser mask are squares in the image, again up to rounding at the ends.
         scale = max(h / rows, w / columns)
         if mask.shape == size or abs(rows * scale - h) > 1 + scale or abs(columns * scale - w) > 1 + scale:
+            fits_swapped = abs(rows - h * width / height) <= 1 and abs(columns - w * height / width) <= 1
             raise LabelError(
-                f"{name_of(label)} has a mask of {columns}x{rows} pixels in a bounding_box of {w:.0f}x{h:.0f}: a mask "
-                f"must be cropped to its box"
+                f"{name_of(label)} has a mask of {columns}x{rows} pixels in a bounding_box of {w:.0f}x{h:.0f}: "
+                + (
+                    f"it fits an image of {height}x{width} pixels, but this image has {width}x{height}, probably "
+                    "because of its EXIF orientation"
+                    if fits_swapped
+                    else "a mask must be cropped to its box"
+                )
             )
         rows, columns = max(1, round(h)), max(1, round(w))
         mask = cv2.resize(mask.view(np.uint8), (columns, rows), interpolation=cv2.INTER_NEAREST).view(bool)

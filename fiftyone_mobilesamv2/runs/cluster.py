@@ -80,7 +80,8 @@ def on_cluster(
         on_wait: called about once per second.
 
     Raises:
-        ClusterError: Ray isn't installed or can't be reached; workers can't reach the database, or keep dying.
+        ClusterError: Ray isn't installed or can't be reached, or ends on this machine; workers can't reach the
+            database, or keep dying.
         Whatever the work raises: the other workers are then stopped.
     """
     ray = _ray()
@@ -92,6 +93,7 @@ def on_cluster(
             raise ClusterError(f"The Ray cluster '{cluster.address}' can't be reached: {message_of(error)}") from error
     actors: list[Any] = []
     try:
+        _check_own_node(ray)
         count, resources = _workers(ray, cluster.workers)
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
         num_shards = count * SHARDS_PER_WORKER
@@ -149,6 +151,7 @@ def on_cluster(
                     if shard is not None:
                         yield result
             on_wait()
+            _check_own_node(ray)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -161,6 +164,19 @@ def _ray() -> ModuleType:
         return importlib.import_module("ray")
     except ImportError as error:
         raise ClusterError("Work on a cluster needs Ray: pip install 'fiftyone-mobilesamv2[ray]'.") from error
+
+
+def _check_own_node(ray: ModuleType) -> None:
+    """Raises ClusterError if Ray's process on this machine has ended: Ray itself would wait for workers forever.
+
+    A cluster notices that after about 15 seconds.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
+        raise ClusterError(
+            "Ray's process on this machine, raylet, has ended; perhaps it was killed because memory ran out. Repeat "
+            "the same call to continue; if you have started Ray in this process, call ray.shutdown() first."
+        )
 
 
 def _workers(ray: ModuleType, workers: int | None) -> tuple[int, dict[str, float]]:

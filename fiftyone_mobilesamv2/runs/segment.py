@@ -25,12 +25,13 @@ from ..zoo.reading import ImageGetItem, ImageItem
 from .claims import mark_abandoned, on_record
 from .cluster import Cluster, on_cluster
 from .marks import declare_mask_field
-from .pipeline import DELETED, check_mask_folder, counted, segment_and_store, settle_leftovers
+from .pipeline import DELETED, check_mask_folder, segment_and_store, settle_leftovers
 from .plan import ids_of_labels_with_masks, labels_left, parameters_of, prepare, samples_left
 from .record import SegmentationRun, grouped_runs, recorded_runs
 from .retry import UNAVAILABLE, retry_while_unavailable
 from .shards import Shard
 from .updates import masks_in_place, merged_labels, new_labels
+from .videos import check_ffmpeg, segment_videos
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
@@ -78,6 +79,7 @@ def segment_everything(
         FieldBusyError: another run is storing masks in the field.
         OSError: masks are written to disk, and the disk is full.
         ClusterError: the cluster can't do the work.
+        MobileSAMv2Error: the samples are videos, and ffmpeg or ffprobe isn't installed.
     """
     config = model if isinstance(model, MobileSAMv2ModelConfig) else _config(model)
     if not (shard is None or isinstance(shard, Shard)):
@@ -91,6 +93,8 @@ def segment_everything(
         return _segment_on_cluster(
             samples, config, label_field, spread, replace=replace, batch_size=batch_size, progress=progress
         )
+    if samples.media_type == "video":
+        check_ffmpeg()
     if isinstance(model, MobileSAMv2ModelConfig):
         model = MobileSAMv2Model(config)
     parameters = parameters_of(config)
@@ -105,12 +109,8 @@ def segment_everything(
             earlier = _earlier_marks(samples, run)
             update = partial(new_labels, label_field=label_field, replace=replace, mark=run.mark, earlier=earlier)
             segment_and_store(todo, model, [], read, update, run, batch_size, progress)
-        elif len(todo):
-            try:  # FiftyOne reads videos frame by frame, one after the other
-                with counted(run, model):
-                    todo.apply_model(model, label_field=label_field, batch_size=batch_size, progress=progress)
-            finally:
-                run.objects = model.num_labels
+        else:
+            segment_videos(todo, model, label_field, run, batch_size, progress)
             if not root_dataset(samples).has_field(label_field):
                 raise ArgumentError(DELETED.format(label_field))
     return run

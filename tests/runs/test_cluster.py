@@ -7,6 +7,7 @@ import threading
 import time
 
 import fiftyone as fo
+import psutil
 import pytest
 import ray
 import torch
@@ -29,11 +30,23 @@ CONFIG = {"name": "mobilesamv2-demo-torch", "device": "cpu"}
 COUNT = 40
 
 
+def start_ray():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+
 @pytest.fixture(scope="module")
 def two_processes(mongod):
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def no_ray(two_processes):
+    """Without a cluster in this process, so that `cluster="local"` starts one."""
+    ray.shutdown()
+    yield
+    start_ray()
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +132,40 @@ def test_worker_that_is_killed_midway(scenes, tmp_path):
     assert [each["cancelled"] for each in parts] == [True, False]
     files = {str(path) for path in (tmp_path / "masks").rglob("*") if path.is_file()}
     assert files == set(scenes.values("own.detections.mask_path", unwind=True))
+
+
+def kill_the_raylet(dataset, field):
+    """Ray's own process on this machine, as soon as something is stored. Returns when."""
+    while dataset._sample_collection.count_documents({field: {"$ne": None}}) < 3:
+        time.sleep(0.01)
+    (raylet,) = (child for child in psutil.Process().children() if child.name() == "raylet")
+    raylet.kill()
+    return time.monotonic()
+
+
+@pytest.mark.slow
+def test_raylet_that_is_killed_midway(no_ray, template, tmp_path):
+    scenes = template.clone()
+    killed = []
+    killer = threading.Thread(target=lambda: killed.append(kill_the_raylet(scenes, "own")), daemon=True)
+    killer.start()
+
+    def segment():
+        parameters = config(masks_on_disk=True, mask_dir=str(tmp_path / "masks"))
+        return segment_everything(scenes, parameters, "own", batch_size=1, cluster="local", workers=2, progress=False)
+
+    with pytest.raises(cluster.ClusterError, match=r"raylet, has ended.*Repeat the same call"):
+        segment()
+    assert time.monotonic() - killed[0] < 60
+    stored = scenes.select(scenes.match(fo.ViewField("own") != None).values("id"))  # noqa: E711
+    assert 3 <= len(stored) < COUNT
+    ids = stored.values("own.detections.id", unwind=True)
+    assert segment().images == COUNT - len(stored)
+    assert stored.values("own.detections.id", unwind=True) == ids
+    assert labels(scenes, "own") == labels(scenes, "reference")
+    files = {str(path) for path in (tmp_path / "masks").rglob("*") if path.is_file()}
+    assert files == set(scenes.values("own.detections.mask_path", unwind=True))
+    scenes.delete()
 
 
 @pytest.mark.slow
