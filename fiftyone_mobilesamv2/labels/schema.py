@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import fiftyone.core.fields as fof
 import fiftyone.core.labels as fol
 import fiftyone.core.odm as foo
+from mongoengine.errors import FieldDoesNotExist
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import (
@@ -49,10 +50,17 @@ def declare_fields(dataset: fo.Dataset, fields: Mapping[str, NewField]) -> None:
     Call it before and after storing values: while they are stored, FiftyOne may lose a field in another process.
 
     Raises:
-        ArgumentError: a field exists and is of another type.
+        ArgumentError: a field exists and is of another type; or the dataset must be repaired first.
     """
     if add_to_schema(dataset, fields) or not all(map(dataset.has_field, fields)):
-        dataset.reload()
+        try:
+            dataset.reload()
+        except FieldDoesNotExist as error:
+            raise ArgumentError(
+                f"Samples of {dataset.name} have values in fields that are not declared, which FiftyOne may lose if "
+                f"several programs add fields at the same time: {error}. Repair the dataset with 'Repair dataset' in "
+                f"the App, or `fiftyone-mobilesamv2 repair {dataset.name}`."
+            ) from error
     for name, new in fields.items():
         field = dataset.get_field(name)
         same = isinstance(field, new.ftype)

@@ -85,6 +85,15 @@ def test_fields_of_another_type_are_refused(dataset):
             declare_fields(dataset, {name: new})
 
 
+def test_dataset_that_must_be_repaired_is_refused(dataset):
+    add_samples(dataset)
+    held = dataset.first()
+    dataset._sample_collection.update_many({}, {"$set": {"stray": 3}})
+    with pytest.raises(ValueError, match=rf"stray.* Repair the dataset .*fiftyone-mobilesamv2 repair {dataset.name}"):
+        declare_fields(dataset, {"share": NewField(fo.FloatField)})
+    del held
+
+
 def test_values_of_undeclared_fields_are_deleted(dataset):
     """FiftyOne has lost the field, so it can't delete its values."""
     add_samples(dataset, 2)
