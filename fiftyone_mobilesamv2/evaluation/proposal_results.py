@@ -83,11 +83,17 @@ class ProposalResults(foud.DetectionResults):
 
     @property
     def gt_field(self) -> str:
-        """The field of the objects, by its current name.
+        """The field of the objects, by its current name. Raises ValueError if it is gone or can't be recognized."""
+        return self.field_in(self.samples, "gt_field")
 
-        Raises:
-            ValueError: it is gone or can't be recognized, or the view that was evaluated needs a field that is gone.
-        """
+    def field_in(self, samples: SampleCollection, role: str) -> str:
+        """The current name of the "gt_field" or "pred_field". Raises ValueError likewise."""
+        all_ids = (self._ytrue_ids_orig, self._ypred_ids_orig) if self.has_subset else (self.ytrue_ids, self.ypred_ids)
+        name: str = self.backend.current_field(samples, role, all_ids[role == "pred_field"])
+        return name
+
+    def _filterable_samples(self) -> SampleCollection:
+        """`samples`. Raises ArgumentError if they are a view that needs a field that is gone."""
         if view_stages(self.samples) and not is_generated(self.samples):
             try:
                 restored_view(root_dataset(self.samples), serialized_view(self.samples))
@@ -96,13 +102,7 @@ class ProposalResults(foud.DetectionResults):
                     f"The view of evaluation '{self.key}' needs a field that was renamed or deleted: {error}. Rename "
                     "the field back, or evaluate again."
                 ) from error
-        return self.field_in(self.samples, "gt_field")
-
-    def field_in(self, samples: SampleCollection, role: str) -> str:
-        """The current name of the "gt_field" or "pred_field". Raises ValueError likewise."""
-        all_ids = (self._ytrue_ids_orig, self._ypred_ids_orig) if self.has_subset else (self.ytrue_ids, self.ypred_ids)
-        name: str = self.backend.current_field(samples, role, all_ids[role == "pred_field"])
-        return name
+        return self.samples
 
     def use_subset(self, subset_def: object) -> ProposalResults:
         for role in ("gt_field", "pred_field"):  # which FiftyOne reads
@@ -220,17 +220,17 @@ class ProposalResults(foud.DetectionResults):
             iou: 0.5, 0.55, ... or 0.95.
             k: default: the largest K of the run.
         """
-        missed, gt_field = ~self._found(iou, k), self.gt_field
+        missed, samples, gt_field = ~self._found(iou, k), self._filterable_samples(), self.gt_field
         states, ranks = (f"{self.key}{end}" for end in ("", "_rank"))
         has_attributes = self.config.stored_as == self.key  # otherwise, storing or renaming them was interrupted
-        has_attributes &= self.samples.has_field(f"{label_root(self.samples, gt_field)[0]}.{ranks}")
+        has_attributes &= samples.has_field(f"{label_root(samples, gt_field)[0]}.{ranks}")
         if self.has_subset or _threshold_index(iou) or not has_attributes:
             return self._objects(missed)
         # The labels' attributes contain the same information, and MongoDB compares them faster than a long list of ids.
         not_found = F(states) == "fn"
         if k is not None:
             not_found |= F(ranks) > k
-        return with_lists(self.samples, gt_field).filter_labels(gt_field, not_found)
+        return with_lists(samples, gt_field).filter_labels(gt_field, not_found)
 
     def compare(self, other: ProposalResults, iou: float = 0.5, k: int | None = None) -> FoundDifference:
         """The objects that this run finds with an image's `k` best-ranked proposals but `other` doesn't, and vice
@@ -262,7 +262,8 @@ class ProposalResults(foud.DetectionResults):
 
     def _objects(self, chosen: MaskArray) -> fo.DatasetView:
         ids = [ObjectId(id) for id in self.ytrue_ids[chosen]]
-        return with_lists(self.samples, self.gt_field).filter_labels(self.gt_field, F("_id").is_in(ids))
+        samples = with_lists(self._filterable_samples(), self.gt_field)
+        return samples.filter_labels(self.gt_field, F("_id").is_in(ids))
 
     @classmethod
     def _from_dict(

@@ -56,7 +56,9 @@ def evaluate_proposals(
 ) -> ProposalResults:
     """Evaluates class-agnostic proposals against ground truth: AR@K by COCO's rules.
 
-    An earlier run with the same key is replaced only after all images have been measured.
+    An earlier run with the same key keeps its results and attributes until all images have been measured and the new
+    results are stored. If storing is interrupted after that, the run has the new results, but its attributes on labels
+    and samples are incomplete until it is evaluated again.
 
     An image with an unusable label (a file that is not a mask, a score that is not a number, a mask that isn't cropped
     to its box) is skipped, logged and listed in `results.skipped`. Masks of proposals whose boxes overlap no object are
@@ -88,6 +90,7 @@ def evaluate_proposals(
     Raises:
         ValueError: a field is missing or of the wrong type; a mask, a score or an area is missing; a field that the run
             would store exists and does not belong to an earlier run with this key; or all images were skipped.
+        StorageError: a sample's document has no room for the results.
     """
     ray_cluster = Cluster.of(cluster, workers)
     method = ProposalEvaluationConfig(
