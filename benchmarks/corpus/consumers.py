@@ -223,12 +223,11 @@ class Consuming:
         self.folder.mkdir()
         os.mkfifo(self.folder / "pipe")
         Image.new("RGB", (WIDTH, HEIGHT), "white").save(self.folder / "0.png")
-        for kind in ("Detections",):
-            for field in (PREDICTIONS, GROUND_TRUTH):
-                for label in stored(kind, field)["detections"]:
-                    _, _, w, h = label["bounding_box"]
-                    size = round(w * WIDTH), round(h * HEIGHT)
-                    Image.new("L", size, 255).save(self.folder / f"mask-{label['_id']}.png")
+        for field in (PREDICTIONS, GROUND_TRUTH):
+            for label in stored("Detections", field)["detections"]:
+                _, _, w, h = label["bounding_box"]
+                size = round(w * WIDTH), round(h * HEIGHT)
+                Image.new("L", size, 255).save(self.folder / f"mask-{label['_id']}.png")
         # What good images get; and this imports everything, before memory is limited.
         self.reference = {kind: self._numbers(kind) for kind in self.consumer.kinds}
 

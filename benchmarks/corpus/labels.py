@@ -30,6 +30,7 @@ _BOMB = zlib.compress(bytes(2**27), 9)
 _VALUES = [
     *VALUES,
     *(b"", b"junk", _BOMB, ObjectId(), datetime(2020, 1, 1), Decimal128("0.5"), bson.Regex("a"), {"_cls": "Detection"}),
+    *("Detection", "Polyline", "Keypoint", "Detections"),
     *(FOLDER, f"{FOLDER}/pipe", f"{FOLDER}/0.png", "/dev/zero", f"{FOLDER}/missing.png"),
 ]
 

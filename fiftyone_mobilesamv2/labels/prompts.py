@@ -38,6 +38,9 @@ def prompts_of(labels: Sequence[Document]) -> fol.Label | None:
     if not labels:
         return None
     prompts = [_prompt_of(label) for label in labels]
+    for label in labels:
+        if label["_cls"] != labels[0]["_cls"]:
+            raise LabelError(f"{name_of(label)} is not of the same type as {name_of(labels[0])}")
     return fol.Keypoints(keypoints=prompts) if labels[0]["_cls"] == "Keypoint" else fol.Detections(detections=prompts)
 
 

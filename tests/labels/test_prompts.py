@@ -56,6 +56,11 @@ def test_unusable_prompt_is_named(label, message):
     assert str(ID) in str(error.value) and len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
+def test_prompts_of_different_types_are_refused():
+    with pytest.raises(ValueError, match=f"Keypoint {ID} is not of the same type as Detection"):
+        prompts_of([box([0.1, 0.1, 0.5, 0.5]), clicks([[0.3, 0.4]])])
+
+
 def test_hidden_points_are_dropped():
     (keypoint,) = prompts_of([clicks([[0.25, 0.5], [None, None], [float("nan"), 0.5], [0.75, 1]])]).keypoints
     points, inside = keypoint_prompt(keypoint)
