@@ -150,10 +150,16 @@ class Faults:
             log = (self.folder / "runs.log").read_text()
             raise RuntimeError(f"A run ended with {process.exitcode}:\n{log[-2000:]}")
 
-    def wait_until_stored(self, field: str, share: float, process: multiprocessing.Process) -> None:
-        """Waits until this share of the samples has labels. Raises RuntimeError if the run has ended by then."""
-        wanted = share * len(self.reference)
-        while self.dataset._sample_collection.count_documents({field: {"$ne": None}}) < wanted:
+    def wait_until_stored(
+        self, field: str, share: float, process: multiprocessing.Process, replaced: Collection[str] = ()
+    ) -> None:
+        """Waits until this share of the samples has labels. Raises RuntimeError if the run has ended by then.
+
+        Args:
+            replaced: the marks of the labels that are to be replaced; they do not count.
+        """
+        wanted, query = share * len(self.reference), {f"{field}.run_id": {"$nin": [None, *replaced]}}
+        while self.dataset._sample_collection.count_documents(query) < wanted:
             if not process.is_alive():
                 raise RuntimeError("A run ended before a fault could be injected: use more scenes")
             time.sleep(0.01)
@@ -196,6 +202,10 @@ class Faults:
             if name.startswith("field_"):
                 files -= set(self.mask_paths(name))
         return len(files.difference(replaced))
+
+    def marks(self, field: str) -> list[str]:
+        """The marks of the runs that made the labels of a field."""
+        return self.dataset._sample_collection.distinct(f"{field}.run_id")
 
     def mask_paths(self, field: str) -> list[str]:
         """The files that the labels of a field refer to."""

@@ -201,9 +201,10 @@ def suspend(faults: Faults, replace: bool, times: int = 3) -> Fault:
         elif not replace:
             field = faults.field()
         files.update(faults.mask_paths(field))
+        old = faults.marks(field)
         suspended = faults.start(field, True, setting=setting, replace=replace)
-        # It takes half a second to start; what it is doing when it is suspended differs.
-        suspended.join(faults.random.uniform(0.3, 0.6) * faults.seconds)
+        faults.wait_until_stored(field, (number + 1) / (times + 2), suspended, old)
+        time.sleep(faults.random.uniform(0, 0.3))  # so that it is suspended at different places
         os.kill(suspended.pid, signal.SIGSTOP)
         files.update(faults.mask_paths(field))
         time.sleep(setting.max_silence + 1)
@@ -229,7 +230,7 @@ def unequal_clocks(faults: Faults) -> Fault:
     faults.finish(field, False)
     old = faults.ids(field)
     process = faults.start(field, False, setting=Setting(clock=3600), replace=True)
-    process.join(0.6 * faults.seconds)
+    faults.wait_until_stored(field, 0.4, process, faults.marks(field))
     process.kill()
     process.join()
     half = {id: label for id, label in faults.ids(field).items() if old.get(id) != label}
