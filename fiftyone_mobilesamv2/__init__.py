@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
     from fiftyone.plugins.context import PluginContext
 
+    from fiftyone_mobilesamv2.curation.repair import repair
     from fiftyone_mobilesamv2.evaluation.coco import load_coco
     from fiftyone_mobilesamv2.evaluation.lvis import load_lvis
     from fiftyone_mobilesamv2.evaluation.proposals import evaluate_proposals
     from fiftyone_mobilesamv2.modeling.masks import Segmentation
     from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2
+    from fiftyone_mobilesamv2.runs.deletion import delete_masks
     from fiftyone_mobilesamv2.runs.record import failed_samples, recorded_runs
     from fiftyone_mobilesamv2.runs.segment import segment_everything
     from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
@@ -35,6 +37,8 @@ _EXPORTS = {
     "recorded_runs": "fiftyone_mobilesamv2.runs.record",
     "failed_samples": "fiftyone_mobilesamv2.runs.record",
     "segment_everything": "fiftyone_mobilesamv2.runs.segment",
+    "delete_masks": "fiftyone_mobilesamv2.runs.deletion",
+    "repair": "fiftyone_mobilesamv2.curation.repair",
     "load_coco": "fiftyone_mobilesamv2.evaluation.coco",
     "load_lvis": "fiftyone_mobilesamv2.evaluation.lvis",
     "Segmentation": "fiftyone_mobilesamv2.modeling.masks",
@@ -43,6 +47,7 @@ _EXPORTS = {
 __all__ = [
     "MobileSAMv2",
     "Segmentation",
+    "delete_masks",
     "download_model",
     "evaluate_proposals",
     "failed_samples",
@@ -51,6 +56,7 @@ __all__ = [
     "load_model",
     "parse_parameters",
     "recorded_runs",
+    "repair",
     "resolve_input",
     "segment_everything",
 ]
