@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import fiftyone.core.odm as foo
 from bson import ObjectId
+from fiftyone.core.runs import Run
 from gridfs.errors import NoFile
 
 from ..errors import ArgumentError, Failure
-from ..fiftyone_internals import Document, dataset_id, is_frame_field, reload_list_of_runs, root_dataset
+from ..fiftyone_internals import (
+    Document,
+    dataset_id,
+    is_frame_field,
+    reload_list_of_runs,
+    replace_run_results,
+    root_dataset,
+)
 from ..labels.fields import RUN_ID
 from .liveness import is_alive, server_time
 from .marks import count_marked, marks_in
@@ -201,7 +209,7 @@ def copy_to_fiftyone(dataset: fo.Dataset, label_field: str) -> None:
         if key not in dataset.list_runs():
             dataset.register_run(key, dataset.init_run(method=_METHOD, label_field=label_field))
         results = dataset.init_run_results(key, runs=[document_of(run) for run in runs])
-        dataset.save_run_results(key, results, cache=False)
+        replace_run_results(Run, dataset, key, results, cache=False)
         recorded = collection().distinct("dataset_id")
         deleted = set(recorded) - set(foo.get_db_conn().datasets.distinct("_id"))
         collection().delete_many({"dataset_id": {"$in": list(deleted)}})
