@@ -210,7 +210,7 @@ def test_only_one_of_many_simultaneous_runs_starts(labeled):
 
 
 def test_shards_are_reported_as_one_run(labeled):
-    failures = [Failure("a", "a.png", "why")]
+    failures = [Failure("a" * 24, "a.png", "why")]
     parts = [shard_run(0), shard_run(1), shard_run(1), shard_run(2)]
     parts[1].failures, parts[1].num_failures = failures, 1
     parts[3].images = 0  # no sample belongs to this shard
@@ -284,7 +284,7 @@ def test_failed_samples_can_be_retried(images, model, tmp_path):
 
 def test_record_limits_the_number_of_failures(labeled, monkeypatch):
     monkeypatch.setattr(segmentation_runs, "_MAX_FAILURES", 3)
-    many = [Failure(f"{i}", f"{i}.png", "why") for i in range(5)]
+    many = [Failure(f"{i:024x}", f"{i}.png", "why") for i in range(5)]
     (found,) = start(labeled, run(failures=many, num_failures=5))
     assert found.failures == many[:3] and found.num_failures == 5
 
