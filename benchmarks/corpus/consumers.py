@@ -32,6 +32,7 @@ from labels import (
 NEIGHBOURS = 4  # good images beside a batch's cases
 MAX_LENGTH = 500  # of a cause, without paths in it
 _SHAPE = {"_id", "bounding_box", "points", "mask", "mask_path", "closed", "filled", "_cls"}
+_FLAGS = frozenset({"closed", "filled"})  # of a polyline
 _FINDINGS = {"duplicate_of", "part_of"}
 
 Skipped = Mapping[str, str]  # id of a sample -> cause
@@ -179,7 +180,13 @@ _PROMPT = {"_id", "_cls", "bounding_box", "points", "sam_labels", "tags", "label
 _VALIDATED = frozenset({"confidence", "index", "attributes", "mask_path"})
 CONSUMERS = {
     "evaluate_proposals": Consumer(
-        _evaluate, {PREDICTIONS: _SHAPE | {"confidence"}, GROUND_TRUTH: _SHAPE | {"iscrowd", "label", "frequency"}}
+        _evaluate,
+        # Proposals whose boxes overlap no object are not drawn.
+        {
+            PREDICTIONS: (_SHAPE | {"confidence"}) - _FLAGS,
+            GROUND_TRUTH: _SHAPE | {"iscrowd", "label", "frequency"},
+        },
+        validated=_FLAGS,
     ),
     "image_coverage": Consumer(_coverage, {PREDICTIONS: _SHAPE}),
     "find_unlabeled_objects": Consumer(

@@ -188,7 +188,9 @@ def covered(value: object) -> tuple[float, float] | None:
         if "points" in label:
             read = fo.Polyline(points=label["points"], closed=True, filled=True)
         else:
-            shape = {name: label.get(name) for name in ("bounding_box", "mask", "mask_path")}
+            shape = {name: label.get(name) for name in ("bounding_box", "mask")}
+            if shape["mask"] is None:  # otherwise the file is not read
+                shape["mask_path"] = label.get("mask_path")
             read = fo.Detection.from_dict({"_cls": "Detection"} | shape)
         drawn |= read.to_segmentation(frame_size=(WIDTH, HEIGHT)).mask > 0
         outline += 2 * np.abs(np.diff(corners, axis=0)).sum() + 2 * (WIDTH + HEIGHT) * ("points" in label)
