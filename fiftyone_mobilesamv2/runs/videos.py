@@ -73,8 +73,8 @@ def segment_videos(
                 with closing(read_frames(video.filepath, batch_size)) as batches:
                     for batch in batches:
                         _correct_size(video, batch[0])
-                        labels = model.predict_all(batch)
-                        video.add_labels(dict(enumerate(labels, stored + 1)), label_field=field_name)
+                        for number, label in enumerate(model.predict_all(batch), stored + 1):
+                            video.frames[number][field_name] = label
                         video.save()
                         stored += len(batch)
                         run.objects = model.num_labels
