@@ -76,7 +76,8 @@ def segment_videos(
                         _correct_size(video, batch[0])
                         labels = model.predict_all(batch)
                         check_claim(dataset, run)
-                        video.add_labels(dict(enumerate(labels, stored + 1)), label_field=field_name)
+                        for number, label in enumerate(labels, stored + 1):
+                            video.frames[number][field_name] = label
                         video.save()
                         stored += len(batch)
                         run.objects = model.num_labels

@@ -96,6 +96,9 @@ def test_rotated_video_is_segmented_as_it_is_shown(dataset, model, tmp_path):
     masks = [detection.mask for detection in video.frames[1].segmentations.detections]
     assert len(masks) == len(expected) > 0
     assert all(np.array_equal(mask, of_array) for mask, of_array in zip(masks, expected.masks))
+    count = dataset.count(f"{FIELD}.detections")
+    segment_everything(dataset, model, FIELD, replace=True, progress=False)
+    assert dataset.count(f"{FIELD}.detections") == count
     dataset.clone_frame_field("segmentations", "ground_truth")
     results = evaluate_proposals(dataset, FIELD, gt_field="frames.ground_truth", eval_key="ar", progress=False)
     assert results.skipped == [] and results.metrics()["AR@1000"] == 1
