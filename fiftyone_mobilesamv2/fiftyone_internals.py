@@ -245,9 +245,32 @@ def reload_list_of_runs(dataset: fo.Dataset) -> None:
     dataset._doc.reload("runs")
 
 
-def reload_schema(dataset: fo.Dataset) -> None:
-    """Reloads a dataset, but not its samples in memory, which fail to load if they have undeclared fields."""
-    dataset._reload(hard=True)
+def sync_schema(dataset: fo.Dataset) -> None:
+    """Declares the fields that other processes have added to a dataset, also for its samples in memory.
+
+    Unlike `Dataset.reload`, it does not load samples, which fails if one of them has an invalid value.
+    """
+    dataset._doc.reload()
+    _declare_in_memory(dataset, dataset._sample_doc_cls, dataset._doc.sample_fields, "")
+    if dataset._frame_doc_cls is not None:
+        _declare_in_memory(dataset, dataset._frame_doc_cls, dataset._doc.frame_fields, "")
+
+
+def declared_names(dataset: fo.Dataset, of_frames: bool) -> list[str]:
+    """The names, in the database, of the fields in the dataset's document, see :func:`sync_schema`."""
+    fields = dataset._doc.frame_fields if of_frames else dataset._doc.sample_fields
+    return [field.db_field or field.name for field in fields]
+
+
+def _declare_in_memory(dataset: fo.Dataset, documents: Any, fields: Sequence[SampleFieldDocument], root: str) -> None:
+    for field in fields or ():
+        path = f"{root}{field.name}"
+        known, _ = documents._get_field(path, allow_missing=True, check_default=True)
+        if known is None:
+            _, parent, _, _ = documents._parse_path(path)
+            parent._declare_field(dataset, path, field.to_field())
+        else:
+            _declare_in_memory(dataset, documents, field.fields, f"{path}.")
 
 
 def sample_collection(dataset: fo.Dataset) -> Collection[Document]:

@@ -14,16 +14,18 @@ import fiftyone.core.utils as fou
 from pymongo import UpdateOne
 
 from ..errors import ArgumentError
+from ..evaluation.run_fields import RunFields
 from ..fiftyone_internals import (
     FRAMES_PREFIX,
     Document,
     bulk_write,
+    declared_names,
     frame_collection,
     label_root,
-    reload_schema,
     root_dataset,
     sample_collection,
     split_frame_field,
+    sync_schema,
 )
 from ..labels.documents import Progress
 from ..labels.fields import label_fields
@@ -91,9 +93,9 @@ def repair(
     if mask_dir is not None and not Path(mask_dir).is_dir():
         raise ArgumentError(f"mask_dir={os.fspath(mask_dir)!r} is not a folder.")
     declared, emptied = _declare_lost_fields(dataset)
-    reload_schema(dataset)
+    sync_schema(dataset)
     declared += _declare_lost_attributes(dataset)
-    dataset.reload()
+    sync_schema(dataset)
     found, missing = 0, dict[str, int]()
     names = [
         name
@@ -108,11 +110,10 @@ def repair(
 # Lost fields --------------------------------------------------------------------------------------------------------
 def _declare_lost_fields(dataset: fo.Dataset) -> tuple[list[str], list[str]]:
     """Declares fields that have values; returns the names of the declared and the emptied ones."""
-    reload_schema(dataset)
+    sync_schema(dataset)
     declared, emptied = [], []
     for prefix, collection in _collections(dataset):
-        schema = (dataset.get_frame_field_schema if prefix else dataset.get_field_schema)(include_private=True)
-        known = ["_id", *(field.db_field or name for name, field in schema.items())]
+        known = ["_id", *declared_names(dataset, of_frames=bool(prefix))]
         for name, types in _types_of_unknown(collection, known).items():
             path = f"{prefix}{name}"
             types.discard(("null", None))
@@ -165,13 +166,12 @@ def _declare_lost_attributes(dataset: fo.Dataset) -> list[str]:
     """Declares the attributes of labels that evaluations have stored; returns their paths."""
     declared = []
     for key in dataset.list_evaluations():
-        for path in dataset.get_evaluation_info(key).config.build().get_fields(dataset, key):
-            if dataset.has_field(path):
-                continue
+        method = dataset.get_evaluation_info(key).config.build()
+        is_ours = isinstance(method, RunFields)
+        for path in method.stored_fields(dataset, key) if is_ours else method.get_fields(dataset, key):
             value = _some_value(dataset, path)
             ftype = next((ftype for kind, ftype in _ATTRIBUTE_TYPES if isinstance(value, kind)), None)
-            if ftype is not None:
-                add_to_schema(dataset, {path: NewField(ftype)})
+            if ftype is not None and add_to_schema(dataset, {path: NewField(ftype)}):
                 declared.append(path)
     return declared
 

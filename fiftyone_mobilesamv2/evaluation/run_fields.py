@@ -67,7 +67,7 @@ class RunFields(foud.DetectionEvaluation):
             set(self._attributes(dataset, eval_key, labels)),
         )
         if eval_key in evaluations:
-            names -= set(dataset.get_evaluation_info(eval_key).config.build()._stored_fields(dataset, eval_key))
+            names -= set(dataset.get_evaluation_info(eval_key).config.build().stored_fields(dataset, eval_key))
             attributes &= names
         taken = [name for name in sorted(names) if dataset.has_field(name)]
         if attributes and not taken:
@@ -161,7 +161,7 @@ class RunFields(foud.DetectionEvaluation):
         """All fields that a run stores in `dataset`, with attributes of these fields of labels."""
         return self._count_fields(dataset, eval_key) | self._attributes(dataset, eval_key, labels)
 
-    def _stored_fields(self, dataset: fo.Dataset, eval_key: str) -> list[str]:
+    def stored_fields(self, dataset: fo.Dataset, eval_key: str) -> list[str]:
         """All fields that this run has stored in `dataset`."""
         stored_as = self.config.stored_as or eval_key
         labels = self._stored_label_names(dataset, stored_as)
@@ -191,7 +191,7 @@ class RunFields(foud.DetectionEvaluation):
 
     def get_fields(self, samples: SampleCollection, eval_key: str, include_custom_metrics: bool = True) -> list[str]:
         dataset = source_dataset(samples)
-        fields = [name for name in self._stored_fields(dataset, eval_key) if dataset.has_field(name)]
+        fields = [name for name in self.stored_fields(dataset, eval_key) if dataset.has_field(name)]
         return fields + (self.get_custom_metric_fields(samples, eval_key) if include_custom_metrics else [])
 
     # Renaming and deleting ------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class RunFields(foud.DetectionEvaluation):
 
     def cleanup(self, samples: SampleCollection, eval_key: str) -> None:
         for dataset in datasets_of(samples):
-            delete_fields(dataset, self._stored_fields(dataset, eval_key))
+            delete_fields(dataset, self.stored_fields(dataset, eval_key))
         self._remove_undeclared(root_dataset(samples), eval_key)
         self.cleanup_custom_metrics(samples, eval_key)
         delete_empty_sidebar_group(samples, eval_key)

@@ -86,7 +86,7 @@ class RunStorage(RunFields):
             self._remove_attributes(dataset, temporary)
             raise
         self.config.stored_as = temporary
-        self.config.leftovers = list(dict.fromkeys([*earlier._stored_fields(dataset, eval_key), *fields]))
+        self.config.leftovers = list(dict.fromkeys([*earlier.stored_fields(dataset, eval_key), *fields]))
         replace_run_results(
             type(self),
             samples,
@@ -110,7 +110,7 @@ class RunStorage(RunFields):
         self._declare(dataset, eval_key)
         self._store_video_counts(samples, eval_key)
         for generated in datasets_of(samples)[1:]:
-            delete_fields(generated, earlier._stored_fields(generated, eval_key))
+            delete_fields(generated, earlier.stored_fields(generated, eval_key))
             self._store_in(generated, eval_key)
         self.config.stored_as, self.config.leftovers = eval_key, []
         self.update_run_config(samples, eval_key, self.config)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import fiftyone.core.fields as fof
 import fiftyone.core.labels as fol
 import fiftyone.core.odm as foo
-from mongoengine.errors import FieldDoesNotExist
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import (
@@ -25,9 +24,9 @@ from ..fiftyone_internals import (
     frame_collection,
     label_root,
     label_type,
-    reload_schema,
     sample_collection,
     split_frame_field,
+    sync_schema,
 )
 
 if TYPE_CHECKING:
@@ -50,17 +49,10 @@ def declare_fields(dataset: fo.Dataset, fields: Mapping[str, NewField]) -> None:
     Call it before and after storing values: while they are stored, FiftyOne may lose a field in another process.
 
     Raises:
-        ArgumentError: a field exists and is of another type; or the dataset must be repaired first.
+        ArgumentError: a field exists and is of another type.
     """
     if add_to_schema(dataset, fields) or not all(map(dataset.has_field, fields)):
-        try:
-            dataset.reload()
-        except FieldDoesNotExist as error:
-            raise ArgumentError(
-                f"Samples of {dataset.name} have values in fields that are not declared, which FiftyOne may lose if "
-                f"several programs add fields at the same time: {error}. Repair the dataset with 'Repair dataset' in "
-                f"the App, or `fiftyone-mobilesamv2 repair {dataset.name}`."
-            ) from error
+        sync_schema(dataset)
     for name, new in fields.items():
         field = dataset.get_field(name)
         same = isinstance(field, new.ftype)
@@ -92,7 +84,7 @@ def delete_fields(dataset: fo.Dataset, names: Iterable[str]) -> None:
     Raises:
         ValueError: a field is read-only.
     """
-    reload_schema(dataset)  # another process may have changed it
+    sync_schema(dataset)  # another process may have changed it
     declared: dict[bool, list[str]] = {False: [], True: []}
     for name in names:
         path, of_frames = split_frame_field(dataset, name)
@@ -104,7 +96,6 @@ def delete_fields(dataset: fo.Dataset, names: Iterable[str]) -> None:
         dataset.delete_sample_fields(declared[False])
     if declared[True]:
         dataset.delete_frame_fields(declared[True])
-    dataset.reload()
 
 
 def unset(dataset: fo.Dataset, name: str) -> None:

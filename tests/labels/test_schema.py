@@ -85,13 +85,23 @@ def test_fields_of_another_type_are_refused(dataset):
             declare_fields(dataset, {name: new})
 
 
-def test_dataset_that_must_be_repaired_is_refused(dataset):
-    add_samples(dataset)
-    held = dataset.first()
-    dataset._sample_collection.update_many({}, {"$set": {"stray": 3}})
-    with pytest.raises(ValueError, match=rf"stray.* Repair the dataset .*fiftyone-mobilesamv2 repair {dataset.name}"):
-        declare_fields(dataset, {"share": NewField(fo.FloatField)})
-    del held
+def test_samples_in_memory_get_the_fields(dataset):
+    """Even if one of them has a value that FiftyOne can't load."""
+    add_samples(dataset, 2)
+    held, bad = list(dataset)
+    dataset._sample_collection.update_one({"_id": bad._id}, {"$set": {"boxes.detections.0.tags": 5, "stray": 1}})
+    other = fo.load_dataset(dataset.name)
+    declare_fields(dataset, FIELDS)
+    assert held.share is None and held.masks is None and other.has_field("share")
+    held["share"] = 0.5
+    held.boxes.detections[0].rank = 3
+    held.save()
+    assert dataset.values("share") == [0.5, None]
+    assert dataset.match_labels(filter=fo.ViewField("rank") > 2, fields="boxes").values("id") == [held.id]
+    del bad  # FiftyOne loads the samples in memory when it deletes fields
+    dataset._sample_collection.update_many({"stray": 1}, {"$unset": {"stray": ""}, "$set": {"boxes": None}})
+    delete_fields(dataset, ["share", "boxes.detections.rank"])
+    assert not dataset.has_field("share") and not held.has_field("share")
 
 
 def test_values_of_undeclared_fields_are_deleted(dataset):
