@@ -228,7 +228,7 @@ def reproduction_datasets():
     [
         (["--annotations", "missing.json"], "missing.json"),
         (["--annotations", "notes.json"], "notes.json: it isn't in COCO format"),
-        (["--images", "missing"], "3 of the 3 images .* don't exist: missing/000.png"),
+        (["--images", "missing"], "3 of the 3 images .* don't exist: 'missing/000.png'"),
         (["--model", "mobilesamv2-huge-torch"], "Unknown model 'mobilesamv2-huge-torch'"),
         (["--output", "notes.json"], "notes.json"),
     ],

@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fiftyone_mobilesamv2.operators import OPERATORS
+from fiftyone_mobilesamv2.runs.claims import on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun
 
 FORMS = [operator.identifier for operator in OPERATORS if operator.identifier != "cancel"]
 STATES = [  # parameters that make other inputs appear
@@ -41,6 +43,8 @@ FITS = {  # FiftyOne's input type -> whether a value fits
 def requests(scenes):
     """(samples, request arguments): scenes with ground truth and proposals, with no label or one label selected."""
     scenes.clone_sample_field("ground_truth", "segmentations")
+    with on_record(scenes, SegmentationRun("segmentations", {}, images=1)):
+        pass
     first = scenes.first()
     label = {"label_id": first.segmentations.detections[0].id, "sample_id": first.id, "field": "segmentations"}
     return [(scenes, {}), (scenes, {"selected_labels": [label]})]

@@ -123,7 +123,7 @@ def test_skipped_images_are_reported(plugin, curated):
     sample.segmentations.detections[0].bounding_box = [0, 0, 0, 0]
     sample.save()
     text, calls = plugin.run_to_the_end(NAME, curated)
-    assert "**6 objects" in text and f"**1 image skipped.** The first: `{sample.filepath}`" in text
+    assert "**6 objects" in text and f"**1 image skipped.** The first: `{sample.filepath}: " in text
     button = calls["show_output"]["outputs"]["type"]["properties"]["button_0"]["view"]
     assert button["params"] == {"samples": [sample.id]}
 
