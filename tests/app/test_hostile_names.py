@@ -27,7 +27,9 @@ RUNS = {  # what each operator's form needs, by the labels of its inputs
 @pytest.fixture
 def hostile(scenes, tmp_path):
     """The scenes with such names. The last image can't be read, so that summaries name its file."""
-    dataset = scenes.clone(f"d{HOSTILE}{uuid.uuid4().hex[:4]}", persistent=True)
+    # Without a slash, with which the App's addresses don't work.
+    name = f"d`![p](leak)[p](leak)<img src=leak>{uuid.uuid4().hex[:4]}"
+    dataset = scenes.clone(name, persistent=True)
     folder = tmp_path / "`![p](leak)[p](leak)<img src=leak>`"
     folder.mkdir()
     (folder / "<img src=leak>`![p](leak).png").write_bytes(b"damaged")
