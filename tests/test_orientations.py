@@ -65,6 +65,7 @@ def full_masks(sample):
     return np.array(masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", ["missing", "FiftyOne's", "as stored in the file"])
 def test_masks_are_used_as_they_were_made(turned, tmp_path, metadata):
     if metadata == "FiftyOne's":
@@ -90,6 +91,7 @@ def test_masks_are_used_as_they_were_made(turned, tmp_path, metadata):
         assert sizes == [shown(sample) for sample in turned]
 
 
+@pytest.mark.slow
 def test_mask_of_the_image_as_stored_has_its_cause_in_the_message(turned):
     """A label that was placed on the image before its orientation is applied can't be used."""
     sideways = turned.match_tags("png").match_tags("6")

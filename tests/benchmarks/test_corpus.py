@@ -48,6 +48,7 @@ def modules(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_worker_that_dies_or_hangs_is_started_again(modules):
     from workers import Worker, WorkerError
 
@@ -95,6 +96,7 @@ def test_file_that_is_loaded_wrongly_is_noticed(mongod, modules, tmp_path):
             loading([json.dumps(content)])
 
 
+@pytest.mark.slow
 def test_label_that_is_used_wrongly_is_noticed(mongod, modules, tmp_path):
     from consumers import Consuming
     from labels import PREDICTIONS, Case, stored

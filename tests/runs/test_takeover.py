@@ -90,7 +90,7 @@ def suspend_before_the_fourth_update(monkeypatch, meanwhile):
     monkeypatch.setattr(pipeline, "_update_sample", suspended_update)
 
 
-@pytest.mark.parametrize("includes_it", [True, False])
+@pytest.mark.parametrize("includes_it", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_suspended_run_stores_no_labels_without_files(images, on_disk, tmp_path, monkeypatch, includes_it):
     """Another run deletes its files, and segments the image itself, or does not."""
     suspended = []
@@ -111,6 +111,7 @@ def test_suspended_run_stores_no_labels_without_files(images, on_disk, tmp_path,
     assert all(images.values("own")) and files_in(tmp_path) == referred_to(images)
 
 
+@pytest.mark.slow
 def test_suspended_run_does_not_replace_labels_of_a_later_run(images, on_disk, tmp_path, monkeypatch):
     segment_everything(images, on_disk, "own")
     known, later = referred_to(images), []
@@ -170,7 +171,7 @@ def test_replacement_is_continued_whatever_the_clocks_say(images, model):
 @pytest.mark.parametrize(
     "way",
     [
-        "rename",
+        pytest.param("rename", marks=pytest.mark.slow),
         pytest.param("copy", marks=pytest.mark.slow),
         pytest.param("clone", marks=pytest.mark.slow),
         "killed clone",
@@ -213,6 +214,7 @@ def test_masks_of_unknown_runs_are_reported(images, model, caplog):
     assert f"'own' has masks of unknown runs ({mark})" in caplog.text
 
 
+@pytest.mark.slow
 def test_parameters_of_replaced_labels_do_not_matter(images, model):
     other = zoo.load_model(MODEL, device="cpu", max_masks=3)
     segment_everything(images.limit(2), other, "own")
@@ -237,6 +239,7 @@ def test_counts_of_a_killed_run_are_those_of_its_labels(images, model):
     assert found.objects == killed.objects + rest.objects
 
 
+@pytest.mark.slow
 def test_files_of_a_killed_run_are_deleted_after_its_field_was_renamed(images, on_disk, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "settle", lambda *args: 0)
@@ -250,6 +253,7 @@ def test_files_of_a_killed_run_are_deleted_after_its_field_was_renamed(images, o
     assert files_in(tmp_path) == referred_to(images, "renamed") != set()
 
 
+@pytest.mark.slow
 def test_field_renamed_during_a_run_keeps_no_files_without_labels(images, on_disk, tmp_path, monkeypatch):
     def rename(sample_id):
         fo.load_dataset(images.name).rename_sample_field("own", "renamed")

@@ -38,6 +38,7 @@ def frames_of(path):
 
 
 @needs_ffmpeg
+@pytest.mark.slow
 def test_unreadable_videos_are_listed_and_the_others_stored(dataset, model, tmp_path):
     content = bytearray(write_video(tmp_path / "first.mp4", 3).read_bytes())
     shutil.copy(tmp_path / "first.mp4", tmp_path / "last.mp4")
