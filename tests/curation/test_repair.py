@@ -12,6 +12,8 @@ from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.curation.coverage import image_coverage
 from fiftyone_mobilesamv2.curation.repair import repair
 from fiftyone_mobilesamv2.evaluation.proposals import evaluate_proposals
+from fiftyone_mobilesamv2.runs.deletion import delete_masks
+from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.runs.segment import segment_everything
 from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
 
@@ -126,3 +128,26 @@ def test_moved_masks_are_found(dataset, tmp_path):
     assert [label.get_mask().tolist() for label in found] == [
         each for label, each in zip(dataset.first().own.detections, pixels) if label in found
     ]
+
+
+def test_exported_dataset_has_its_masks_and_records(dataset, tmp_path):
+    """FiftyOne exports the files of masks, and the labels tell which run made them."""
+    Image.fromarray(make_scene(TEST_SEED, 0).image).save(tmp_path / "0.png")
+    dataset.add_sample(fo.Sample(str(tmp_path / "0.png")))
+    masks, export = tmp_path / "masks", tmp_path / "export"
+    model = zoo.load_model("mobilesamv2-demo-torch", device="cpu", masks_on_disk=True, mask_dir=str(masks))
+    run = segment_everything(dataset, model, "own")
+    dataset.export(export_dir=str(export), dataset_type=fo.types.FiftyOneDataset)
+    delete_masks(dataset, "own", progress=False)
+    moved = shutil.move(export, tmp_path / "elsewhere")
+    imported = fo.Dataset.from_dir(str(moved), dataset_type=fo.types.FiftyOneDataset)
+    try:
+        paths = imported.values("own.detections.mask_path", unwind=True)
+        assert len(paths) == run.objects and all(Path(path).is_relative_to(moved) for path in paths)
+        assert repair(imported, progress=False).is_sound
+        (recorded,) = recorded_runs(imported, "own")
+        assert (recorded.run_id, recorded.parameters) == (run.run_id, run.parameters)
+        with pytest.raises(ValueError, match="made with other parameters"):
+            segment_everything(imported, zoo.load_model(model.config.name, device="cpu", max_masks=3), "own")
+    finally:
+        imported.delete()
