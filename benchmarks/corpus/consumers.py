@@ -120,8 +120,8 @@ def _promote(dataset: Any, folder: Path) -> tuple[Skipped, Mapping[str, object]]
     if again.promoted or again.already != first.promoted:
         raise AssertionError(f"{again} promoted again what {first} had promoted")
     tags = _values(dataset, PREDICTIONS, "tags")
-    made = _values(dataset, GROUND_TRUTH, "label")
-    return _causes(first.skipped), {id: (tags[id], made[id]) for id in tags}
+    names = _values(dataset, GROUND_TRUTH, "label")
+    return _causes(first.skipped), {id: (tags[id], names[id].count("new")) for id in tags}
 
 
 def _dismiss(dataset: Any, folder: Path) -> tuple[Skipped, Mapping[str, object]]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import zoo
 from fiftyone_mobilesamv2.errors import Cancelled, FieldBusyError
-from fiftyone_mobilesamv2.runs import pipeline
+from fiftyone_mobilesamv2.runs import claims, pipeline
 from fiftyone_mobilesamv2.runs.claims import mark_abandoned, on_record
 from fiftyone_mobilesamv2.runs.record import (
     SegmentationRun,
@@ -78,6 +78,7 @@ def consider_dead(dataset):
 
 def suspend_before_the_fourth_update(monkeypatch, meanwhile):
     """Calls `meanwhile` after the files of the fourth image were written, just before the database refers to them."""
+    monkeypatch.setattr(claims, "_HEARTBEAT", 3600)  # a suspended run sends none
     update, calls = pipeline._update_sample, []
 
     def suspended_update(dataset, sample_id, *args):
