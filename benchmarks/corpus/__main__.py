@@ -88,7 +88,7 @@ def _batches(name: str, count: int) -> Iterator[Sequence[Any]]:
     fields = tuple(name for name in (PREDICTIONS, GROUND_TRUTH) if name in consumer.reads)
     cases = _labels(count, consumer.kinds, fields)
     for kind in consumer.kinds:
-        of_kind = [case for case in cases if case.kind == kind]
+        of_kind = [case for case in cases if case.kind == kind == consumer.kind_in(case.field, kind)]
         for start in range(0, len(of_kind), BATCH):
             yield of_kind[start : start + BATCH]
 

@@ -50,6 +50,8 @@ class Consumer:
         changes: attributes of labels that it may change.
         validated: further attributes of labels that must be of FiftyOne's types.
         by_id: whether it reads only the labels whose ids are given.
+        optional: attributes that labels need not have.
+        of_detections: fields that contain detections, whatever kind of labels the others contain.
     """
 
     call: Call
@@ -58,6 +60,12 @@ class Consumer:
     changes: frozenset[str] = frozenset()
     validated: frozenset[str] = frozenset()
     by_id: bool = False
+    optional: frozenset[str] = frozenset()
+    of_detections: frozenset[str] = frozenset()
+
+    def kind_in(self, field: str, kind: str) -> str:
+        """The kind of labels of a field in a dataset of labels of this kind."""
+        return "Detections" if field in self.of_detections else kind
 
 
 # Calls ---------------------------------------------------------------------------------------------------------------
@@ -203,10 +211,16 @@ CONSUMERS = {
         changes=_TAGS | _FINDINGS,
     ),
     "promote_to_labels": Consumer(
-        _promote, {PREDICTIONS: _SHAPE | {"tags"}, GROUND_TRUTH: {"promoted_from"}}, changes=_TAGS, by_id=True
+        _promote,
+        {PREDICTIONS: _SHAPE | {"tags"}, GROUND_TRUTH: {"promoted_from"}},
+        changes=_TAGS,
+        by_id=True,
+        of_detections=frozenset({PREDICTIONS}),  # proposals of which some are promoted; objects may be polylines
     ),
     "dismiss": Consumer(_dismiss, {PREDICTIONS: {"_id", "tags"}}, changes=_TAGS, by_id=True),
-    "export_masks": Consumer(_export, {PREDICTIONS: _SHAPE | SCORES | {"label", "iscrowd"}}),
+    "export_masks": Consumer(
+        _export, {PREDICTIONS: _SHAPE | SCORES | {"label", "iscrowd"}}, optional=frozenset(SCORES)
+    ),
     "segment_anything": Consumer(
         _Prompts(False), {PREDICTIONS: _PROMPT}, ("Detections", "Keypoints"), validated=_VALIDATED
     ),
@@ -327,15 +341,14 @@ class Consuming:
             (found, *_), (pixels, outline) = numbers[str(id)], expected
             differs = abs((found or 0) * WIDTH * HEIGHT - pixels) > outline
             _expect(not differs, f"{found} of the image is covered, not {pixels} pixels: {shown}")
-        for defect in defects(case.value, reads, consumer.by_id):
+        for defect in defects(case.value, reads, consumer.optional, consumer.by_id):
             _expect(False, f"used although {defect}: {shown}")
         return "used"
 
     def _dataset(self, kind: str, cases: Mapping[int, Case]) -> tuple[Any, dict[int, ObjectId]]:
         """A dataset of the cases' images and of good ones, and the id of each; good ones have negative numbers."""
         dataset = self.fo.Dataset(f"corpus-{uuid.uuid4().hex}")
-        # Proposals of which some are promoted are detections; objects may be polylines.
-        kinds = {PREDICTIONS: "Detections" if self.name == "promote_to_labels" else kind, GROUND_TRUTH: kind}
+        kinds = {field: self.consumer.kind_in(field, kind) for field in (PREDICTIONS, GROUND_TRUTH)}
         for field, its_kind in kinds.items():
             dataset.add_sample_field(field, self.fo.EmbeddedDocumentField, embedded_doc_type=getattr(self.fo, its_kind))
         good = range(-NEIGHBOURS, 0)
@@ -354,7 +367,7 @@ class Consuming:
         updates = []
         for number, id in ids.items():
             values: Document = {field: stored(its_kind, field) for field, its_kind in kinds.items()}
-            if number in cases and cases[number].kind == kinds[cases[number].field]:
+            if number in cases:
                 values[cases[number].field] = cases[number].value
             updates.append((id, self._own(values, {})))
         from pymongo import UpdateOne

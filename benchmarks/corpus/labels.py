@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -118,12 +118,14 @@ def labels_in(value: object) -> list[Document]:
 SCORES = {"confidence", "predicted_iou", "stability"}
 
 
-def defects(value: object, attributes: set[str], only_with_ids: bool) -> Iterator[str]:
+def defects(value: object, attributes: set[str], optional: Collection[str], only_with_ids: bool) -> Iterator[str]:
     """What makes the labels of a field's value unusable for something that reads these attributes."""
     for label in labels_in(value):
         if only_with_ids and not isinstance(label.get("_id"), ObjectId):
             continue
         for name in sorted(attributes):
+            if name in optional and label.get(name) is None:
+                continue
             if not _is_valid(label, name):
                 yield f"{name}={label.get(name)!r:.200}"
 
