@@ -90,8 +90,7 @@ def repair(
         progress: as elsewhere in FiftyOne.
     """
     dataset = root_dataset(samples)
-    if mask_dir is not None and not Path(mask_dir).is_dir():
-        raise ArgumentError(f"mask_dir={os.fspath(mask_dir)!r} is not a folder.")
+    check_mask_dir(mask_dir)
     declared, emptied = _declare_lost_fields(dataset)
     sync_schema(dataset)
     declared += _declare_lost_attributes(dataset)
@@ -105,6 +104,12 @@ def repair(
     for name in names:
         found += _find_files(dataset, name, mask_dir, missing, progress)
     return Repair(declared, emptied, found, missing)
+
+
+def check_mask_dir(mask_dir: str | os.PathLike[str] | None) -> None:
+    """Raises ArgumentError unless this is a folder, or None."""
+    if mask_dir is not None and not os.path.isdir(mask_dir):
+        raise ArgumentError(f"mask_dir={os.fspath(mask_dir)!r} is not a folder.")
 
 
 # Lost fields --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,11 @@ class RepairDataset(Operator):
     icon = "curate"
 
     def form(self, form: Form) -> None:
+        from ..curation.repair import check_mask_dir
+
         form.whole_dataset()
         form.text("mask_dir", None, "Folder of masks", "Where the folder of mask files was moved to, if it was moved")
+        check_mask_dir(form.values["mask_dir"])
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..curation.repair import repair

@@ -12,6 +12,8 @@ import pytest
 
 import fiftyone_mobilesamv2.modeling.mobilesamv2  # noqa: F401  its imports run processes and write files
 from fiftyone_mobilesamv2.operators import OPERATORS
+from fiftyone_mobilesamv2.runs.claims import on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun
 
 WHOLE = ("manage_models", "delete_masks", "repair_dataset")  # they don't work on selected samples
 FORMS = [operator.identifier for operator in OPERATORS if operator.identifier != "cancel"]
@@ -124,6 +126,8 @@ def test_recorders_see_hostile_commands_and_actions(dataset, tmp_path):
 def proposed(scenes):
     """Scenes with proposals, a selected label as the App sends it, and a view of patches."""
     scenes.clone_sample_field("ground_truth", "segmentations")
+    with on_record(scenes, SegmentationRun("segmentations", {}, images=1)):
+        pass
     first = scenes.first()
     label = {"label_id": first.segmentations.detections[0].id, "sample_id": first.id, "field": "segmentations"}
     patches = scenes.to_patches("segmentations")

@@ -35,6 +35,5 @@ def test_lost_fields_and_moved_masks(plugin, scenes, tmp_path):
 
 
 def test_folder_that_does_not_exist(plugin, scenes, tmp_path):
-    *_, (_, last) = plugin.run_in_app(NAME, scenes, {"mask_dir": str(tmp_path / "none")})
-    error = last["outputs"]["type"]["properties"]["error"]["view"]["description"]
+    (error,) = plugin.form(NAME, scenes, {"mask_dir": str(tmp_path / "none")}).errors
     assert error == f"mask_dir='{tmp_path / 'none'}' is not a folder."
