@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import ArgumentError, LabelError
 from ..fiftyone_internals import Document
 from ..modeling.arrays import FloatArray, IntArray
-from .documents import is_number, name_of, shortened
+from .documents import class_of, is_number, name_of, shortened
 from .masks import pairs_of_numbers
 
 # Relative to the image. A mask has as many pixels as its box, and the evaluation accepts no larger boxes.
@@ -50,13 +50,15 @@ def _prompt_of(label: Document) -> fol.Label:
             f"{name_of(label)} is neither a detection nor a keypoint: its _cls={shortened(label.get('_cls'))}"
         )
     kind = fol.Keypoint if label["_cls"] == "Keypoint" else fol.Detection
+    class_of(label)
     box = label.get("bounding_box")
     if isinstance(box, list) and any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in box):
         raise LabelError(_unusable_box(name_of(label), box))  # FiftyOne would make numbers of them
     try:  # a mask is not needed, and may be of any size
         return kind.from_dict({name: value for name, value in label.items() if name != "mask"})
     except Exception as error:  # of any kind: FiftyOne does not expect values of wrong types
-        raise LabelError(f"{name_of(label)} can't be read: {error!r:.200}") from error
+        cause = " ".join(repr(error).split())[:200]
+        raise LabelError(f"{name_of(label)} can't be read: {cause}") from error
 
 
 def keypoint_prompt(keypoint: fol.Keypoint) -> tuple[FloatArray, IntArray]:

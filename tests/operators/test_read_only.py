@@ -27,6 +27,10 @@ dataset.clone_sample_field("ground_truth", "segmentations")
 dataset.set_values("segmentations.detections.confidence", [[0.5] * n for n in dataset.values(NUMBER)])
 boxes = [[fo.Detection(label="x", bounding_box=[0, 0, 1, 1]) for _ in range(2)] for _ in dataset]
 dataset.set_values("boxes", [fo.Detections(detections=each) for each in boxes])
+from fiftyone_mobilesamv2.runs.claims import on_record
+from fiftyone_mobilesamv2.runs.record import SegmentationRun
+with on_record(dataset, SegmentationRun("segmentations", {}, images=1)):
+    pass
 """
 
 RUN = """
@@ -128,6 +132,7 @@ def test_operators_report_read_only_access_and_change_nothing(database, scene_fi
     path = tmp_path / "masks.json"
     errors = dict(run(RUN, reader, tmp_path, path))
     assert errors.pop("export_masks") is None and len(json.loads(path.read_text())["images"]) == 4
+    assert errors.pop("repair_dataset") is None  # there is nothing to repair
     for name, error in errors.items():
         assert error and error.startswith("This database user has read-only access"), (name, error)
     assert samples_of(owner) == before
