@@ -51,6 +51,9 @@ def _prompt_of(label: Document) -> fol.Label:
         )
     kind = fol.Keypoint if label["_cls"] == "Keypoint" else fol.Detection
     class_of(label)
+    index = label.get("index")
+    if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+        raise LabelError(f"{name_of(label)} has index={shortened(index)}: a whole number was expected")
     box = label.get("bounding_box")
     if isinstance(box, list) and any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in box):
         raise LabelError(_unusable_box(name_of(label), box))  # FiftyOne would make numbers of them

@@ -36,6 +36,7 @@ def clicks(points, **changes):
         (box([0.1, 0.1, 0.5, 0.5] * 1000), "can't be read|unusable bounding box"),
         (box([0.1, 0.1, 0.5, 0.5], tags=5), "can't be read"),
         (box([0.1, 0.1, 0.5, 0.5], label=["cat"]), "label=.*text was expected"),
+        (box([0.1, 0.1, 0.5, 0.5], index=1e308), r"index=1e\+308: a whole number was expected"),
         (box([0.1, 0.1, 0.5, 0.5], label=b"junk"), "label=b'junk': text was expected"),
         (box([0.1, 0.1, 0.5, 0.5], confidence="two\nlines"), "can't be read: .*two lines"),
         (box([0.1, 0.1, 0.5, 0.5], _cls="Polyline"), "neither a detection nor a keypoint"),
