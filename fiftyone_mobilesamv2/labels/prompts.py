@@ -54,6 +54,9 @@ def _prompt_of(label: Document) -> fol.Label:
     index = label.get("index")
     if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
         raise LabelError(f"{name_of(label)} has index={shortened(index)}: a whole number was expected")
+    tags = label.get("tags")
+    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
+        raise LabelError(f"{name_of(label)} has tags={shortened(tags)}: a list of texts was expected")
     box = label.get("bounding_box")
     if isinstance(box, list) and any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in box):
         raise LabelError(_unusable_box(name_of(label), box))  # FiftyOne would make numbers of them
