@@ -185,7 +185,7 @@ _loaded: Any = None
 _MASK = frozenset({"mask", "mask_path", "predicted_iou", "stability", "area_px", "confidence"})
 _TAGS = frozenset({"tags"})
 _PROMPT = {"_id", "_cls", "bounding_box", "points", "sam_labels", "tags", "label"}
-_VALIDATED = frozenset({"confidence", "index", "attributes", "mask_path", "iscrowd"})
+_VALIDATED = frozenset({"confidence", "index", "attributes", "mask_path", "iscrowd", "predicted_iou", "stability"})
 CONSUMERS = {
     "evaluate_proposals": Consumer(
         _evaluate,

@@ -16,10 +16,10 @@ from pymongo import UpdateOne
 from ..evaluation.average_recall import Shapes, areas_of, ranking
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import Document, bulk_write, label_path, source_dataset
-from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, tags_of, visit_images
 from ..labels.schema import declare_labels
 from ..modeling.arrays import FloatArray, IntArray
-from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
+from .findings import check_images, check_options, check_tagged_field, patches_of, retag
 from .overlaps import ious, shapes_of, shares_inside
 
 if TYPE_CHECKING:

@@ -11,10 +11,9 @@ import fiftyone.core.labels as fol
 from bson import ObjectId
 from pymongo import UpdateOne
 
-from ..errors import ArgumentError, LabelError
+from ..errors import ArgumentError
 from ..evaluation.ranking import check_ranking
-from ..fiftyone_internals import Document, bulk_write, is_generated, label_path, label_root, label_type, root_dataset
-from ..labels.documents import name_of, shortened
+from ..fiftyone_internals import bulk_write, is_generated, label_path, label_root, label_type, root_dataset
 from ..labels.fields import check_not_grouped, check_shapes_field, with_lists
 
 if TYPE_CHECKING:
@@ -54,16 +53,6 @@ def check_tagged_field(samples: SampleCollection, name: str, role: str, attribut
         field = root_dataset(samples).get_field(path)
         if field is not None and field.read_only:
             raise ArgumentError(f"'{path}' is read-only: its labels can't be tagged.")
-
-
-def tags_of(label: Document) -> set[str]:
-    """The tags of a label's database document. Raises LabelError if they aren't a list of texts."""
-    tags = label.get("tags")
-    if tags is None:
-        return set()
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise LabelError(f"{name_of(label)} has tags={shortened(tags)}: a list of texts was expected")
-    return set(tags)
 
 
 def retag(dataset: fo.Dataset, field_name: str, tag: str, before: LabelIds, now: LabelIds) -> None:

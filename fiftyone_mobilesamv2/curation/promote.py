@@ -25,11 +25,11 @@ from ..fiftyone_internals import (
     sample_collection,
     source_dataset,
 )
-from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, labels_in, name_of, stored_images, tags_of, visit_images
 from ..labels.fields import GROUND_TRUTH_FIELD, check_field_name, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from ..labels.schema import declare_labels
-from .findings import LabelIds, check_images, check_tagged_field, retag, tags_of, with_labels
+from .findings import LabelIds, check_images, check_tagged_field, retag, with_labels
 from .unlabeled import DISMISSED, PROMOTED, UNLABELED
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from ..errors import ArgumentError
 from ..evaluation.average_recall import areas_of
 from ..evaluation.ranking import RANKINGS
 from ..fiftyone_internals import source_dataset
-from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, visit_images
+from ..labels.documents import Progress, Skipped, StoredImage, is_crowd, number_of, tags_of, visit_images
 from ..labels.fields import GROUND_TRUTH_FIELD, check_shapes_field
 from .duplicates import DUPLICATE
-from .findings import check_images, check_options, check_tagged_field, patches_of, retag, tags_of
+from .findings import check_images, check_options, check_tagged_field, patches_of, retag
 from .overlaps import ious, shapes_of, shares_inside_any
 
 if TYPE_CHECKING:

@@ -273,6 +273,16 @@ def is_set(label: Document, name: str) -> bool:
     return bool(value)
 
 
+def tags_of(label: Document) -> set[str]:
+    """The tags of a label's database document. Raises LabelError if they aren't a list of texts."""
+    tags = label.get("tags")
+    if tags is None:
+        return set()
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise LabelError(f"{name_of(label)} has tags={shortened(tags)}: a list of texts was expected")
+    return set(tags)
+
+
 def class_of(label: Document) -> str | None:
     """The class of a label; None without one. Raises LabelError if it isn't text."""
     name = label.get("label")

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import ArgumentError, LabelError
 from ..fiftyone_internals import Document
 from ..modeling.arrays import FloatArray, IntArray
-from .documents import class_of, is_number, name_of, shortened
+from .documents import class_of, is_number, name_of, shortened, tags_of
 from .masks import pairs_of_numbers
 
 # Relative to the image. A mask has as many pixels as its box, and the evaluation accepts no larger boxes.
@@ -54,9 +54,7 @@ def _prompt_of(label: Document) -> fol.Label:
     index = label.get("index")
     if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
         raise LabelError(f"{name_of(label)} has index={shortened(index)}: a whole number was expected")
-    tags = label.get("tags")
-    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
-        raise LabelError(f"{name_of(label)} has tags={shortened(tags)}: a list of texts was expected")
+    tags_of(label)
     box = label.get("bounding_box")
     if isinstance(box, list) and any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in box):
         raise LabelError(_unusable_box(name_of(label), box))  # FiftyOne would make numbers of them
