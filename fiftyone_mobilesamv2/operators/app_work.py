@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..errors import Cancelled, MobileSAMv2Error, message_of
 from ..registration import PLUGIN
+from .form import without_links
 
 if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
@@ -168,7 +169,7 @@ def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[Gene
     elif error is not None:
         if not _explains_itself(error):
             logger.error("%s failed", title, exc_info=error)
-        outputs.view("error", types.Error(label=f"{title} failed", description=_error_text(error)))
+        outputs.view("error", types.Error(label=f"{title} failed", description=without_links(_error_text(error))))
     yield ctx.ops.show_output(types.Property(outputs).to_json(), {"text": text})
 
 

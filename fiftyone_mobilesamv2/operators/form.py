@@ -222,15 +222,15 @@ class Form:
 
     def note(self, text: str) -> None:
         """Shows a note."""
-        self._message("note", types.Notice(label=text))
+        self._message("note", types.Notice(label=without_links(text)))
 
     def warn(self, text: str) -> None:
         """Shows a warning to consider before running."""
-        self._message("warning", types.Warning(label=text))
+        self._message("warning", types.Warning(label=without_links(text)))
 
     def problem(self, text: str) -> None:
         """Shows an error that must be corrected before running."""
-        self._invalid(self._message("problem", types.Error(label=text)), text)
+        self._invalid(self._message("problem", types.Error(label=without_links(text))), text)
 
     def _message(self, kind: str, view: types.View) -> types.Property:
         number = sum(name.startswith(f"{kind}_") for name in self.inputs.properties)
@@ -290,6 +290,11 @@ def cached(compute: Callable[..., T], samples: SampleCollection, *args: Hashable
 @cachetools.cached(cachetools.LRUCache(maxsize=100), key=_state, lock=threading.Lock())
 def _cached(compute: Callable[..., Any], samples: SampleCollection, *args: Hashable) -> Any:
     return compute(samples, *args)
+
+
+def without_links(text: str) -> str:
+    """Text for notices and errors, which the App renders as Markdown: names in it become neither links nor images."""
+    return text.replace("](", "]\\(")
 
 
 def code(text: object) -> str:
