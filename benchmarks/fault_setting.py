@@ -57,7 +57,7 @@ class Setting:
 
     Attributes:
         max_silence: seconds without a heartbeat after which a run is considered dead; None: the package's.
-        clock: seconds by which its clock is fast.
+        clock: seconds by which its clock is ahead.
     """
 
     max_silence: float | None = None

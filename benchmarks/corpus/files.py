@@ -198,7 +198,7 @@ def _pasted(detection: Any, size: tuple[int, int]) -> np.ndarray:
     box = np.array(detection.bounding_box) * [width, height, width, height]
     x, y, w, h = np.round(box).astype(int)
     if not np.allclose(box, [x, y, w, h], atol=1e-9) or detection.mask.shape != (h, w):
-        raise Violation(f"the box {box} is not that of a mask of {detection.mask.shape}")
+        raise Violation(f"the box {box} does not fit its mask of shape {detection.mask.shape}")
     if x < 0 or y < 0 or w < 1 or h < 1 or x + w > width or y + h > height:
         raise Violation(f"the box {box} is outside the image")
     if detection.mask.any() and not (detection.mask.any(0)[[0, -1]].all() and detection.mask.any(1)[[0, -1]].all()):

@@ -35,7 +35,7 @@ class Worker(Generic[Argument, Result]):
         prepare: called once in the process; returns the function.
         starts: how often the process was started.
         slowest: seconds of the slowest call that returned.
-        peak_memory: bytes by which the process's memory grew at most beyond what it was when it was ready.
+        peak_memory: the most memory, in bytes, that the process has used beyond what it used when it was ready.
     """
 
     prepare: Callable[[], Callable[[Argument], Result]]
@@ -104,7 +104,7 @@ def _serve(connection: Connection, prepare: Callable[[], Callable[[Argument], Re
         start, result, error = time.perf_counter(), None, None
         try:
             result = function(argument)
-        except Exception:
+        except Exception:  # the parent raises it
             error = traceback.format_exc()
         connection.send((result, error, time.perf_counter() - start, max(0, _memory("VmHWM") - ready)))
 

@@ -150,7 +150,7 @@ def _types_of_unknown(collection: Collection[Document], known: Sequence[str]) ->
 
 
 def _field_of(dataset: fo.Dataset, path: str, types: set[tuple[str, str | None]]) -> NewField:
-    """The field for values of these types; of no particular type if there is none for all of them."""
+    """A field that can hold values of all these types; a field without a type if no other can."""
     for field in label_fields(dataset, (fol.Detections, fol.Polylines)):
         if path in (fields := coverage_fields(field)):
             return fields[path]
@@ -185,7 +185,7 @@ _ATTRIBUTE_TYPES = ((bool, fof.BooleanField), (int, fof.IntField), (float, fof.F
 
 
 def _some_value(dataset: fo.Dataset, path: str) -> object:
-    """A value of this attribute in the database; None if there is none."""
+    """A stored value of this attribute; None if no label has one."""
     path, of_frames = split_frame_field(dataset, path)
     collection = frame_collection(dataset) if of_frames else sample_collection(dataset)
     value: object = None if collection is None else collection.find_one({path: {"$ne": None}}, {path: True})
@@ -251,7 +251,7 @@ def _find_files(
 
 
 def _moved(path: str, mask_dir: str | os.PathLike[str] | None) -> str | None:
-    """The file in `mask_dir` that a path referred to before its folder was moved there; None if there is none."""
+    """The new path in `mask_dir` of a file whose folder was moved there; None if the file is not there."""
     if mask_dir is None:
         return None
     parts = Path(path).parts
