@@ -23,7 +23,7 @@ from ..fiftyone_internals import (
     sample_collection,
     split_frame_field,
 )
-from ..labels.documents import Progress, labels_in
+from ..labels.documents import Progress, labels_in, value_in
 from ..labels.fields import MASK_ATTRIBUTES, RUN_ID
 from ..labels.leftovers import is_referred_to, settle
 from ..labels.mask_files import MaskFiles
@@ -71,10 +71,15 @@ def made_masks(samples: SampleCollection, label_field: str) -> MadeMasks:
     if not dataset.has_field(label_field):
         raise ArgumentError(f"{dataset.name} has no field '{label_field}'.")
     runs = recorded_runs(dataset, label_field)
+    only_masks = any(run.parameters.get("prompting") == label_field for run in runs)
+    can_tell = not is_frame_field(dataset, label_field)  # the labels of frames as a whole have no mark
     images = masks = files = others = 0
     for document in _documents(dataset, label_field):
         labels = labels_in(document, label_field)
         made = [label for label in labels if _is_made(label)]
+        # Also if the record is lost: a run that creates labels marks those of an image as a whole, too.
+        has_mark = (value_in(document, label_field) or {}).get(RUN_ID) is not None
+        only_masks |= can_tell and not has_mark and any(label.get(RUN_ID) is not None for label in made)
         images += bool(made)
         masks += len(made)
         files += sum(label.get("mask_path") is not None for label in made)
@@ -84,7 +89,6 @@ def made_masks(samples: SampleCollection, label_field: str) -> MadeMasks:
     fields = {
         key: (getattr(each, "pred_field", None), getattr(each, "gt_field", None)) for key, each in configs.items()
     }
-    only_masks = any(run.parameters.get("prompting") == label_field for run in runs)
     evaluations = [key for key in keys if label_field in fields[key]]
     return MadeMasks(images, masks, files, others, only_masks, len(runs), evaluations)
 
@@ -92,7 +96,8 @@ def made_masks(samples: SampleCollection, label_field: str) -> MadeMasks:
 def delete_masks(samples: SampleCollection, label_field: str, progress: Progress = None) -> MadeMasks:
     """Deletes the masks that runs stored in a field of the dataset behind `samples`, with their files and records.
 
-    If runs made all labels of the field, the field is deleted. If they added masks to existing labels, these labels
+    If runs made all labels of the field, the field is deleted; otherwise, images without other labels get None, as if
+    they had never been segmented. If the runs added masks to existing labels, these labels
     lose their masks. Files are kept if any dataset still refers to them. After an interruption, the same call, or the
     next run into any field of the dataset, deletes the remaining files. Evaluations are kept.
 
@@ -112,14 +117,12 @@ def delete_masks(samples: SampleCollection, label_field: str, progress: Progress
         raise ArgumentError(f"'{label_field}' is read-only: its masks can't be deleted.")
     with on_record(dataset, SegmentationRun(label_field, {})):
         folders = _mark_files(dataset, label_field, progress)
-        if made.others or made.only_masks:
-            _remove_masks(dataset, label_field, made.only_masks)
-        else:
+        _remove_masks(dataset, label_field, made.only_masks)
+        if not made.only_masks and not any(labels_in(each, label_field) for each in _documents(dataset, label_field)):
             delete_fields(dataset, [label_field])
         for folder in folders:
             settle(folder, lambda _, field: field == label_field, is_referred_to)
         delete_record(dataset, label_field)
-    dataset.reload()
     return made
 
 
@@ -130,8 +133,8 @@ def _documents(dataset: fo.Dataset, label_field: str) -> Iterator[Document]:
     collection = frame_collection(dataset) if of_frames else sample_collection(dataset)
     if collection is not None:
         attributes = ("_id", "mask_path", *MASK_ATTRIBUTES)
-        keep = {f"{root}.{name}": True for name in attributes}
-        yield from collection.find({path: {"$ne": None}}, {"_sample_id": True, **keep})
+        keep = dict.fromkeys([f"{path}.{RUN_ID}", *(f"{root}.{name}" for name in attributes)], True)
+        yield from collection.find({path: {"$ne": None}}, keep)
 
 
 def _is_made(label: Document) -> bool:
@@ -160,7 +163,7 @@ def _mark_files(dataset: fo.Dataset, label_field: str, progress: Progress) -> se
 def _remove_masks(dataset: fo.Dataset, label_field: str, only_masks: bool) -> None:
     """Removes masks from labels, or labels with masks that runs made."""
     root, is_list = label_root(dataset, label_field)
-    of_frames = is_frame_field(dataset, label_field)
+    field, of_frames = split_frame_field(dataset, label_field)
     path = split_frame_field(dataset, root)[0]
     names = ("mask", "mask_path", *MASK_ATTRIBUTES)
     operations: list[UpdateOne] = []
@@ -168,11 +171,15 @@ def _remove_masks(dataset: fo.Dataset, label_field: str, only_masks: bool) -> No
     write = partial(bulk_write, dataset, frames=of_frames)
     for document in _documents(dataset, label_field):
         made = [label["_id"] for label in labels_in(document, label_field) if _is_made(label)]
-        if not made:
-            continue
         query = {"_id": document["_id"]}
         if not only_masks:
-            change = UpdateOne(query, {"$pull": {path: {"_id": {"$in": made}}}})
+            is_other = {"$not": {"$in": ["$$this._id", made]}}
+            others = {"$filter": {"input": {"$ifNull": [f"${path}", []]}, "cond": is_other}}
+            labels = {"$mergeObjects": [f"${field}", {path.rpartition(".")[2]: others}]}
+            value = {"$cond": [{"$eq": [others, []]}, None, labels]}
+            change = UpdateOne(query, [{"$set": {field: value}}, {"$unset": f"{field}.{RUN_ID}"}])
+        elif not made:
+            continue
         elif is_list:
             nothing = {f"{path}.$[label].{name}": "" for name in names}
             change = UpdateOne(query, {"$unset": nothing}, array_filters=[{"label._id": {"$in": made}}])

@@ -70,7 +70,21 @@ def test_labels_of_users_are_kept(images, on_disk, tmp_path):
     sample.save()
     made = delete_masks(images, "own", progress=False)
     assert made.others == 1
-    assert images.values("own.detections.label") == [["mine"], []] and files_in(tmp_path) == []
+    assert images.values("own.detections.label") == [["mine"], None] and files_in(tmp_path) == []
+    assert segment_everything(images, on_disk, "own").images == 1  # the other image, as if for the first time
+    assert images.values("own.detections.label")[0] == ["mine"]
+
+
+def test_labels_that_got_masks_are_kept_even_without_a_record(images, on_disk, tmp_path):
+    for sample in images:
+        sample["boxes"] = fo.Detections(detections=[fo.Detection(label="box", bounding_box=[0.1, 0.1, 0.6, 0.6])])
+        sample.save()
+    segment_anything(images, on_disk, "boxes")
+    images.delete_runs()
+    collection().delete_many({"dataset_id": images._doc.id})
+    assert made_masks(images, "boxes").only_masks
+    delete_masks(images, "boxes", progress=False)
+    assert images.values("boxes.detections.label") == [["box"]] * COUNT and files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("single", [False, True])
