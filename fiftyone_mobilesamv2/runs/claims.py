@@ -48,7 +48,12 @@ def on_record(samples: SampleCollection, run: SegmentationRun) -> Iterator[None]
     """
     dataset = root_dataset(samples)
     # The dataset may be a clone, or the field renamed or copied: keep the record of what made its labels.
-    for earlier in (each for runs in grouped_runs(dataset, run.label_field) for each in runs):
+    earlier_runs = [each for runs in grouped_runs(dataset, run.label_field) for each in runs]
+    recorded = {document["_id"] for document in collection().find(of_field(dataset, run.label_field), {"_id": True})}
+    for earlier in earlier_runs:
+        if id_of(dataset, earlier)["_id"] in recorded:
+            continue
+        # Another run may be doing the same.
         document = {**of_field(dataset, run.label_field), "run": document_of(earlier), "ended": True}
         insert = partial(collection().update_one, id_of(dataset, earlier), {"$setOnInsert": document}, upsert=True)
         retry_while_unavailable(insert)
