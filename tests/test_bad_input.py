@@ -29,6 +29,7 @@ from fiftyone_mobilesamv2.zoo.reading import ImageGetItem
 
 MODEL = "mobilesamv2-demo-torch"
 MAX_MEMORY = 2e9  # bytes. PIL takes 4 per pixel, and twice that while rotating: 1.4e9 for the largest image.
+WITHOUT_OBJECTS = ("nan.tiff", "bits.png", "bits.tiff", "pixel.png", "wide.png", "wide-1.png", "tall.png", "large.png")
 PICTURE = np.asarray(Image.fromarray(make_scene(TEST_SEED, 0).image).resize((120, 160)))
 
 
@@ -235,7 +236,7 @@ def test_each_file_is_segmented_correctly_or_refused(dataset, model, readable, u
     assert run.images == len(paths) and not run.cancelled
 
     wanted = {path: content(model.predict(pixels)) for path, pixels in (readable | good).items()}
-    assert all(wanted[path] for path in good) and sum(map(bool, wanted.values())) > 30
+    assert all(bool(found) != path.endswith(WITHOUT_OBJECTS) for path, found in wanted.items())
     for sample in dataset:
         assert content(sample.own) == wanted.get(sample.filepath), sample.filepath
     errors = {failure.filepath: failure.error for failure in run.failures}

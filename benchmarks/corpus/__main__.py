@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,11 @@ def _batches(name: str, count: int) -> Iterator[Sequence[Any]]:
         yield from ([text] for text in _files(count))
         return
     consumer = CONSUMERS[name]
-    fields = tuple(name for name in (PREDICTIONS, GROUND_TRUTH) if name in consumer.reads)
-    cases = _labels(count, consumer.kinds, fields)
+    fields = [name for name in (PREDICTIONS, GROUND_TRUTH) if name in consumer.reads]
+    places = product(consumer.kinds, fields)
+    cases = _labels(count, tuple((kind, name) for kind, name in places if consumer.kind_in(name, kind) == kind))
     for kind in consumer.kinds:
-        of_kind = [case for case in cases if case.kind == kind == consumer.kind_in(case.field, kind)]
+        of_kind = [case for case in cases if case.kind == kind]
         for start in range(0, len(of_kind), BATCH):
             yield of_kind[start : start + BATCH]
 
@@ -99,8 +101,8 @@ def _files(count: int) -> list[str]:
 
 
 @lru_cache
-def _labels(count: int, kinds: tuple[str, ...], fields: tuple[str, ...]) -> list[Any]:
-    return cases_of(labels(kinds, fields), count)
+def _labels(count: int, places: tuple[tuple[str, str], ...]) -> list[Any]:
+    return cases_of(labels(places), count)
 
 
 def _outcomes(worker: Worker[Any, list[str]], batch: Sequence[Any], show: Callable[[str], None]) -> Counter[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -84,9 +84,9 @@ def _label(kind: str, number: int, x: int, y: int, w: int, h: int) -> Document:
 
 
 @st.composite
-def labels(draw: st.DrawFn, kinds: tuple[str, ...], fields: tuple[str, ...]) -> Case:
-    """Cases of these kinds in these fields."""
-    kind, field = draw(st.sampled_from(kinds)), draw(st.sampled_from(fields))
+def labels(draw: st.DrawFn, places: Sequence[tuple[str, str]]) -> Case:
+    """Cases in these places, each a kind of labels and a field."""
+    kind, field = draw(st.sampled_from(places))
     tree: Document = {"value": stored(kind, field)}
     if kind == "Detections" and draw(st.booleans()):
         changed = draw(st.sampled_from(tree["value"]["detections"]))

@@ -1,5 +1,6 @@
 """Work spread over a Ray cluster of two processes on this machine: the same results as one process has."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -134,20 +135,30 @@ def test_worker_that_is_killed_midway(scenes, tmp_path):
     assert files == set(scenes.values("own.detections.mask_path", unwind=True))
 
 
-def kill_the_raylet(dataset, field):
-    """Ray's own process on this machine, as soon as something is stored. Returns when."""
+def kill_the_raylet(dataset, field, killed, noticed):
+    """Kills Ray's own process on this machine as soon as something is stored, and appends the time to `killed`.
+
+    Its workers go on, and would be done before a cluster notices it: they get a tenth of the time until it is noticed.
+    """
     while dataset._sample_collection.count_documents({field: {"$ne": None}}) < 3:
         time.sleep(0.01)
     (raylet,) = (child for child in psutil.Process().children() if child.name() == "raylet")
+    workers = raylet.children()
     raylet.kill()
-    return time.monotonic()
+    killed.append(time.monotonic())
+    while not noticed.is_set():
+        for action, seconds in ((psutil.Process.suspend, 0.45), (psutil.Process.resume, 0.05)):
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    action(worker)
+            time.sleep(seconds)
 
 
 @pytest.mark.slow
 def test_raylet_that_is_killed_midway(no_ray, template, tmp_path):
     scenes = template.clone()
-    killed = []
-    killer = threading.Thread(target=lambda: killed.append(kill_the_raylet(scenes, "own")), daemon=True)
+    killed, noticed = [], threading.Event()
+    killer = threading.Thread(target=kill_the_raylet, args=(scenes, "own", killed, noticed), daemon=True)
     killer.start()
 
     def segment():
@@ -157,6 +168,8 @@ def test_raylet_that_is_killed_midway(no_ray, template, tmp_path):
     with pytest.raises(cluster.ClusterError, match=r"raylet, has ended.*Repeat the same call"):
         segment()
     assert time.monotonic() - killed[0] < 60
+    noticed.set()
+    killer.join()
     stored = scenes.select(scenes.match(fo.ViewField("own") != None).values("id"))  # noqa: E711
     assert 3 <= len(stored) < COUNT
     ids = stored.values("own.detections.id", unwind=True)
