@@ -30,7 +30,7 @@ from .base_model import Base
 from .card import write_card, write_curve
 from .examples import Example
 from .labeled_images import LabeledImages, Validation, split
-from .learning import learn_discovery, learn_masks, write_weights
+from .parts import learn_discovery, learn_masks, write_weights
 from .measuring import Measures, measure
 from .progress import Curve, Step
 

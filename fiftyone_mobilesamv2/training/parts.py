@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as mask_utils
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from .discovery import BACKBONE_LAYERS, DiscoverySettings, new_detector, train_d
 from .examples import Example
 from .masks import MaskSettings, train_masks
 from .measuring import box_recall, mask_iou
+from .memory import fitting_batch_size, training_bytes
 from .progress import Curve, Report
 
 # Below this many images, the detector's backbone keeps its weights.
@@ -75,6 +75,13 @@ def learn_discovery(
         }
     )
     model = load_yolo(base.paths["detector_checkpoint"]) if size is None else new_detector(size)
+
+    def needed(batch_size: int) -> int:
+        shape = batch_size, 3, image_size, image_size
+        return training_bytes(model, lambda shapes: shapes(torch.zeros(shape, device="meta")))
+
+    batch_size = fitting_batch_size(settings.batch_size, needed, base.device)
+    settings = dataclasses.replace(settings, batch_size=batch_size)
     cache = folder / "images"
     cache.mkdir(parents=True, exist_ok=True)
     result = train_discovery(
