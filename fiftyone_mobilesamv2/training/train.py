@@ -30,8 +30,8 @@ from .base_model import Base
 from .card import write_card, write_curve
 from .examples import Example
 from .labeled_images import LabeledImages, Validation, split
-from .parts import learn_discovery, learn_masks, write_weights
 from .measuring import Measures, measure
+from .parts import learn_discovery, learn_masks, write_weights
 from .progress import Curve, Step
 
 if TYPE_CHECKING:
@@ -166,7 +166,11 @@ def train(
     _check_choice("unlabeled", unlabeled, UNLABELED)
     if size is not None:
         _check_choice("size", size, SIZES)
-    for argument, value, of in (("size", size, "discovery"), ("teacher", teacher, "discovery"), ("learn", learn, "masks")):
+    for argument, value, of in (
+        ("size", size, "discovery"),
+        ("teacher", teacher, "discovery"),
+        ("learn", learn, "masks"),
+    ):
         if value is not None and part != of:
             raise ArgumentError(f"{argument} applies only to part='{of}'.")
     folder = Path(output) if output is not None else trained_dir() / name
@@ -178,7 +182,9 @@ def train(
         tell(0, "Reading labels")
         images, held_out = split(samples, gt_field, validation, work / "frames", _bar(tell, 0, 0.05))
         if teacher is not None:
-            _label(images, held_out, Base(teacher, model.device), _part(tell, 0.05, 0.1, "Labeling as the teacher does"))
+            _label(
+                images, held_out, Base(teacher, model.device), _part(tell, 0.05, 0.1, "Labeling as the teacher does")
+            )
         _check_not_empty(images, held_out, gt_field, part)
         examples = images.examples
         if part == "discovery" and unlabeled == "ignore":
@@ -261,13 +267,17 @@ def _with_ignored(base: Base, examples: Sequence[Example], tell: Callable[[float
 def _locked(folder: Path, name: str) -> Iterator[None]:
     """Only one training at a time in a folder, and none where a model is."""
     if (folder / CONFIG).exists():
-        raise ArgumentError(f"{folder} already holds a model: choose another name or folder than '{name}', or delete it.")
+        raise ArgumentError(
+            f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
+        )
     (folder / WORK).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / WORK / ".lock", timeout=0):
             yield
     except Timeout:
-        raise ArgumentError(f"Another process is training '{name}' in {folder}: wait for it, or choose another name.") from None
+        raise ArgumentError(
+            f"Another process is training '{name}' in {folder}: wait for it, or choose another name."
+        ) from None
 
 
 def _keep(

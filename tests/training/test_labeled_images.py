@@ -78,7 +78,9 @@ def test_no_labels_are_not_the_same_as_no_value(dataset, tmp_path):
     add(dataset, tmp_path, 2, detections())
     found = read(dataset, tmp_path)
     ids = dataset.values("id")
-    assert [each.id for each in found.examples] == [ids[0], ids[2]] and [each.id for each in found.unlabeled] == [ids[1]]
+    assert [each.id for each in found.examples] == [ids[0], ids[2]] and [each.id for each in found.unlabeled] == [
+        ids[1]
+    ]
     assert found.num_objects == 1 and len(found.contents) == 3
 
 
