@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .masks import MaskSettings, train_masks
 from .measuring import box_recall, mask_iou
 from .memory import fitting_batch_size, training_bytes
 from .progress import Curve, Report
+from .yolo_data import cached_image
 
 # Below this many images, the detector's backbone keeps its weights.
 MIN_IMAGES_FOR_BACKBONE = 300
@@ -81,8 +83,7 @@ def learn_discovery(
 
     batch_size = fitting_batch_size(settings.batch_size, needed, base.device)
     settings = dataclasses.replace(settings, batch_size=batch_size)
-    cache = folder / "images"
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = _cached(examples, image_size, folder / "images")
     result = train_discovery(
         model,
         examples,
@@ -95,6 +96,16 @@ def learn_discovery(
     name = "detector.safetensors"
     used = dataclasses.asdict(settings) | {"size": size}
     return Learned({name: result.tensors}, {"detector_checkpoint": name}, used, result.curve, result.stopped, [])
+
+
+def _cached(examples: Sequence[Example], size: int, folder: Path) -> Path | None:
+    """Keeps all images at the size of the network in a folder; None if they would take half of what is free there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(examples) * size * size * 3 > shutil.disk_usage(folder).free / 2:
+        return None
+    for example in examples:
+        cached_image(example, size, folder)
+    return folder
 
 
 def learn_masks(
