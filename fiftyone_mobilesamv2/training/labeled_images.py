@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -65,8 +66,8 @@ class LabeledImages:
         )
 
     def only(self, contents: set[str]) -> LabeledImages:
-        """Those whose content is one of these."""
-        return self.without(set(self.contents.values()) - contents)
+        """Those whose content is one of these. The skipped ones stay with the others."""
+        return dataclasses.replace(self.without(set(self.contents.values()) - contents), skipped=[])
 
 
 def read_labels(samples: SampleCollection, gt_field: str, frames_folder: Path, progress: Progress) -> LabeledImages:
