@@ -119,6 +119,7 @@ class Faults:
         self.seconds = time.perf_counter() - start
         self.reference = self.labels("reference")
         self.count = 0
+        self.replaced: set[str] = set()
 
     def field(self) -> str:
         self.count += 1
@@ -190,18 +191,17 @@ class Faults:
         """The number of samples whose labels differ from the expected ones; samples without labels do not count."""
         return sum(labels not in (None, self.reference[id]) for id, labels in self.labels(field).items())
 
-    def orphans(self, folder: str = "*masks*", replaced: Collection[str] = ()) -> int:
+    def orphans(self, folder: str = "*masks*") -> int:
         """Files below the mask folders that no label refers to, including marker files of unfinished masks.
 
-        Args:
-            replaced: the files of labels that were replaced; they are kept.
+        Those of labels that were replaced, in `replaced`, are kept, and are none.
         """
         files = {str(path) for path in self.folder.glob(f"{folder}/**/*") if path.is_file()}
         self.dataset.reload()  # for fields that other processes have added
         for name in self.dataset.get_field_schema():
             if name.startswith("field_"):
                 files -= set(self.mask_paths(name))
-        return len(files.difference(replaced))
+        return len(files - self.replaced)
 
     def marks(self, field: str) -> list[str]:
         """The marks of the runs that made the labels of a field."""

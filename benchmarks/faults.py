@@ -194,19 +194,18 @@ def delete_samples(faults: Faults, times: int = 5) -> Fault:
 def suspend(faults: Faults, replace: bool, times: int = 3) -> Fault:
     """Suspends runs until another one considers them dead and completes the work, and then continues them."""
     field, setting = faults.field(), Setting(max_silence=4)
-    files: set[str] = set()
     for number in range(times):
         if replace and not number:
             faults.finish(field, True)
         elif not replace:
             field = faults.field()
-        files.update(faults.mask_paths(field))
+        faults.replaced.update(faults.mask_paths(field))
         old = faults.marks(field)
         suspended = faults.start(field, True, setting=setting, replace=replace)
         faults.wait_until_stored(field, (number + 1) / (times + 2), suspended, old)
         time.sleep(faults.random.uniform(0, 0.3))  # so that it is suspended at different places
         os.kill(suspended.pid, signal.SIGSTOP)
-        files.update(faults.mask_paths(field))
+        faults.replaced.update(faults.mask_paths(field))
         time.sleep(setting.max_silence + 1)
         other = faults.start(field, True, setting=setting, replace=replace)
         other.join()
@@ -219,9 +218,7 @@ def suspend(faults: Faults, replace: bool, times: int = 3) -> Fault:
         if stored != faults.ids(field):
             raise RuntimeError("A run that another one has taken over replaced its labels")
     name = "suspended, taken over by another run, and continued" + (", while replacing labels" if replace else "")
-    result = faults.compare(name, times, field)
-    result.orphans = faults.orphans(replaced=files)
-    return result
+    return faults.compare(name, times, field)
 
 
 def unequal_clocks(faults: Faults) -> Fault:
