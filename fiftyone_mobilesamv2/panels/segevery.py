@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import html
 import logging
-import threading
 from collections.abc import Mapping
-from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import fiftyone as fo
 import fiftyone.operators as foo
-from fiftyone import ViewExpression
-from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
 from ..errors import message_of
 from ..evaluation import figures
-from ..fiftyone_internals import has_results, is_frame_field, is_generated, label_root, split_frame_field
+from ..fiftyone_internals import is_frame_field, is_generated
 from ..labels.fields import label_fields
 from ..operators.form import cell, code
 from ..registration import PLUGIN
+from .queries import evaluations, fresh_results, missed_of_group, object_counts, results_of, sources, with_objects
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +27,6 @@ if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
 
     from ..evaluation.proposal_results import ProposalResults
-    from ..fiftyone_internals import Document
-    from ..labels.documents import StoredImage
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +55,6 @@ _CONFIG = {"displayModeBar": False, "scrollZoom": False}  # otherwise scrolling 
 _NARROW = {"item": {"sx": {"width": "auto"}}}
 _PLOT = {"item": {"sx": {"width": "auto", "minWidth": 0, "flex": "1 1 24rem"}}}
 _SHRINKS = {"item": {"sx": {"minWidth": 0}}}
-
-# The App may send two events at the same time, but FiftyOne's threads share one open file for a run's results.
-_load_lock = threading.Lock()
 
 
 class SegEvery(foo.Panel):
@@ -164,7 +155,7 @@ class SegEvery(foo.Panel):
         buttons.btn("refresh", "Refresh", on_click=self.refresh, **style)
 
     def _add_recall(self, panel: types.Object, ctx: ExecutionContext) -> None:
-        results = {key: _results(ctx.dataset, key) for key in _chosen(ctx)}
+        results = {key: results_of(ctx.dataset, key) for key in _chosen(ctx)}
         runs = {key: each.average_recall for key, each in results.items()}
         if not runs:
             return
@@ -275,103 +266,15 @@ def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
     return f"{names} can't be evaluated: this dataset has no labels to compare the masks with.", ""
 
 
-# The dataset's content ----------------------------------------------------------------------------------------------
-
-
-def evaluations(dataset: fo.Dataset) -> list[str]:
-    """The keys of the complete evaluations of proposals, latest first."""
-    keys = [key for key in dataset.list_evaluations(method="proposals") if has_results(dataset, key)]
-    return sorted(keys, key=lambda key: dataset.get_evaluation_info(key).timestamp, reverse=True)
-
-
 def _chosen(ctx: ExecutionContext) -> list[str]:
     """The keys of the selected evaluations that still exist, or of the latest one."""
     keys = evaluations(ctx.dataset)
     return [key for key in ctx.panel.state.runs or [] if key in keys] or keys[:1]
 
 
-def _results(dataset: fo.Dataset, key: str) -> ProposalResults:
-    return _loaded(dataset.name, key, dataset.get_evaluation_info(key).timestamp)
-
-
-@lru_cache(maxsize=8)
-def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults:
-    """Results for plots only, since their samples may be outdated. The App uses a new dataset object for each event."""
-    with _load_lock:
-        results: ProposalResults = fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
-    return results
-
-
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
     """The samples and mask field of each displayed evaluation or, without evaluations, of each segmented field."""
-    from ..runs.record import segmented_fields
-
-    dataset = ctx.dataset
-    if not (keys := _chosen(ctx)):
-        return {name: (dataset, name) for name in segmented_fields(dataset)}
-    samples = {key: dataset.load_evaluation_view(key) for key in keys}
-    return {key: (view, _results(dataset, key).field_in(view, "pred_field")) for key, view in samples.items()}
-
-
-def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
-    """The number of labels of each image or frame that has a value in the field."""
-    has_labels, number = _labels(samples, field_name)
-    if not is_frame_field(samples, field_name):
-        numbers: list[int] = samples.match(has_labels).values(number)
-        return numbers
-    return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
-
-
-def with_objects(samples: SampleCollection, field_name: str, min_objects: int, max_objects: int) -> fo.DatasetView:
-    """The images or frames with `min_objects` to `max_objects` labels."""
-    has_labels, number = _labels(samples, field_name)
-    match = samples.match_frames if is_frame_field(samples, field_name) else samples.match
-    return match(has_labels & (number >= min_objects) & (number <= max_objects))
-
-
-def _labels(samples: SampleCollection, field_name: str) -> tuple[ViewExpression, ViewExpression]:
-    """Expressions for whether an image or frame has a value in the field, and for its number of labels."""
-    root, is_list = label_root(samples, field_name)
-    name, root = (split_frame_field(samples, each)[0] for each in (field_name, root))
-    has_labels = F(name) != None  # noqa: E711
-    return has_labels, F(root).length() if is_list else has_labels.to_int()
-
-
-def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
-    """The objects of a group of AverageRecall that no proposal finds at IoU 0.5."""
-    from ..errors import LabelError
-    from ..evaluation.average_recall import AREA_RANGES, FREQUENCIES
-    from ..labels.documents import stored_images
-
-    gt_field, missed = results.gt_field, results.missed()
-    if group == "all":
-        return missed
-    if group in FREQUENCIES:
-        return missed.filter_labels(gt_field, F("frequency") == FREQUENCIES[group])
-    min_area, max_area = AREA_RANGES[group]
-    ids = []
-    for image in stored_images(missed, [gt_field]):
-        labels = image.labels(gt_field)
-        try:
-            areas = _areas(labels, image, results.config)
-        except LabelError as error:
-            logger.warning("%s is skipped: %s", image.name, error)
-        else:
-            ids += [label["_id"] for label, area in zip(labels, areas) if min_area <= area <= max_area]
-    return missed.filter_labels(gt_field, F("_id").is_in(ids))
-
-
-def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMethodConfig) -> list[float]:
-    """The areas in pixels that the evaluation used."""
-    from pycocotools import mask as mask_utils
-
-    from ..labels.masks import boxes_of, masks_of
-
-    if config.area_field is not None:
-        return [label[config.area_field] for label in labels]
-    if config.use_masks:
-        return [float(mask_utils.area(mask)) for mask in masks_of(labels, image.known_size)]
-    return [float(area) for area in boxes_of(labels, image.known_size)[:, 2:].prod(1)]
+    return sources(ctx.dataset, _chosen(ctx))
 
 
 # Clicks -------------------------------------------------------------------------------------------------------------
@@ -379,9 +282,7 @@ def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMeth
 
 def _clicked(ctx: ExecutionContext) -> ProposalResults:
     """The evaluation of the clicked point."""
-    with _load_lock:
-        results: ProposalResults = ctx.dataset.load_evaluation_results(html.unescape(ctx.params["trace"]), cache=False)
-    return results
+    return fresh_results(ctx.dataset, html.unescape(ctx.params["trace"]))
 
 
 def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:

@@ -14,7 +14,7 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
 from fiftyone_mobilesamv2.evaluation.proposals import ProposalEvaluationConfig
-from fiftyone_mobilesamv2.panels import segevery
+from fiftyone_mobilesamv2.panels import queries
 from fiftyone_mobilesamv2.runs import segment as segmentation
 from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import write_coco
@@ -130,7 +130,7 @@ def test_selection_of_evaluations_is_kept(panel, measured):
 
 def test_evaluations_of_other_methods_are_not_listed(panel, measured):
     measured.evaluate_detections("good", gt_field="ground_truth", eval_key="coco_run", method="coco")
-    assert segevery.evaluations(measured) == ["few_ar", "good_ar"]
+    assert queries.evaluations(measured) == ["few_ar", "good_ar"]
 
 
 def test_plots_and_table_show_the_recall(panel, measured):
@@ -302,9 +302,9 @@ def test_evaluation_that_was_interrupted_is_not_listed(panel, measured):
     interrupted = ProposalEvaluationConfig("few", "ground_truth").build()
     info = interrupted.run_info_cls()("interrupted", timestamp=datetime.now(), config=interrupted.config)
     interrupted.save_run_info(measured, info)
-    assert "interrupted" in measured.list_evaluations() and segevery.evaluations(measured) == ["few_ar", "good_ar"]
+    assert "interrupted" in measured.list_evaluations() and queries.evaluations(measured) == ["few_ar", "good_ar"]
     evaluate_proposals(measured, "few", eval_key="interrupted")
-    assert segevery.evaluations(measured)[0] == "interrupted"
+    assert queries.evaluations(measured)[0] == "interrupted"
 
 
 def test_deleted_field_is_reported(panel, measured):
