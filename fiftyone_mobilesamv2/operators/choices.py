@@ -46,6 +46,14 @@ def model_choice(form: Form) -> str:
 
 def runtime_choices(form: Form) -> None:
     """The device and the precision of the model."""
+    from ..zoo.config import PARAMETERS
+
+    device_choice(form)
+    form.parameter(PARAMETERS["dtype"])
+
+
+def device_choice(form: Form) -> None:
+    """The device of the model."""
     from ..modeling.devices import available_devices
     from ..zoo.config import PARAMETERS
 
@@ -53,7 +61,6 @@ def runtime_choices(form: Form) -> None:
     names = {"cuda": "GPU (cuda)", "mps": "GPU (mps)", "cpu": "CPU"}
     title = PARAMETERS["device"].title
     form.choice("device", {device: names[device] for device in devices}, devices[0], title)
-    form.parameter(PARAMETERS["dtype"])
 
 
 def storage_choice(form: Form) -> None:
@@ -114,10 +121,28 @@ def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = S
     """The field of labels to compare the proposals with."""
     prefix = FRAMES_PREFIX if pred_field.startswith(FRAMES_PREFIX) else ""
     field = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH_FIELD, pred_field)
+    warn_of_hidden_labels(form, "compared")
+    return field
+
+
+def warn_of_hidden_labels(form: Form, participle: str) -> None:
+    """Warns if the view may hide labels, which are then not `participle`."""
     stages = all_view_stages(form.samples.view())
     if any(isinstance(stage, _HIDING) for stage in stages):
-        form.warn("The view may hide labels. Only visible labels are compared.")
-    return field
+        form.warn(f"The view may hide labels. Only visible labels are {participle}.")
+
+
+def scheduling_note(form: Form, reason: str) -> None:
+    """Suggests scheduling; `reason` is what takes long, such as "500 images take"."""
+    form.note(
+        f"{reason} a while, and the tab must stay open. "
+        + (
+            "Consider scheduling this for a 'fiftyone delegated launch' worker."
+            if fo.config.allow_legacy_orchestrators
+            else "To schedule it instead, start the App with FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS=true and a 'fiftyone "
+            "delegated launch' worker."
+        )
+    )
 
 
 def use_masks_switch(form: Form, *field_names: str) -> bool:
