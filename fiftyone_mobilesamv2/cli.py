@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
 
     quickstart = commands.add_parser("quickstart", help="segment a folder of images, or synthetic scenes")
     quickstart.add_argument("--images", type=Path, help="folder of images; if omitted, scenes are made")
-    quickstart.add_argument("--model", default="mobilesamv2-demo-torch", help="name of a zoo model")
+    quickstart.add_argument(
+        "--model", default="mobilesamv2-demo-torch", help="name of a model, or folder of a trained one"
+    )
     quickstart.add_argument("--scenes", type=positive, default=60, help="how many scenes to make")
     quickstart.add_argument("--batch-size", type=positive, default=8)
     quickstart.add_argument(
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     segment = commands.add_parser("segment", help="segment every object of a dataset's images; run again to continue")
     segment.add_argument("dataset", help="name of a FiftyOne dataset")
-    segment.add_argument("--model", required=True, help="name of a zoo model, such as mobilesamv2-tinyvit-torch")
+    segment.add_argument("--model", required=True, help="name of a model, or folder of a trained one")
     segment.add_argument("--label-field", default="segmentations", help="field for the masks")
     segment.add_argument("--replace", action="store_true", help="replace existing labels; otherwise they are kept")
     segment.add_argument("--batch-size", type=positive, default=8)
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     reproduce = commands.add_parser("reproduce", help="measure the paper's tables on COCO or LVIS ground truth")
     reproduce.add_argument("--annotations", type=Path, required=True, help="JSON file in COCO or LVIS format")
     reproduce.add_argument("--images", type=Path, required=True, help="folder of the images listed in it")
-    reproduce.add_argument("--model", required=True, help="name of a zoo model; the paper uses mobilesamv2-vith-torch")
+    reproduce.add_argument("--model", required=True, help="name of a model; the paper uses mobilesamv2-vith-torch")
     reproduce.add_argument("--prompting", choices=("object_aware", "grid", "both"), default="both")
     reproduce.add_argument(
         "--grids", type=positive, nargs="+", default=[16, 32, 64], help="points per side of each grid"
@@ -82,14 +84,17 @@ def main(argv: list[str] | None = None) -> int:
     for verb, what in (
         ("download", "its missing files, and verify them"),
         ("verify", "every byte of its downloaded files"),
-        ("delete", "its files that no other downloaded model needs"),
+        ("delete", "its files that no other model needs; of a trained model, all (with --yes)"),
     ):
         action.add_argument(f"--{verb}", metavar="MODEL", help=f"{verb} {what}")
+    action.add_argument("--add", metavar="FOLDER", help="make the trained model in a folder known by its name")
+    action.add_argument("--remove", metavar="MODEL", help="undo --add; the folder is kept")
     action.add_argument(
         "--check-sources",
         action="store_true",
         help="ask every host whether it has the declared file, without downloading",
     )
+    models.add_argument("--yes", action="store_true", help="delete a trained model; otherwise only say what it has")
     models.add_argument("--details", action="store_true", help="if a download fails, print all sources and reasons")
 
     delete = commands.add_parser("delete-masks", help="delete the masks that runs stored in a field, with their files")
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     repair.add_argument("--mask-dir", type=Path, help="where the folder of mask files was moved to")
 
     doctor = commands.add_parser("doctor", help="check that a model works on this machine")
-    doctor.add_argument("model", nargs="?", help="name of a zoo model; if omitted, the one that comes with the package")
+    doctor.add_argument("model", nargs="?", help="name or folder of a model; if omitted, the one in the package")
     doctor.add_argument("--device", help="cuda, mps or cpu; the best available if omitted")
     doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     doctor.add_argument("--output", type=Path, default=Path("doctor.png"), help="picture of the result")
@@ -184,8 +189,8 @@ def run_models(args: argparse.Namespace) -> int:
     """Lists models, or works on the files of one. Returns 1 if a file or source is wrong."""
     from tqdm import tqdm
 
-    from .modeling.checkpoints import files, overview
-    from .modeling.checkpoints.catalog import all_files
+    from .modeling.checkpoints import files, overview, trained
+    from .modeling.checkpoints.lookup import all_files, find_trained
     from .modeling.checkpoints.sources import check_sources
 
     if args.download:
@@ -201,7 +206,23 @@ def run_models(args: argparse.Namespace) -> int:
         for weights, verified in results.items():
             print(f"{weights.filename}: {verified.problem or f'correct, sha256 {verified.sha256}'}")
         return int(any(verified.problem for verified in results.values()))
+    elif args.add:
+        added = trained.register(args.add)
+        print(f"{added.name}: {added.folder.resolve()}")
+    elif args.remove:
+        print(f"{args.remove} is no longer known; {trained.unregister(args.remove)} is kept.")
+    elif args.delete and (model := find_trained(args.delete)):
+        folder = model.folder.resolve()
+        if not args.yes:
+            print(f"Would delete {model.name} with its folder, {folder}. Repeat the command with --yes to delete it.")
+        elif kept := trained.delete_trained(model).kept:
+            print(f"Deleted {model.name}. {folder} stays, with files that are not the model's: {', '.join(kept)}.")
+        else:
+            print(f"Deleted {model.name} with its folder, {folder}.")
     elif args.delete:
+        for weights, why in files.kept_files(args.delete).items():
+            if files.is_local(weights):
+                print(f"{weights.filename} stays: {why}.")
         deleted = files.delete_model(args.delete)
         print(f"Deleted {overview.names(deleted)}." if deleted else f"No file of {args.delete} can be deleted.")
     elif args.check_sources:

@@ -25,15 +25,21 @@ if TYPE_CHECKING:
 
 
 def model_choice(form: Form) -> str:
-    """The model. Each choice has a speed hint and says how much must be downloaded, if anything."""
+    """The model. Each choice has a hint and says how much must be downloaded, if anything."""
     from ..modeling.checkpoints.catalog import DEMO_MODEL, MODELS
     from ..modeling.checkpoints.files import megabytes_to_download, weights_dir
+    from ..modeling.checkpoints.lookup import models
 
-    missing = {name: megabytes_to_download(name) for name in MODELS}
+    entries = models()
+    missing = {name: megabytes_to_download(name) for name in entries}
     choices = {}
-    for name, entry in MODELS.items():
-        status = "downloaded" if not missing[name] else f"{missing[name]:,} MB to download"
-        choices[name] = f"{name} ({entry.hint}; {status})"
+    for name, entry in entries.items():
+        notes = [entry.hint]
+        if missing[name]:
+            notes.append(f"{missing[name]:,} MB to download")
+        elif name in MODELS:
+            notes.append("downloaded")
+        choices[name] = f"{name} ({'; '.join(notes)})"
     # The default suits photos and, if possible, needs no download, so that it works at once.
     default = next((name for name in MODELS if not missing[name] and name != DEMO_MODEL), "mobilesamv2-tinyvit-torch")
     name = form.choice("model", choices, default, "Model")

@@ -213,6 +213,7 @@ def _environment(samples: SampleCollection, ray: ModuleType) -> dict[str, str]:
         "FIFTYONE_DATABASE_VALIDATION": str(fo.config.database_validation),
         "FIFTYONE_DATABASE_ADMIN": str(fo.config.database_admin),
         "FIFTYONE_DEFAULT_DATASET_DIR": fo.config.default_dataset_dir,
+        "FIFTYONE_MODEL_ZOO_DIR": fo.config.model_zoo_dir,  # where trained models are found by name
         "FIFTYONE_DO_NOT_TRACK": str(fo.config.do_not_track),
     }
     return environment | {name: os.environ[name] for name in _VARIABLES if name in os.environ}

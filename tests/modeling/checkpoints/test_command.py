@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from fiftyone_mobilesamv2 import cli
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights, all_files
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import all_files
 
 CONTENT = b"weights" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
