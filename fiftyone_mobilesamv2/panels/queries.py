@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..evaluation.proposal_results import ProposalResults
     from ..fiftyone_internals import Document
     from ..labels.documents import StoredImage
+    from ..modeling.checkpoints.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,14 @@ def sources(dataset: fo.Dataset, keys: Sequence[str]) -> dict[str, tuple[SampleC
         return {name: (dataset, name) for name in segmented_fields(dataset)}
     samples = {key: dataset.load_evaluation_view(key) for key in keys}
     return {key: (view, results_of(dataset, key).field_in(view, "pred_field")) for key, view in samples.items()}
+
+
+def trained_on(dataset: fo.Dataset) -> dict[str, TrainedModel]:
+    """The registered models that were trained on this dataset, by name, latest first."""
+    from ..modeling.checkpoints.trained import trained_models
+
+    models = [model for model in trained_models().values() if model.dataset == dataset.name]
+    return {model.name: model for model in sorted(models, key=lambda model: model.created, reverse=True)}
 
 
 def object_counts(samples: SampleCollection, field_name: str) -> list[int]:

@@ -18,7 +18,16 @@ from ..fiftyone_internals import is_frame_field, is_generated
 from ..labels.fields import label_fields
 from ..operators.form import cell, code
 from ..registration import PLUGIN
-from .queries import evaluations, fresh_results, missed_of_group, object_counts, results_of, sources, with_objects
+from .queries import (
+    evaluations,
+    fresh_results,
+    missed_of_group,
+    object_counts,
+    results_of,
+    sources,
+    trained_on,
+    with_objects,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELP = (
-    "How many ground truth objects the masks find (AR@K), how many masks the images have, and how long segmentation "
-    "took. Click a point or a bar to see the objects or images behind it."
+    "How many ground truth objects the masks find (AR@K), how many masks the images have, how long segmentation took, "
+    "and the models trained on this dataset. Click a point or a bar to see the objects or images behind it."
 )
 OPERATORS = {
     "segment_everything": "Segment everything",
@@ -40,6 +49,7 @@ OPERATORS = {
     "find_unlabeled_objects": "Find unlabeled objects",
     "compare_prompting": "Compare prompting",
     "promote_to_labels": "Promote to labels",
+    "train_on_labels": "Train on my labels",
 }
 # Events that change what the App shows outside the panel, but nothing in it.
 _ELSEWHERE = {
@@ -58,7 +68,7 @@ _SHRINKS = {"item": {"sx": {"minWidth": 0}}}
 
 
 class SegEvery(foo.Panel):
-    """Plots of the dataset's evaluations of proposals or, without evaluations, of its segmented fields."""
+    """Plots of the dataset's evaluations of proposals or, without evaluations, of its segmented fields; its models."""
 
     @property
     def config(self) -> foo.PanelConfig:
@@ -86,6 +96,7 @@ class SegEvery(foo.Panel):
 
     def on_load(self, ctx: ExecutionContext) -> None:
         ctx.panel.state.runs = [] if ctx.dataset is None else evaluations(ctx.dataset)[:1]
+        ctx.panel.state.model = None
 
     def on_change_dataset(self, ctx: ExecutionContext) -> None:
         self.on_load(ctx)
@@ -93,11 +104,15 @@ class SegEvery(foo.Panel):
     def choose(self, ctx: ExecutionContext) -> None:
         ctx.panel.state.runs = ctx.params["value"] or []
 
+    def choose_model(self, ctx: ExecutionContext) -> None:
+        ctx.panel.state.model = ctx.params["value"]
+
     def refresh(self, ctx: ExecutionContext) -> None:
         """Redraws the panel: evaluations may have been added or deleted elsewhere."""
 
     def open_form(self, ctx: ExecutionContext) -> None:
-        ctx.prompt(f"{PLUGIN}/{ctx.params['operator']}", params={}, on_success=self.on_load)
+        values = {"model": ctx.params["model"]} if "model" in ctx.params else {}
+        ctx.prompt(f"{PLUGIN}/{ctx.params['operator']}", params=values, on_success=self.on_load)
 
     def show_everything(self, ctx: ExecutionContext) -> None:
         ctx.ops.clear_view()
@@ -126,7 +141,7 @@ class SegEvery(foo.Panel):
         if ctx.dataset is None:
             panel.md("Open a dataset first.", name="text")
         else:
-            for name in ("head", "recall", "objects", "time"):
+            for name in ("head", "recall", "objects", "time", "training"):
                 try:
                     getattr(self, f"_add_{name}")(panel, ctx)
                 except Exception as error:  # still show the rest of the panel
@@ -215,6 +230,33 @@ class SegEvery(foo.Panel):
             names = ", ".join(dict.fromkeys(unknown))
             panel.md(f"The time for {names} is unknown: only Segment everything records it.", name="unknown")
 
+    def _add_training(self, panel: types.Object, ctx: ExecutionContext) -> None:
+        from ..modeling.checkpoints.trained_files import PARTS
+        from ..training.card import measures_table
+        from ..training.figures import learning_curve
+
+        models = trained_on(ctx.dataset)
+        if not models:
+            return
+        chosen = models.get(ctx.panel.state.model) or next(iter(models.values()))
+        training = chosen.training
+        stack = _add_plot(
+            panel,
+            "training",
+            "Trained models",
+            f"{code(chosen.name)}: {PARTS[chosen.part]} of {code(chosen.base)}, trained on {code(training['field'])}",
+            learning_curve(training["curve"], chosen.part),
+            None,
+        )
+        if len(models) > 1:
+            choices = types.DropdownView(label="Model", compact=True)
+            for name in models:
+                choices.add_choice(name, label=name)
+            stack.enum("model", list(models), view=choices, default=chosen.name, on_change=self.choose_model)
+        stack.md(measures_table(training["before"], training["after"]), name="measures")
+        given = {"operator": "segment_everything", "model": chosen.name}
+        stack.btn("use", "Segment everything with it", on_click=self.open_form, params=given, variant="outlined")
+
 
 def _add_plot(
     panel: types.Object,
@@ -223,7 +265,7 @@ def _add_plot(
     caption: str,
     figure: figures.Figure,
     on_click: Callable[[ExecutionContext], None] | None,
-) -> None:
+) -> types.Object:
     stack = panel.v_stack(name, gap=0, columns=1, componentsProps=_PLOT)
     stack.md(f"**{title}**  \n{caption}", name="title")
     data, layout = figure
@@ -236,6 +278,7 @@ def _add_plot(
         height=f"{layout['height']}px",
         componentsProps=_SHRINKS,
     )
+    return stack
 
 
 def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> None:
