@@ -77,7 +77,7 @@ class TrainOnLabels(Operator):
         field = form.label_field("gt_field", SHAPE_TYPES, "Labels", "Their classes don't matter", _default_field(form))
         warn_of_hidden_labels(form, "trained on")
         part = form.choice("part", PARTS, "discovery", "What to train", radio=True)
-        if not have_masks(form.samples, field):
+        if not form.problems and not have_masks(form.samples, field):
             reason = f"Labels in '{field}' have no masks, from which masks are learned"
             if part == "masks":
                 form.problem(f"{reason}. 'Segment from prompts' turns boxes into masks.")
