@@ -172,9 +172,9 @@ def train_discovery(
             trainer.train()
     finally:
         LOGGER.setLevel(level)
-    if trainer.best is None:
+    if trainer.best_tensors is None:
         raise MobileSAMv2Error("The loss was not finite from the start: nothing was learnt. Lower the learning rate.")
-    return TrainedDetector(trainer.best, trainer.best_score, trainer.curve, trainer.stopped)
+    return TrainedDetector(trainer.best_tensors, trainer.best_score, trainer.curve, trainer.stopped)
 
 
 class _Trainer(DetectionTrainer):
@@ -201,7 +201,7 @@ class _Trainer(DetectionTrainer):
         self.mean_loss: float | None = None
         self.saved = saves.load() or {}
         self.curve: Curve = self.saved.get("curve", [])
-        self.best: dict[str, Tensor] | None = self.saved.get("best")
+        self.best_tensors: dict[str, Tensor] | None = self.saved.get("best")
         self.best_score: float = self.saved.get("best_score", -math.inf)
         super().__init__(overrides=_options(settings, saves.path.parent))
 
@@ -273,7 +273,7 @@ class _Trainer(DetectionTrainer):
             return {}, None
         score = self.score_of(copy.deepcopy(self.ema.ema).eval())
         if score > self.best_score:
-            self.best_score, self.best = score, _copied(self.ema.ema)
+            self.best_score, self.best_tensors = score, _copied(self.ema.ema)
         return {}, score
 
     def save_metrics(self, metrics: dict[str, float]) -> None:
@@ -301,7 +301,7 @@ class _Trainer(DetectionTrainer):
                     "ema": self.ema.ema.state_dict(),
                     "updates": self.ema.updates,
                     "optimizer": self.optimizer.state_dict(),
-                    "best": self.best,
+                    "best": self.best_tensors,
                     "best_score": self.best_score,
                 }
             )
