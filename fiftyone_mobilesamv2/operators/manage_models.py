@@ -64,8 +64,9 @@ class ManageModels(Operator):
         elif action == "delete":
             self._delete_form(form, model)
         elif action == "check_sources" and not any(weights.sources for weights in model_files(model)):
-            origin = "consists of files of its own" if trained else "comes with the package"
-            form.problem(f"{model} {origin} and has no sources.")
+            form.problem(
+                f"{model} {'has no files to download' if trained else 'comes with the package'} and has no sources."
+            )
 
     def _delete_form(self, form: Form, model: str) -> None:
         from ..modeling.checkpoints.files import deletable_files, is_local, kept_files

@@ -35,9 +35,8 @@ def pretrained_model(name: str | PathLike[str]) -> PretrainedModel:
         return MODELS[name]
     if trained := find_trained(name):
         return trained.model
-    raise ArgumentError(
-        f"Unknown model {name!r}; choose one of {', '.join(models())}, or give the folder of a trained model."
-    )
+    known = ", ".join(models())
+    raise ArgumentError(f"Unknown model {os.fspath(name)!r}; choose one of {known}, or give a trained model's folder.")
 
 
 def find_trained(name: str | PathLike[str]) -> TrainedModel | None:
@@ -59,8 +58,8 @@ def model_name(name: str | PathLike[str]) -> str:
     >>> model_name("mobilesamv2-demo-torch")
     'mobilesamv2-demo-torch'
     """
-    if isinstance(name, str) and (name in MODELS or registered_folder(name) or not _is_folder(name)):
-        return name
+    if not _is_folder(name) or (isinstance(name, str) and (name in MODELS or registered_folder(name))):
+        return os.fspath(name)
     try:
         trained = read_trained(name)
         registered = registered_folder(trained.name)
@@ -72,11 +71,10 @@ def model_name(name: str | PathLike[str]) -> str:
 
 
 def _is_folder(name: str | PathLike[str]) -> bool:
-    """Whether a model is given by its folder: as a path, as text with a separator, or by the folder's name alone."""
-    if not isinstance(name, str) or any(separator in name for separator in (os.sep, os.altsep) if separator):
-        return True
+    """Whether this is the path of a folder: for a name without a separator, of a folder with a trained model."""
+    is_path = not isinstance(name, str) or any(mark in name for mark in (os.sep, os.altsep) if mark)
     try:
-        return (Path(name) / CONFIG).is_file()
+        return Path(name).is_dir() if is_path else (Path(name) / CONFIG).is_file()
     except (OSError, ValueError):  # too long, or not a path
         return False
 

@@ -201,10 +201,17 @@ def test_unknown_model_lists_what_there_is(trained):
     for name in ("sam", "", ".", "\0", "x" * 5000, "\ud800"):
         with pytest.raises((ArgumentError, CheckpointError)):
             pretrained_model(name)
-    with pytest.raises(ArgumentError, match=rf"Unknown model 'sam'; choose one of {TINY}, .*, my-cells, or give"):
+    with pytest.raises(
+        ArgumentError, match=rf"Unknown model 'sam'; choose one of {TINY}, .*, my-cells, or give a trained"
+    ):
         pretrained_model("sam")
-    with pytest.raises(CheckpointError, match=r"nowhere/config\.json does not exist"):
-        pretrained_model("./nowhere")
+    for name in ("./nowhere", Path("nowhere")):
+        with pytest.raises(ArgumentError, match=r"Unknown model '[./]*nowhere'"):
+            pretrained_model(name)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json does not exist, so .* is not the folder of a trained model"
+    ):
+        pretrained_model(trained.folder.parent)
 
 
 # Configurations -----------------------------------------------------------------------------------------------------
