@@ -132,7 +132,7 @@ class TrainOnLabels(Operator):
         if part == "discovery":
             title = "What the model finds without a label"
             form.choice("unlabeled", UNLABELED, "ignore", title, radio=True)
-            form.choice("size", SIZES, SAME_SIZE, "Detector", "A new one needs thousands of labeled images")
+            form.choice("size", SIZES, SAME_SIZE, "Detector", "A new one needs many labeled images")
             choices = {NO_TEACHER: "None: images without labels are not used"} | model_texts()
             text = "A model whose finds are the labels of the images without labels"
             teacher = form.choice("teacher", choices, NO_TEACHER, "Teacher", text)

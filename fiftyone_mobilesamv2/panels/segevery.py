@@ -95,8 +95,8 @@ class SegEvery(foo.Panel):
     # Events ---------------------------------------------------------------------------------------------------------
 
     def on_load(self, ctx: ExecutionContext) -> None:
+        ctx.panel.state.model = None  # the latest
         ctx.panel.state.runs = [] if ctx.dataset is None else evaluations(ctx.dataset)[:1]
-        ctx.panel.state.model = None
 
     def on_change_dataset(self, ctx: ExecutionContext) -> None:
         self.on_load(ctx)

@@ -179,10 +179,11 @@ def test_training_makes_a_model_that_segments(plugin, labeled, models_folder):
 def test_cancelled_training_goes_on(plugin, labeled):
     params = QUICK | {"name": "cells", "epochs": 3}
     for operator, call in plugin.run_in_app(NAME, labeled, params):
+        text = call["results"]["text"] if operator == "show_output" else ""
         for work in app_work.running.values():
-            if operator == "show_output" and work.progress.label.startswith("Epoch 2 of 3, loss "):
+            if work.progress.label.startswith("Epoch 2 of 3, loss "):
                 plugin.operators["cancel"].execute(plugin.context("cancel", labeled, {"work": work.id}))
-    assert call["results"]["text"].endswith("Repeat it with the same settings to go on from the last save.")
+    assert text.endswith("Repeat it with the same settings to go on from the last save.")
     assert any("goes on from its last save" in message for message in plugin.form(NAME, labeled, params).messages)
     assert not trained_models()
     result = plugin.call(NAME, labeled, **params, keep_worse=True)
