@@ -84,7 +84,7 @@ def write_card(
         'model = fiftyone_mobilesamv2.load_model("path/to/this/folder", None)  # anywhere',
         "```",
         "",
-        f"`fiftyone-mobilesamv2 models --add path/to/this/folder` registers a copy of this folder on another machine.",
+        "`fiftyone-mobilesamv2 models --add path/to/this/folder` registers a copy of this folder on another machine.",
         "",
         "## Training",
         "",
@@ -99,8 +99,8 @@ def write_card(
         "",
         *(f"- `{file}`: sha256 {sha256}" for file, sha256 in files.items()),
         "",
-        "The terms of the base's weights and of the images apply to these weights, too; the detector is trained and run "
-        "with ultralytics, which is AGPL-3.0.",
+        "The terms of the base's weights and of the images apply to these weights, too. The detector is trained and "
+        "run with ultralytics, which is AGPL-3.0.",
         "",
     ]
     with complete_file(folder / "README.md") as temporary:

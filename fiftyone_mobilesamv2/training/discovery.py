@@ -26,7 +26,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 from ..errors import MobileSAMv2Error
 from .examples import Example
 from .progress import Curve, Report, Step
-from .saves import Saves, fingerprint
+from .saved_training import fingerprint, save_training, saved_training
 from .yolo_data import IGNORED, OBJECT, EpochLoader, ExampleDataset
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 BACKBONE_LAYERS = 10  # of YOLOv8: its first layers, up to and with SPPF
 MIN_COVERED = 0.5  # of a prediction that an ignored region must cover for it not to count as a false one
 VALIDATIONS = 10  # about as many over a training
+STATE = "discovery.pt"
 Validate = Callable[[nn.Module], float]
 
 
@@ -163,11 +164,11 @@ def train_discovery(
     """
     trainable = DiscoveryModel(model.yaml, verbose=False)
     trainable.load_state_dict(model.state_dict())
-    saves = Saves(folder / "discovery.pt", fingerprint(asdict(settings), trainable.state_dict(), examples))
+    identity = fingerprint(asdict(settings), trainable.state_dict(), examples)
     level = LOGGER.level
     LOGGER.setLevel(logging.ERROR)  # it describes layers, batches and files of its own
     try:
-        trainer = _Trainer(trainable, examples, cache, settings, saves, report, validate)
+        trainer = _Trainer(trainable, examples, cache, settings, folder / STATE, identity, report, validate)
         if len(trainer.curve) < settings.epochs:
             trainer.train()
     finally:
@@ -190,20 +191,22 @@ class _Trainer(DetectionTrainer):
         examples: Sequence[Example],
         cache: Path | None,
         settings: DiscoverySettings,
-        saves: Saves,
+        state: Path,
+        identity: str,
         report: Report,
         validate: Validate,
     ) -> None:
         self.trained, self.examples, self.cache_folder = model, examples, cache
-        self.settings, self.saves, self.report, self.score_of = settings, saves, report, validate
+        self.settings, self.report, self.score_of = settings, report, validate
+        self.state, self.identity = state, identity
         self.stopped: str | None = None
         self.steps = 0  # since the training started or went on
         self.mean_loss: float | None = None
-        self.saved = saves.load() or {}
+        self.saved = saved_training(state, identity) or {}
         self.curve: Curve = self.saved.get("curve", [])
         self.best_tensors: dict[str, Tensor] | None = self.saved.get("best")
         self.best_score: float = self.saved.get("best_score", -math.inf)
-        super().__init__(overrides=_options(settings, saves.path.parent))
+        super().__init__(overrides=ultralytics_options(settings, state.parent))
 
     # Data and model ---------------------------------------------------------------------------------------------------
 
@@ -294,8 +297,10 @@ class _Trainer(DetectionTrainer):
 
     def save_model(self) -> bool:
         if not self.stopped:
-            self.saves.write(
+            save_training(
+                self.state,
                 {
+                    "fingerprint": self.identity,
                     "curve": self.curve,
                     "model": self.model.state_dict(),
                     "ema": self.ema.ema.state_dict(),
@@ -303,7 +308,7 @@ class _Trainer(DetectionTrainer):
                     "optimizer": self.optimizer.state_dict(),
                     "best": self.best_tensors,
                     "best_score": self.best_score,
-                }
+                },
             )
         return False  # nobody is to be told
 
@@ -325,7 +330,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-def _options(settings: DiscoverySettings, folder: Path) -> dict[str, Any]:
+def ultralytics_options(settings: DiscoverySettings, folder: Path) -> dict[str, Any]:
     """ultralytics' settings. Those that are not named here have its own defaults."""
     is_cuda = torch.device(settings.device).type == "cuda"
     return {

@@ -72,8 +72,8 @@ class LabeledImages:
 def read_labels(samples: SampleCollection, gt_field: str, frames_folder: Path, progress: Progress) -> LabeledImages:
     """Reads the labels of a dataset or view of images, or those of the frames of videos.
 
-    Crowds, and labels with the tag "ignore", become ignored regions. An image with an unusable label, or without a
-    file, is skipped.
+    Crowds, and labels with the tag "ignore", become ignored regions. An image that can't be read, or with an unusable
+    label, is skipped.
 
     Args:
         gt_field: detections or polylines; of videos, a field of their frames.
@@ -110,6 +110,8 @@ def _add(found: LabeledImages, stored: StoredImage, gt_field: str, frames: _Fram
     if frames is None:
         path = stored.document["filepath"]
         content, read = _file_hash(path), partial(read_image, path)
+        if read().shape[:2] != size:
+            raise LabelError(f"the image has other sides than its metadata, which says {size[1]}x{size[0]} pixels")
     else:
         content = str(stored.sample_id)
         read = partial(read_image, frames.path(stored.sample_id, stored.document["frame_number"]))

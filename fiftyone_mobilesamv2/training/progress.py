@@ -1,4 +1,4 @@
-"""What a training reports while it runs."""
+"""How far a training is."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Step:
-    """The state of a training after an optimizer step.
+    """A training after one of its steps.
 
     Attributes:
-        done, total: optimizer steps.
-        epoch, epochs: the epoch of this step, from 1, and their number.
-        loss: its running mean.
-        learning_rate: of this step.
-        images_per_second: since the training started or went on.
-        seconds_left: estimated.
+        done, total: optimizer steps, those before an interruption included.
+        epoch, epochs: the current epoch, from 1, and their number.
+        loss: running mean of the loss.
+        learning_rate: that of the step.
+        images_per_second: images read and trained on since the training was started or resumed.
+        seconds_left: estimate for the remaining steps.
     """
 
     done: int
@@ -30,8 +30,8 @@ class Step:
     seconds_left: float
 
 
-# Called after each step. It may raise errors.Cancelled, which stops the training; its last save is kept.
+# Called after each step. May raise errors.Cancelled, which stops the training between two steps; the last save is kept.
 Report = Callable[[Step], None]
 
-# One entry for each epoch: "epoch", "loss" and "learning_rate", and the "score" of validation or None.
+# One entry for each epoch: "epoch", "loss" (mean) and "learning_rate", and "score" on the validation images or None.
 Curve = list[dict[str, Any]]

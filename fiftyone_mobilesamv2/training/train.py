@@ -7,10 +7,11 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError, plain
 from ..fiftyone_internals import root_dataset
-from ..labels.documents import Skipped
+from ..labels.documents import Skipped, is_number
 from ..labels.fields import GROUND_TRUTH_FIELD
 from ..modeling.checkpoints.trained import CONFIG, check_name, register, trained_dir, write_trained
 from ..modeling.checkpoints.verification import file_hashes
@@ -30,8 +31,8 @@ from .base_model import Base
 from .card import write_card, write_curve
 from .examples import Example
 from .labeled_images import LabeledImages, Validation, split
-from .learning import learn_discovery, learn_masks, write_weights
 from .measuring import Measures, measure
+from .parts import learn_discovery, learn_masks, write_weights
 from .progress import Curve, Step
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ PARTS = ("discovery", "masks")
 UNLABELED = ("ignore", "background")
 SIZES = ("n", "s", "m", "l", "x")  # of YOLOv8
 WORK = "training"  # folder, in the model's own, for what a training needs until it is complete
+LOCK = ".lock"
 
 # Called with the finished share of the whole, and what is being done. It may raise errors.Cancelled.
 Tell = Callable[[float | None, str], None]
@@ -96,7 +98,9 @@ class TrainingRun:
         if self.registered:
             lines.append(f'The model is in {self.folder}: foz.load_zoo_model("{self.name}")')
         else:
-            lines.append("It is not better than its base, and was not kept. Repeat the call with keep_worse=True to.")
+            lines.append(
+                "It is not better than its base, and not registered: repeat the call with keep_worse=True for that."
+            )
         return "\n".join(lines)
 
 
@@ -166,9 +170,18 @@ def train(
     _check_choice("unlabeled", unlabeled, UNLABELED)
     if size is not None:
         _check_choice("size", size, SIZES)
-    for argument, value, of in (("size", size, "discovery"), ("teacher", teacher, "discovery"), ("learn", learn, "masks")):
+    for argument, value, of in (
+        ("size", size, "discovery"),
+        ("teacher", teacher, "discovery"),
+        ("learn", learn, "masks"),
+    ):
         if value is not None and part != of:
             raise ArgumentError(f"{argument} applies only to part='{of}'.")
+    for argument, value, minimum in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum):
+            raise ArgumentError(f"{argument} must be a whole number of at least {minimum}, not {plain(value)!r}.")
+    if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
+        raise ArgumentError(f"learning_rate must be a number above 0, not {plain(learning_rate)!r}.")
     folder = Path(output) if output is not None else trained_dir() / name
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "learn": learn}
     settings = {"seed": seed, **{key: value for key, value in given.items() if value is not None}}
@@ -178,7 +191,9 @@ def train(
         tell(0, "Reading labels")
         images, held_out = split(samples, gt_field, validation, work / "frames", _bar(tell, 0, 0.05))
         if teacher is not None:
-            _label(images, held_out, Base(teacher, model.device), _part(tell, 0.05, 0.1, "Labeling as the teacher does"))
+            _label(
+                images, held_out, Base(teacher, model.device), _part(tell, 0.05, 0.1, "Labeling as the teacher does")
+            )
         _check_not_empty(images, held_out, gt_field, part)
         examples = images.examples
         if part == "discovery" and unlabeled == "ignore":
@@ -261,13 +276,26 @@ def _with_ignored(base: Base, examples: Sequence[Example], tell: Callable[[float
 def _locked(folder: Path, name: str) -> Iterator[None]:
     """Only one training at a time in a folder, and none where a model is."""
     if (folder / CONFIG).exists():
-        raise ArgumentError(f"{folder} already holds a model: choose another name or folder than '{name}', or delete it.")
-    (folder / WORK).mkdir(parents=True, exist_ok=True)
+        raise ArgumentError(
+            f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
+        )
+    work = folder / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / LOCK, timeout=0)
     try:
-        with FileLock(folder / WORK / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
-        raise ArgumentError(f"Another process is training '{name}' in {folder}: wait for it, or choose another name.") from None
+        raise ArgumentError(
+            f"Another process is training '{name}' in {folder}: wait for it, or choose another name."
+        ) from None
+    try:
+        yield
+    finally:
+        if work.is_dir() and [path.name for path in work.iterdir()] == [LOCK]:  # it didn't come to anything
+            shutil.rmtree(work)
+            with suppress(OSError):
+                folder.rmdir()
+        lock.release()
 
 
 def _keep(

@@ -97,7 +97,9 @@ def test_predictions_in_an_ignored_region_are_not_false(base):
     )
     counted = inside / (w * h) < 0.5
     assert 0.2 < counted.float().mean() < 0.8
-    assert items["cls_loss"].item() == pytest.approx(base.args.cls * -torch.log1p(-scores[counted]).sum().item(), rel=1e-3)
+    assert items["cls_loss"].item() == pytest.approx(
+        base.args.cls * -torch.log1p(-scores[counted]).sum().item(), rel=1e-3
+    )
     assert items["box_loss"] == items["dfl_loss"] == 0
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as mask_utils
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +25,9 @@ from .discovery import BACKBONE_LAYERS, DiscoverySettings, new_detector, train_d
 from .examples import Example
 from .masks import MaskSettings, train_masks
 from .measuring import box_recall, mask_iou
+from .memory import fitting_batch_size, training_bytes
 from .progress import Curve, Report
+from .yolo_data import cached_image
 
 # Below this many images, the detector's backbone keeps its weights.
 MIN_IMAGES_FOR_BACKBONE = 300
@@ -75,8 +76,14 @@ def learn_discovery(
         }
     )
     model = load_yolo(base.paths["detector_checkpoint"]) if size is None else new_detector(size)
-    cache = folder / "images"
-    cache.mkdir(parents=True, exist_ok=True)
+
+    def needed(batch_size: int) -> int:
+        shape = batch_size, 3, image_size, image_size
+        return training_bytes(model, lambda shapes: shapes(torch.zeros(shape, device="meta")))
+
+    batch_size = fitting_batch_size(settings.batch_size, needed, base.device)
+    settings = dataclasses.replace(settings, batch_size=batch_size)
+    cache = _cached(examples, image_size, folder / "images")
     result = train_discovery(
         model,
         examples,
@@ -89,6 +96,16 @@ def learn_discovery(
     name = "detector.safetensors"
     used = dataclasses.asdict(settings) | {"size": size}
     return Learned({name: result.tensors}, {"detector_checkpoint": name}, used, result.curve, result.stopped, [])
+
+
+def _cached(examples: Sequence[Example], size: int, folder: Path) -> Path | None:
+    """Keeps all images at the size of the network in a folder; None if they would take half of what is free there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(examples) * size * size * 3 > shutil.disk_usage(folder).free / 2:
+        return None
+    for example in examples:
+        cached_image(example, size, folder)
+    return folder
 
 
 def learn_masks(
