@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..modeling.checkpoints.files import PACKAGED_WEIGHTS
 from ..modeling.checkpoints.loading import load_decoder, load_detector, load_encoder, read_tensors
 from ..modeling.complete_files import complete_file
-from .decoder import ENCODER
+from .demo import ENCODER, WEIGHTS
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -27,15 +26,13 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(runs: Path, output: Path) -> list[Path]:
-    """Exports the averaged weights of both training runs and checks that they load; then replaces earlier files.
+    """Exports the weights of both training runs and checks that they load; then replaces earlier files.
 
     Args:
-        runs: the folder that contains `decoder/` and `detector/`.
+        runs: the folder that contains `masks/` and `detector/`.
         output: the folder for the files.
     """
-    trained = torch.load(runs / "decoder" / "last.pt", map_location="cpu", weights_only=True)["ema"]
-    # The layout of a whole SAM: image_encoder.*, prompt_encoder.*, mask_decoder.*
-    sam = {key.removeprefix("decoder."): tensor for key, tensor in trained.items()}
+    sam = read_tensors(runs / "masks" / WEIGHTS)
     detector = read_tensors(runs / "detector" / "train" / "weights" / "last.pt")
 
     output.mkdir(parents=True, exist_ok=True)
