@@ -40,18 +40,22 @@ def run_segment(args: argparse.Namespace) -> int:
     return 1 if run.num_failures else 0
 
 
+_OF_TRAINING = (
+    *("name", "part", "base", "epochs", "batch_size", "learning_rate", "unlabeled", "size", "teacher", "learn", "seed"),
+    *("device", "output", "keep_worse"),
+)
+
+
 def run_train(args: argparse.Namespace) -> int:
     """Trains a model. Returns 1 if it is not better than its base, and was not kept."""
     from ..training.train import train
 
-    names = ("name", "part", "base", "epochs", "batch_size", "learning_rate", "unlabeled", "size", "teacher", "learn")
-    names += ("seed", "device", "output", "keep_worse")
     try:
         run = train(
             load_dataset(args.dataset),
             args.label_field,
             validation=args.validation_tag or args.validation,
-            **{name: getattr(args, name) for name in names},
+            **{name: getattr(args, name) for name in _OF_TRAINING},
         )
     except KeyboardInterrupt:
         print("\nRepeat the command to go on from the last save.", file=sys.stderr)

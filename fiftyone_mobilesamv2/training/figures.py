@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..evaluation.figures import Figure, figure_layout, line_trace
+from ..evaluation.figures import COLORS, Figure, figure_layout, line_trace
+from ..modeling.arrays import AnyArray, FloatArray
 from .progress import Curve
 
 SCORES = {"discovery": "AR of boxes", "masks": "IoU from boxes"}  # what is measured on the validation images
@@ -20,10 +21,13 @@ def learning_curve(curve: Curve, part: str) -> Figure:
     ]
     layout = figure_layout("epoch", "loss", True)
     layout["margin"]["r"] = layout["margin"]["l"]
-    layout["yaxis2"] = layout["yaxis"] | {"title": {"text": SCORES[part]}, "overlaying": "y", "side": "right"}
-    layout["yaxis2"]["showgrid"] = False
+    layout["yaxis2"] = layout["yaxis"] | {"overlaying": "y", "side": "right", "showgrid": False}
+    for number, (axis, title) in enumerate((("yaxis", "loss"), ("yaxis2", SCORES[part]))):
+        layout[axis] |= {"title": {"text": title, "font": {"color": COLORS[number], "size": 13}}}
+    if len(curve) <= 10:
+        layout["xaxis"]["dtick"] = 1  # no fractions of epochs
     return Figure(data, layout)
 
 
-def _points(curve: Curve, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _points(curve: Curve, key: str) -> tuple[AnyArray, FloatArray]:
     return np.array([point["epoch"] for point in curve]), np.array([point[key] for point in curve], float)
