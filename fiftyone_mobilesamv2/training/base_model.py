@@ -6,15 +6,15 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..modeling.checkpoints.catalog import PretrainedModel, Weights
 from ..modeling.checkpoints.files import fetch_model
-from ..modeling.checkpoints.models import pretrained_model
+from ..modeling.checkpoints.lookup import pretrained_model
 from ..modeling.complete_files import complete_file
 from ..modeling.defaults import CONFIDENCE, NMS_IOU
 from ..modeling.mobilesamv2 import MobileSAMv2
@@ -34,7 +34,7 @@ class Base:
         device: where to run it.
     """
 
-    def __init__(self, name: str | PathLike[str], device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
         self.entry: PretrainedModel = pretrained_model(name)
         self.paths: dict[str, Path] = fetch_model(name)
@@ -45,8 +45,9 @@ class Base:
 
     def with_files(self, files: Mapping[str, Path]) -> MobileSAMv2:
         """The model with other files in place of its own: argument -> path."""
+        paths: Any = self.paths | dict(files)
         return MobileSAMv2.from_checkpoints(
-            self.entry.encoder, **self.paths | files, detector_size=self.entry.detector_size, device=self.device
+            self.entry.encoder, **paths, detector_size=self.entry.detector_size, device=self.device
         )
 
     def with_ignored(self, example: Example) -> Example:

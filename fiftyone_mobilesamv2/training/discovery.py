@@ -86,6 +86,9 @@ class DiscoveryLoss(v8DetectionLoss):
     A prediction counts neither as right nor as wrong if it belongs to no object and a region covers half of it.
     """
 
+    bce: Any  # replaced by ours
+    stride: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.bce = self._scores_loss
@@ -185,6 +188,12 @@ class _Trainer(DetectionTrainer):
     training goes on with other weights.
     """
 
+    model: Any  # these are None until the training is set up
+    optimizer: Any
+    ema: Any
+    loss: Any
+    tloss: Any
+
     def __init__(
         self,
         model: DiscoveryModel,
@@ -218,7 +227,8 @@ class _Trainer(DetectionTrainer):
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         if mode == "val":
-            return DataLoader([])  # validation is ours
+            no_items: Any = []  # validation is ours
+            return DataLoader(no_items)
         dataset = ExampleDataset(
             self.examples,
             self.cache_folder,

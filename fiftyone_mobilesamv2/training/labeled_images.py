@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import fiftyone as fo
 import fiftyone.core.collections as foc
@@ -137,7 +137,8 @@ def _corners(labels: Sequence[dict[str, object]], size: tuple[int, int]) -> Floa
     empty = (corners[:, 2:] <= corners[:, :2]).any(1)
     if empty.any():
         raise LabelError(f"label {labels[int(empty.argmax())].get('_id')} lies outside the image")
-    return corners.astype(np.float32)
+    as_floats: FloatArray = corners.astype(np.float32)
+    return as_floats
 
 
 def _file_hash(path: str) -> str:
@@ -191,7 +192,7 @@ class _Frames:
 
 # Training and validation ----------------------------------------------------------------------------------------------
 
-Validation = float | str | Sequence[str] | foc.SampleCollection
+Validation: TypeAlias = "float | str | Sequence[str] | SampleCollection"
 
 
 def split(

@@ -21,10 +21,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..errors import ArgumentError, plain
-from ..fiftyone_internals import root_dataset
+from ..fiftyone_internals import forget_zoo_models, root_dataset
 from ..labels.documents import Skipped, is_number
 from ..labels.fields import GROUND_TRUTH_FIELD
-from ..modeling.checkpoints.trained import CONFIG, check_name, register, trained_dir, write_trained
+from ..modeling.checkpoints.trained import check_name, register, trained_dir, write_trained
+from ..modeling.checkpoints.trained_files import CONFIG
 from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.devices import usable_device
 from .base_model import Base
@@ -47,7 +48,7 @@ WORK = "training"  # folder, in the model's own, for what a training needs until
 LOCK = ".lock"
 
 # Called with the finished share of the whole, and what is being done. It may raise errors.Cancelled.
-Tell = Callable[[float | None, str], None]
+Tell = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,10 @@ def train(
     ):
         if value is not None and part != of:
             raise ArgumentError(f"{argument} applies only to part='{of}'.")
-    for argument, value, minimum in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum):
-            raise ArgumentError(f"{argument} must be a whole number of at least {minimum}, not {plain(value)!r}.")
+    for argument, number, minimum in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if number is not None and not (is_whole and number >= minimum):
+            raise ArgumentError(f"{argument} must be a whole number of at least {minimum}, not {plain(number)!r}.")
     if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
         raise ArgumentError(f"learning_rate must be a number above 0, not {plain(learning_rate)!r}.")
     folder = Path(output) if output is not None else trained_dir() / name
@@ -328,17 +330,18 @@ def _keep(
     entry = base.entry
     write_trained(
         run.folder,
-        run.name,
-        entry.encoder,
-        entry.detector_size,
-        run.part,
-        run.base,
-        dataset,
-        entry.images,
-        base.files_of_new(files, run.folder),
-        training,
+        name=run.name,
+        encoder=entry.encoder,
+        detector_size=entry.detector_size,
+        part=run.part,
+        base=run.base,
+        dataset=dataset,
+        images=entry.images,
+        files=base.files_of_new(files, run.folder),
+        training=training,
     )
     register(run.folder)
+    forget_zoo_models()
     shutil.rmtree(run.folder / WORK, ignore_errors=True)
 
 
@@ -347,14 +350,17 @@ def _keep(
 
 @contextmanager
 def _showing(progress: bool | Tell | None) -> Iterator[Tell]:
-    if callable(progress):
-        yield progress
-        return
-    with tqdm(total=1, bar_format="{l_bar}{bar}| {elapsed}", disable=progress is False) as bar:
+    done = 0.0
+    with tqdm(total=1, bar_format="{l_bar}{bar}| {elapsed}", disable=progress is False or callable(progress)) as bar:
 
-        def show(share: float | None, text: str) -> None:
-            bar.set_description(text, refresh=False)
-            bar.update((share or 0) - bar.n)
+        def show(share: float, text: str) -> None:
+            nonlocal done
+            done = max(done, share)  # reading labels may take several passes
+            if callable(progress):
+                progress(done, text)
+            else:
+                bar.set_description(text, refresh=False)
+                bar.update(done - bar.n)
 
         yield show
 

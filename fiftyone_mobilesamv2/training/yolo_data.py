@@ -37,6 +37,8 @@ class ExampleDataset(YOLODataset):
         options: ultralytics' own, such as `imgsz` and `hyp`.
     """
 
+    imgsz: Any  # int
+
     def __init__(self, examples: Sequence[Example], cache: Path | None, seed: int, **options: Any) -> None:
         self.examples, self.cache_folder, self.seed, self.epoch = examples, cache, seed, 0
         # "ram" makes a mosaic of any images, rather than of those that this worker has read lately.
@@ -99,7 +101,7 @@ def cached_image(example: Example, size: int, cache: Path | None) -> tuple[Image
     ratio = size / max(height, width)
     if ratio != 1:  # as ultralytics resizes images
         sides = min(math.ceil(width * ratio), size), min(math.ceil(height * ratio), size)
-        image = cv2.resize(image, sides, interpolation=cv2.INTER_LINEAR)
+        image = np.asarray(cv2.resize(image, sides, interpolation=cv2.INTER_LINEAR), np.uint8)
     if path is not None:
         with complete_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, image=image, size=(height, width))
