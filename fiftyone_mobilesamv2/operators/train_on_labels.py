@@ -110,14 +110,16 @@ class TrainOnLabels(Operator):
 
     def _validation(self, form: Form) -> None:
         tags = [tag for tag in cached(_tags, form.samples) if tag]
+        is_choice = bool(tags or form.ctx.params.get("validation"))
         how = "share"
-        if tags or form.ctx.params.get("validation"):
+        if is_choice:
             choices = VALIDATIONS if tags else {"share": VALIDATIONS["share"]}
             how = form.choice("validation", choices, "share", "Validation images", _VALIDATION, radio=True)
         if how == "tag" and tags:
             form.choice("tag", {tag: tag for tag in tags}, tags[0], "Tag of the validation images")
         else:
-            form.number("share", 0.2, "Share of validation images", _VALIDATION, min=0.01, max=0.9)
+            text = None if is_choice else _VALIDATION
+            form.number("share", 0.2, "Share of validation images", text, min=0.01, max=0.9)
 
     def _advanced(self, form: Form, part: str) -> None:
         params = form.ctx.params
@@ -306,9 +308,11 @@ def _verdict(run: TrainingRun) -> str:
 
 def _next_steps(form: Form, run: TrainingRun) -> list[Button]:
     steps: list[Button] = [("Segment the view with it", f"{PLUGIN}/segment_everything", {"model": run.name})]
-    field = form.values["gt_field"]
-    if run.part == "discovery" and have_masks(form.samples, field):
-        given = {"gt_field": field, "part": "masks", "model": run.name}
+    values = form.values
+    if run.part == "discovery" and have_masks(form.samples, values["gt_field"]):
+        # The same images for validation: others would be among those that discovery was trained on.
+        same = {name: values[name] for name in ("gt_field", "validation", "tag", "share") if name in values}
+        given = same | {"part": "masks", "model": run.name}
         steps.append(("Train masks next", f"{PLUGIN}/{TrainOnLabels.identifier}", given))
     return steps
 

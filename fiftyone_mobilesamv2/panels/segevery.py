@@ -240,19 +240,14 @@ class SegEvery(foo.Panel):
             return
         chosen = models.get(ctx.panel.state.model) or next(iter(models.values()))
         training = chosen.training
-        stack = _add_plot(
-            panel,
-            "training",
-            "Trained models",
-            f"{code(chosen.name)}: {PARTS[chosen.part]} of {code(chosen.base)}, trained on {code(training['field'])}",
-            learning_curve(training["curve"], chosen.part),
-            None,
-        )
+        text = f"{code(chosen.name)}: {PARTS[chosen.part]} of {code(chosen.base)}, trained on {code(training['field'])}"
+        stack = _add_stack(panel, "training", "Trained models", text)
         if len(models) > 1:
             choices = types.DropdownView(label="Model", compact=True)
             for name in models:
                 choices.add_choice(name, label=name)
             stack.enum("model", list(models), view=choices, default=chosen.name, on_change=self.choose_model)
+        _draw(stack, learning_curve(training["curve"], chosen.part), None)
         stack.md(measures_table(training["before"], training["after"]), name="measures")
         given = {"operator": "segment_everything", "model": chosen.name}
         stack.btn("use", "Segment everything with it", on_click=self.open_form, params=given, variant="outlined")
@@ -265,9 +260,18 @@ def _add_plot(
     caption: str,
     figure: figures.Figure,
     on_click: Callable[[ExecutionContext], None] | None,
-) -> types.Object:
+) -> None:
+    _draw(_add_stack(panel, name, title, caption), figure, on_click)
+
+
+def _add_stack(panel: types.Object, name: str, title: str, caption: str) -> types.Object:
+    """A part of the panel with a title, whose contents are below each other."""
     stack = panel.v_stack(name, gap=0, columns=1, componentsProps=_PLOT)
     stack.md(f"**{title}**  \n{caption}", name="title")
+    return stack
+
+
+def _draw(stack: types.Object, figure: figures.Figure, on_click: Callable[[ExecutionContext], None] | None) -> None:
     data, layout = figure
     stack.plot(
         "plot",
@@ -278,7 +282,6 @@ def _add_plot(
         height=f"{layout['height']}px",
         componentsProps=_SHRINKS,
     )
-    return stack
 
 
 def _add_table(panel: types.Object, results: Mapping[str, ProposalResults]) -> None:

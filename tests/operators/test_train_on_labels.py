@@ -145,7 +145,7 @@ def test_frames_of_videos_are_counted(plugin, dataset):
 def test_training_makes_a_model_that_segments(plugin, labeled, models_folder):
     """Object discovery, then masks from it, then all that the next forms offer."""
     view = labeled.match({"ground_truth": {"$ne": None}})
-    params = QUICK | {"name": "cells", "keep_worse": True}
+    params = QUICK | {"name": "cells", "share": 0.3, "keep_worse": True}
     text, calls = plugin.run_to_the_end(NAME, view, params)
     trained = read_trained(models_folder / "cells")
     assert (trained.part, trained.base, trained.dataset) == ("discovery", "mobilesamv2-demo-torch", labeled.name)
@@ -160,6 +160,7 @@ def test_training_makes_a_model_that_segments(plugin, labeled, models_folder):
     segment, masks = buttons["Segment the view with it"], buttons["Train masks next"]
     assert segment["operator"] == f"{PLUGIN}/segment_everything" and segment["prompt"]
     assert masks["operator"] == f"{PLUGIN}/{NAME}" and masks["prompt"]
+    assert masks["params"] == {"gt_field": "ground_truth", "share": 0.3, "part": "masks", "model": "cells"}
     form = plugin.form("segment_everything", view, segment["params"])
     assert form.errors == []
     result = plugin.call("segment_everything", view, **segment["params"], device="cpu")
