@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from fiftyone import ViewField as F
 
 from ..errors import ArgumentError
 from ..fiftyone_internals import FRAMES_PREFIX, label_path
@@ -150,21 +152,26 @@ class TrainOnLabels(Operator):
         """Says how many images have labels, and how many of them are for validation."""
         values, samples = form.values, form.samples
         field, tag = values["gt_field"], values.get("tag")
-        labeled, total, objects = cached(_count, samples, field)
-        of = "frame" if field.startswith(FRAMES_PREFIX) else "image"
-        has_teacher = values.get("teacher", NO_TEACHER) != NO_TEACHER
+        found = cached(_count, samples, field)
+        noun = "frame" if field.startswith(FRAMES_PREFIX) else "image"
         if tag is None:
-            held_out = max(1, round(values["share"] * labeled))
+            held_out = max(1, round(values["share"] * found.divisible))
         else:
-            held_out = cached(_count, samples.match_tags(tag), field)[0]
-        text = f"{labeled:,} of {count(total, of)} have labels in '{field}', {count(objects, 'object')}"
-        if not has_teacher and (not objects or not 0 < held_out < labeled):
+            held_out = cached(_count, samples.match_tags(tag), field).divisible
+        text = f"{found.labeled:,} of {count(found.total, noun)} have labels in '{field}'"
+        text += f", {count(found.objects, 'object')}"
+        if noun == "frame":
+            text += f", in {count(found.divisible, 'video')}"
+        has_teacher = values.get("teacher", NO_TEACHER) != NO_TEACHER
+        if not has_teacher and (not found.objects or not 0 < held_out < found.divisible):
             form.problem(f"{text}: there must be some to train on, and some for validation.")
             return
-        about = "" if tag else "about "
-        form.note(f"{text}: {about}{labeled - held_out:,} to train on, {about}{held_out:,} for validation.")
+        if found.divisible:
+            about = "" if tag else "about "
+            trained_on = found.divisible - held_out
+            form.note(f"{text}: {about}{trained_on:,} to train on, {about}{held_out:,} for validation.")
         if has_teacher:
-            form.note(f"The teacher labels the other {count(total - labeled, of)}.")
+            form.note(f"The teacher labels the other {count(found.total - found.labeled, noun)}.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         from ..training.train import train
@@ -213,10 +220,24 @@ def _tags(samples: SampleCollection) -> list[str]:
     return tags
 
 
-def _count(samples: SampleCollection, field: str) -> tuple[int, int, int]:
-    """The number of images or frames with a value in the field, of all, and of the objects."""
-    total = samples.count("frames") if field.startswith(FRAMES_PREFIX) else len(samples)
-    return samples.count(field), total, with_lists(samples, field).count(label_path(samples, field))
+class _Counts(NamedTuple):
+    """Numbers of images or frames: those with a value in the field, and all; of objects; and of what can be divided
+    into training and validation: images with labels, or videos with labeled frames, which stay together."""
+
+    labeled: int
+    total: int
+    objects: int
+    divisible: int
+
+
+def _count(samples: SampleCollection, field: str) -> _Counts:
+    labeled: int = samples.count(field)
+    objects: int = with_lists(samples, field).count(label_path(samples, field))
+    if not field.startswith(FRAMES_PREFIX):
+        return _Counts(labeled, len(samples), objects, labeled)
+    has_labels = F(field.removeprefix(FRAMES_PREFIX)) != None  # noqa: E711
+    videos = samples.match(F("frames").filter(has_labels).length() > 0)
+    return _Counts(labeled, samples.count("frames"), objects, len(videos))
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

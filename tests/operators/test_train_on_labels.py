@@ -124,6 +124,8 @@ def test_form_says_what_a_teacher_does_and_needs(plugin, labeled, tmp_path, monk
     assert form.errors == []
     assert "The teacher labels the other 1 image." in form.messages
     assert any("196 MB will be downloaded" in message for message in form.messages)
+    form = plugin.form(NAME, labeled.skip(8), params)
+    assert form.errors == [] and not any("to train on" in message for message in form.messages)
     params = {"model": "mobilesamv2-tinyvit-torch", "teacher": "mobilesamv2-tinyvit-torch"}
     messages = plugin.form(NAME, labeled, params).messages
     assert sum("will be downloaded" in message for message in messages) == 1
@@ -138,7 +140,12 @@ def test_frames_of_videos_are_counted(plugin, dataset):
         dataset.add_sample(video)
     form = plugin.form(NAME, dataset)
     assert form.default("gt_field") == "frames.ground_truth"
-    assert any("4 of 6 frames have labels in 'frames.ground_truth', 4 objects" in each for each in form.messages)
+    text = (
+        "4 of 6 frames have labels in 'frames.ground_truth', 4 objects, in 2 videos: about 1 to train on, about 1 for"
+    )
+    assert any(text in each for each in form.messages)
+    form = plugin.form(NAME, dataset.limit(1))
+    assert "2 objects, in 1 video: there must be some to train on" in form.errors[0]
 
 
 @pytest.mark.slow
