@@ -57,7 +57,7 @@ def photos(folder: Path) -> Any:
     name = f"training-{folder.name}"
     if fo.dataset_exists(name):
         fo.delete_dataset(name)
-    return load_coco(folder / "instances.json", folder / "images", name=name)
+    return load_coco(folder / "images", folder / "instances.json", name=name)
 
 
 def run_both(dataset: Any, validation: float, output: Path, **settings: Any) -> list[list[object]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -65,8 +66,8 @@ class LabeledImages:
         )
 
     def only(self, contents: set[str]) -> LabeledImages:
-        """Those whose content is one of these. The skipped images are those of the rest, so that they count once."""
-        return replace(self.without(set(self.contents.values()) - contents), skipped=[])
+        """Those whose content is one of these. The skipped ones stay with the others."""
+        return dataclasses.replace(self.without(set(self.contents.values()) - contents), skipped=[])
 
 
 def read_labels(samples: SampleCollection, gt_field: str, frames_folder: Path, progress: Progress) -> LabeledImages:

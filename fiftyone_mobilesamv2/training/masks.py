@@ -6,8 +6,8 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from .learning import Learn, average_weights, mixed_precision, schedule, set_lea
 from .mask_losses import mask_losses, prompt_losses
 from .progress import Report, Step
 from .prompted_images import PromptedImage, PromptedImages, UnreadableImage, prefetched
-from .saved_training import fingerprint, save_training, saved_training
+from .saved_training import Progress, fingerprint, save_training, saved_training
 
 _WEIGHT_DECAY = 0.02
 _MAX_GRADIENT_NORM = 1.0
@@ -116,20 +116,6 @@ def train_masks(
     return _Trainer(encoder, image_encoder, decoder, examples, settings, folder, report, validate).run()
 
 
-@dataclass
-class _Progress:
-    """What a training saves besides tensors; plain data."""
-
-    step: int = 0
-    images_at_once: int = 1
-    loss: float | None = None  # running mean
-    epoch_losses: list[float] = field(default_factory=list)
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    best_score: float | None = None
-    skipped: dict[str, str] = field(default_factory=dict)
-    stopped: str | None = None
-
-
 class _Trainer:
     def __init__(
         self,
@@ -143,18 +129,18 @@ class _Trainer:
         validate: Callable[[nn.Module, PromptGuidedDecoder], float] | None,
     ) -> None:
         self.settings, self.report, self.validate = settings, report, validate
-        self.indices = [i for i, example in enumerate(examples) if example.masks]
-        if not self.indices:
-            raise ArgumentError("None of the images to train on has an object with a mask.")
         self.images = PromptedImages(examples, encoder_config(encoder), settings.prompts_per_image, settings.seed)
         self.path = folder / "masks.pt"
         self.device = usable_device(settings.device)
         self.image_encoder, self.decoder = image_encoder, decoder
         self.model = nn.ModuleDict({"image_encoder": image_encoder, "decoder": decoder})
+        self.indices: list[int] = []
         decisive = {k: v for k, v in asdict(settings).items() if k not in ("device", "workers")}
         self.fingerprint = fingerprint(
-            {"encoder": encoder, **decisive}, self.model.state_dict(), (examples[i] for i in self.indices)
+            {"encoder": encoder, **decisive}, self.model.state_dict(), self._with_masks(examples)
         )
+        if not self.indices:
+            raise ArgumentError("None of the images to train on has an object with a mask.")
         self.model.to(self.device).to(memory_format=torch.channels_last)
         set_learning(encoder, image_encoder, decoder, settings.learn, settings.from_scratch)
 
@@ -169,8 +155,15 @@ class _Trainer:
 
         self.steps_per_epoch = math.ceil(len(self.indices) / settings.batch_size)
         self.steps = settings.epochs * self.steps_per_epoch
-        self.progress = _Progress(images_at_once=settings.batch_size)
+        self.progress = Progress(images_at_once=settings.batch_size)
         self.saved_at, self.saving_took = time.monotonic(), 0.0
+
+    def _with_masks(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The examples with masks, whose indices are noted: going through lazy examples takes time."""
+        for index, example in enumerate(examples):
+            if example.masks:
+                self.indices.append(index)
+                yield example
 
     def run(self) -> MaskTraining:
         state = saved_training(self.path, self.fingerprint)
@@ -373,7 +366,7 @@ class _Trainer:
         self.saving_took = self.saved_at - started
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.progress = _Progress(**state["progress"])
+        self.progress = Progress(**state["progress"])
         with torch.no_grad():
             for tensors, saved in ((self.learned, state["learned"]), (self.averaged, state["averaged"])):
                 for name, tensor in tensors.items():

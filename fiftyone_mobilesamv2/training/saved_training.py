@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,28 @@ from torch import Tensor
 from ..errors import StorageError, message_of
 from ..modeling.complete_files import complete_file
 from .examples import Example
+
+
+@dataclass
+class Progress:
+    """What a training saves besides tensors, as plain data.
+
+    Attributes:
+        step: steps taken.
+        images_at_once: images whose gradients are computed in one pass; the rest of a batch follows in others.
+        loss: running mean.
+        epoch_losses: of the current epoch's steps.
+        curve, best_score, skipped, stopped: of the result.
+    """
+
+    step: int = 0
+    images_at_once: int = 1
+    loss: float | None = None
+    epoch_losses: list[float] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    stopped: str | None = None
 
 
 def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], examples: Iterable[Example]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fiftyone_mobilesamv2.errors import ArgumentError, Cancelled, MobileSAMv2Error
@@ -19,6 +20,7 @@ from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_decoder, load_encoder
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config
 from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2
+from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
 from fiftyone_mobilesamv2.training import masks
 from fiftyone_mobilesamv2.training.masks import MaskSettings, train_masks
 from fiftyone_mobilesamv2.training.scenes import VALIDATION_SEED, SceneExamples
@@ -142,6 +144,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from dataclasses import replace
 from tests.training.test_masks import SETTINGS, train
+from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
 from fiftyone_mobilesamv2.training import masks
 
 masks._SAVE_SECONDS = 0
@@ -283,6 +286,32 @@ def test_too_little_memory_for_one_image_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(masks, "mask_losses", no_memory)
     with pytest.raises(MobileSAMv2Error, match="too little memory to train on one image at a time"):
         train(tmp_path, replace(SETTINGS, batch_size=1))
+
+
+def test_mixed_precision_gives_about_the_same_loss(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, epochs=1, learn="neck")
+    exact = train(tmp_path / "exact", settings, EXAMPLES[:1])
+    monkeypatch.setattr(masks, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    rounded = train(tmp_path / "rounded", settings, EXAMPLES[:1])
+    assert rounded.curve[0]["loss"] != exact.curve[0]["loss"]
+    assert rounded.curve[0]["loss"] == pytest.approx(exact.curve[0]["loss"], rel=0.03)
+    assert all(tensor.dtype == torch.float32 for tensor in rounded.decoder_tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learn", ["neck", "encoder"])
+@pytest.mark.parametrize("encoder", ["tiny_vit", "efficientvit_l0"])
+def test_released_architectures_learn(tmp_path, encoder, learn):
+    torch.manual_seed(0)
+    config = encoder_config(encoder)
+    module, decoder = config.build(), PromptGuidedDecoder()
+    settings = replace(SETTINGS, epochs=1, learn=learn)
+    trained = train_masks(encoder, module, decoder, EXAMPLES[:1], settings, tmp_path, ignore, size_score)
+    assert trained.stopped is None and math.isfinite(trained.curve[0]["loss"])
+    save_file(trained.encoder_tensors, tmp_path / "encoder.safetensors")
+    save_file(trained.decoder_tensors, tmp_path / "decoder.safetensors")
+    load_encoder(tmp_path / "encoder.safetensors", encoder)
+    load_decoder(tmp_path / "decoder.safetensors", encoder)
 
 
 @pytest.mark.slow
