@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.average_recall import KS
+from ..modeling.checkpoints.trained_files import PARTS
 from ..modeling.complete_files import complete_file
 from .progress import Curve
 
 _COLUMNS = ("epoch", "loss", "learning_rate", "score")
-_PARTS = {"discovery": "object discovery", "masks": "masks"}
 
 
 def write_curve(curve: Curve, folder: Path) -> None:
@@ -43,6 +44,16 @@ def _draw(curve: Curve, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measures_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """A Markdown table of what was measured before and after a training; `to_dict()` of both :class:`.Measures`."""
+    kind = "masks" if before["of"] == "masks" else "boxes"
+    names = {f"AR@{k}": f"AR@{k} of {kind}" for k in KS} | {"IoU from boxes": "mean IoU from boxes"}
+    rows = [
+        f"| {name} | {before[key]:.3f} | {after[key]:.3f} |" for key, name in names.items() if before[key] is not None
+    ]
+    return "\n".join(["| measure | before | after |", "|---|---|---|", *rows])
+
+
 def write_card(
     folder: Path, name: str, part: str, base: str, dataset: str, files: Mapping[str, str], training: Mapping[str, Any]
 ) -> None:
@@ -52,25 +63,17 @@ def write_card(
         files: file name -> sha256.
         training: what `config.json` has under this name.
     """
-    before, after, counts = (training[key] for key in ("before", "after", "counts"))
-    kind = f"of {before['of']}"
-    rows = [
-        (f"{key} {kind}" if key.startswith("AR") else f"mean {key}", before[key], after[key])
-        for key in before
-        if key.startswith(("AR", "IoU")) and before[key] is not None
-    ]
+    counts = training["counts"]
     lines = [
         f"# {name}",
         "",
-        f"A MobileSAMv2 whose {_PARTS[part]} was trained with fiftyone_mobilesamv2 on the FiftyOne dataset `{dataset}` "
+        f"A MobileSAMv2 whose {PARTS[part]} was trained with fiftyone_mobilesamv2 on the FiftyOne dataset `{dataset}` "
         f"(field `{training['field']}`), starting from `{base}`.",
         "",
         f"On {counts['validation images']:,} validation images with {counts['validation objects']:,} objects, which "
         "were never trained on:",
         "",
-        "| measure | before | after |",
-        "|---|---|---|",
-        *(f"| {measure} | {old:.3f} | {new:.3f} |" for measure, old, new in rows),
+        measures_table(training["before"], training["after"]),
         "",
         "![Loss and score of each epoch](curve.png)",
         "",

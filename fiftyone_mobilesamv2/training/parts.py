@@ -75,7 +75,9 @@ def learn_discovery(
             **given,
         }
     )
-    model = load_yolo(base.paths["detector_checkpoint"]) if size is None else new_detector(size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # a training goes on only from the untrained weights that it started with
+        model = load_yolo(base.paths["detector_checkpoint"]) if size is None else new_detector(size)
 
     def needed(batch_size: int) -> int:
         shape = batch_size, 3, image_size, image_size

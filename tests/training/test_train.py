@@ -17,12 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fiftyone_mobilesamv2 import segment_everything
-from fiftyone_mobilesamv2.training.train import train
 from fiftyone_mobilesamv2.errors import ArgumentError, Cancelled
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.modeling.checkpoints.trained import read_trained, trained_dir, trained_models
 from fiftyone_mobilesamv2.training.scenes import VALIDATION_SEED, make_scene
-from fiftyone_mobilesamv2.training.train import WORK
+from fiftyone_mobilesamv2.training.train import WORK, train
 
 BASE = "mobilesamv2-demo-torch"
 COUNT = 6
