@@ -147,7 +147,9 @@ def test_frozen_layers_keep_their_weights(base, examples, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())  # it is not changed
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_interrupted_training_ends_as_an_uninterrupted_one(base, examples, tmp_path, stop_at):
     def stop(step):
         if step.done == stop_at:

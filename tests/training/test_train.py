@@ -59,7 +59,7 @@ def scenes(mongod, zoo, tmp_path):
 # The new model --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["discovery", "masks"])
+@pytest.mark.parametrize("part", ["discovery", pytest.param("masks", marks=pytest.mark.slow)])
 def test_new_model_is_loaded_by_name(scenes, part):
     said = []
     run = train(
@@ -96,6 +96,7 @@ def test_new_model_is_loaded_by_name(scenes, part):
         assert picture.size[0] > 500
 
 
+@pytest.mark.slow
 def test_part_that_is_not_trained_is_the_bases(scenes):
     run = train(scenes, name="found", part="discovery", keep_worse=True, **QUICK)
     files = read_trained(run.folder).model.weights
@@ -112,6 +113,7 @@ def test_part_that_is_not_trained_is_the_bases(scenes):
     assert (PACKAGED_WEIGHTS / "demo_detector.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_weights(scenes, tmp_path):
     one, two = (
         train(view, name=f"m{i}", keep_worse=True, output=tmp_path / f"m{i}", **QUICK)
@@ -123,6 +125,7 @@ def test_training_twice_gives_the_same_weights(scenes, tmp_path):
     assert (trained_dir() / "m0").resolve() == (tmp_path / "m0").resolve()
 
 
+@pytest.mark.slow
 def test_worse_model_is_not_registered(scenes, zoo):
     """A learning rate that destroys the detector."""
     hopeless = QUICK | {"epochs": 2, "learning_rate": 1.0}
@@ -142,6 +145,7 @@ def test_worse_model_is_not_registered(scenes, zoo):
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unlabeled_objects_are_ignored_or_background(scenes):
     for sample in scenes.iter_samples(autosave=True):
         sample.ground_truth.detections = sample.ground_truth.detections[:2]
@@ -152,6 +156,7 @@ def test_unlabeled_objects_are_ignored_or_background(scenes):
     assert runs["ignore"].counts["ignored regions"] > 5 and runs["background"].counts["ignored regions"] == 0
 
 
+@pytest.mark.slow
 def test_teacher_labels_what_has_no_labels(scenes):
     labeled = scenes.limit(3).values("id")
     for sample in scenes.exclude(labeled).iter_samples(autosave=True):
@@ -185,6 +190,7 @@ def test_bad_images_are_skipped_and_listed(scenes, tmp_path):
 # Interruptions --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["discovery", "masks"])
 def test_cancelled_training_goes_on(scenes, part, tmp_path):
     parameters = QUICK | {"epochs": 3, "part": part, "keep_worse": True}
@@ -229,6 +235,7 @@ def test_killed_training_goes_on(scenes, zoo, mongod):
     assert not (trained_dir() / "killed" / WORK).exists() and whole.registered
 
 
+@pytest.mark.slow
 def test_two_trainings_of_one_name(scenes):
     def second(share, text):
         if text.startswith("Measuring the base"):
@@ -238,6 +245,7 @@ def test_two_trainings_of_one_name(scenes):
     assert train(scenes, name="twice", keep_worse=True, **QUICK | {"progress": second}).registered
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_save(scenes, monkeypatch):
     from fiftyone_mobilesamv2.training import train as module
 
