@@ -38,6 +38,9 @@ _MAX_SHARE_OF_SAVING = 0.1
 class MaskSettings:
     """How to train.
 
+    The defaults are what held when the demo model learned 70 photos of a domain that it had never seen: the whole
+    encoder at 1e-4 to 1e-3, with 1e-4 to 3e-4 best; the decoder alone hardly gained at 1e-4 and lost at 1e-3.
+
     Attributes:
         epochs: how often each image is seen.
         batch_size: images per step.
@@ -53,7 +56,7 @@ class MaskSettings:
     epochs: int = 20
     batch_size: int = 4
     learning_rate: float = 1e-4
-    learn: Learn = "neck"
+    learn: Learn = "encoder"
     prompts_per_image: int = 16
     seed: int = 0
     device: str | None = None
