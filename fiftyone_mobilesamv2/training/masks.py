@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from .mask_losses import mask_losses, prompt_losses
 from .progress import Report, Step
 from .prompted_images import PromptedImage, PromptedImages, UnreadableImage, prefetched
 from .saved_training import Progress, fingerprint, save_training, saved_training
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_DECAY = 0.02
 _MAX_GRADIENT_NORM = 1.0
@@ -255,10 +257,13 @@ class _Trainer:
                 f"with fewer than {self.settings.prompts_per_image} prompts an image."
             ) from error
         self.progress.images_at_once = max(1, at_once // 2)
-        warnings.warn(
-            f"{self.device} has too little memory for {at_once} images at once. Training goes on with "
-            f"{self.progress.images_at_once}, and as many passes a step as {self.settings.batch_size} images need.",
-            stacklevel=2,
+        logger.warning(
+            "%s has too little memory for %d images at once. Training goes on with %d, and as many passes a step as "
+            "%d images need.",
+            self.device,
+            at_once,
+            self.progress.images_at_once,
+            self.settings.batch_size,
         )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

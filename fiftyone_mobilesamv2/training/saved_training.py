@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import StorageError, message_of
 from ..modeling.complete_files import complete_file
 from .examples import Example
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,5 +91,5 @@ def saved_training(path: Path, fingerprint: str) -> dict[str, Any] | None:
         cause = "is of a training with other settings, weights or examples"
     except Exception as error:  # damaged files raise anything
         cause = f"can't be read ({message_of(error).splitlines()[0]})"
-    warnings.warn(f"{path} {cause}. Training starts afresh.", stacklevel=2)
+    logger.warning("%s %s. Training starts afresh.", path, cause)
     return None

@@ -176,7 +176,7 @@ def test_saves_of_another_training_are_not_continued(base, examples, tmp_path, c
         steps = []
         with caplog.at_level(logging.WARNING):
             train(base, others, tmp_path, steps.append, epochs=1, **changes)
-        assert steps[0].done == 1 and "is of other settings, weights or images" in caplog.text
+        assert steps[0].done == 1 and "is of a training with other settings" in caplog.text
         caplog.clear()
     (tmp_path / "discovery.pt").write_bytes((tmp_path / "discovery.pt").read_bytes()[:1000])
     with caplog.at_level(logging.WARNING):
