@@ -143,7 +143,7 @@ class TrainOnLabels(Operator):
             if teacher != form.values["model"]:
                 download_note(form, teacher)
         else:
-            form.choice("learn", LEARN, "neck", "What learns", "The more learns, the more labels it needs")
+            form.choice("learn", LEARN, "encoder", "What learns", "The more learns, the more labels it needs")
         form.number("seed", 0, "Seed", "Of the order of the images, and how they are varied", min=0, whole=True)
         form.switch("keep_worse", False, "Keep the model even if it is not better")
         device_choice(form)

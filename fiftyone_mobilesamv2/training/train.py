@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("discovery", "masks")
 UNLABELED = ("ignore", "background")
 SIZES = ("n", "s", "m", "l", "x")  # of YOLOv8
+LEARN = ("decoder", "neck", "encoder")
 WORK = "training"  # folder, in the model's own, for what a training needs until it is complete
 LOCK = ".lock"
 
@@ -100,7 +101,8 @@ class TrainingRun:
             lines.append(f'The model is in {self.folder}: foz.load_zoo_model("{self.name}")')
         else:
             lines.append(
-                "It is not better than its base, and not registered: repeat the call with keep_worse=True for that."
+                "It is not better than its base, so it was not registered. Repeat the training with `keep_worse` to "
+                "register it; nothing is trained again."
             )
         return "\n".join(lines)
 
@@ -154,7 +156,7 @@ def train(
             loss, because labels are rarely complete; "background" takes it for a false find. Discovery only.
         size: start from an untrained YOLOv8 of this size ("n", "s", "m", "l", "x") instead of the base's detector.
         teacher: a model whose boxes are the labels of images without a value in `gt_field`. Discovery only.
-        learn: "decoder", "neck" (the decoder and the encoder's neck) or "encoder" (all). Masks only.
+        learn: "decoder", "neck" (the decoder and the encoder's neck) or "encoder" (all, the default). Masks only.
         seed: of the order of images and the augmentations.
         output: the new model's folder; default: below FiftyOne's `model_zoo_dir`.
         keep_worse: register the model even if it is not better than its base.
@@ -169,8 +171,9 @@ def train(
     check_name(name)
     _check_choice("part", part, PARTS)
     _check_choice("unlabeled", unlabeled, UNLABELED)
-    if size is not None:
-        _check_choice("size", size, SIZES)
+    for argument, value, choices in (("size", size, SIZES), ("learn", learn, LEARN)):
+        if value is not None:
+            _check_choice(argument, value, choices)
     for argument, value, of in (
         ("size", size, "discovery"),
         ("teacher", teacher, "discovery"),

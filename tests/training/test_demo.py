@@ -1,5 +1,6 @@
 """The demo model's trainers, and the files that the package carries."""
 
+import pytest
 from safetensors.torch import load_file
 
 from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_decoder, load_detector, load_encoder
@@ -7,6 +8,7 @@ from fiftyone_mobilesamv2.training.demo import DETECTOR, ENCODER, SAM, package, 
 from fiftyone_mobilesamv2.training.masks import MaskSettings
 
 
+@pytest.mark.slow
 def test_both_parts_are_trained_and_packaged(tmp_path, capsys):
     settings = MaskSettings(
         epochs=1, batch_size=2, learn="encoder", prompts_per_image=2, device="cpu", workers=0, from_scratch=True

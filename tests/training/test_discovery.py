@@ -170,6 +170,7 @@ def test_interrupted_training_ends_as_an_uninterrupted_one(base, examples, tmp_p
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in again.tensors.items())
 
 
+@pytest.mark.slow
 def test_saves_of_another_training_are_not_continued(base, examples, tmp_path, caplog):
     train(base, examples, tmp_path, epochs=1)
     for changes, others in (({"seed": 1}, examples), ({}, examples[1:])):
@@ -211,6 +212,7 @@ def test_loss_that_is_not_finite_stops_the_training(base, examples, tmp_path, mo
     assert all(tensor.isfinite().all() for tensor in result.tensors.values())
 
 
+@pytest.mark.slow
 def test_few_images(base, examples, tmp_path):
     assert len(train(base, examples[:1], tmp_path / "one", epochs=2).curve) == 2
     bare = Example("0", "bare", examples[0].read, NO_BOXES, None, NO_BOXES)

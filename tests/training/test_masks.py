@@ -122,6 +122,7 @@ def test_cancelled_training_goes_on_as_if_it_had_not_been(tmp_path, learn, at):
     assert_same(again, whole)
 
 
+@pytest.mark.slow
 def test_long_epochs_are_saved_in_between(tmp_path, monkeypatch):
     monkeypatch.setattr(masks, "_SAVE_SECONDS", 0)
     monkeypatch.setattr(masks, "_MAX_SHARE_OF_SAVING", math.inf)
@@ -176,6 +177,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
     assert_same(resumed, train(tmp_path / "whole", settings))
 
 
+@pytest.mark.slow
 def test_another_training_starts_afresh(tmp_path, caplog):
     train(tmp_path, replace(SETTINGS, epochs=1))
     for settings, examples in ((SETTINGS, EXAMPLES), (SETTINGS, EXAMPLES[:3])):
@@ -202,6 +204,7 @@ def test_the_best_weights_are_returned(tmp_path):
     assert not torch.equal(seen[1]["mask_decoder.iou_token.weight"], seen[2]["mask_decoder.iou_token.weight"])
 
 
+@pytest.mark.slow
 def test_long_trainings_are_validated_ten_times(tmp_path):
     settings = replace(SETTINGS, epochs=21, batch_size=1, prompts_per_image=1)
     trained = train(tmp_path, settings, EXAMPLES[:1], validate=lambda encoder, decoder: 0.0)
@@ -288,6 +291,7 @@ def test_too_little_memory_for_one_image_is_an_error(tmp_path, monkeypatch):
         train(tmp_path, replace(SETTINGS, batch_size=1))
 
 
+@pytest.mark.slow
 def test_mixed_precision_gives_about_the_same_loss(tmp_path, monkeypatch):
     settings = replace(SETTINGS, epochs=1, learn="neck")
     exact = train(tmp_path / "exact", settings, EXAMPLES[:1])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import fiftyone as fo
@@ -28,12 +29,16 @@ COUNT = 6
 QUICK = {"base": BASE, "epochs": 1, "batch_size": 2, "device": "cpu", "progress": False}
 
 
+@lru_cache
+def scene(number):
+    return make_scene(VALIDATION_SEED, number)
+
+
 def scene_sample(folder, number):
-    scene = make_scene(VALIDATION_SEED, number)
-    Image.fromarray(scene.image).save(path := str(folder / f"{number}.png"))
-    height, width = scene.labels.shape
+    Image.fromarray(scene(number).image).save(path := str(folder / f"{number}.png"))
+    height, width = scene(number).labels.shape
     labels = []
-    for mask, (x, y, X, Y) in zip(scene.masks(), scene.boxes().astype(int)):
+    for mask, (x, y, X, Y) in zip(scene(number).masks(), scene(number).boxes().astype(int)):
         box = [x / width, y / height, (X - x) / width, (Y - y) / height]
         labels.append(fo.Detection(label="thing", bounding_box=box, mask=mask[y:Y, x:X]))
     return fo.Sample(path, ground_truth=fo.Detections(detections=labels))
@@ -172,6 +177,7 @@ def test_teacher_labels_what_has_no_labels(scenes):
     assert run.counts["images to train on"] == 5 and run.after.objects > 0
 
 
+@pytest.mark.slow
 def test_bad_images_are_skipped_and_listed(scenes, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     scenes.add_sample(
