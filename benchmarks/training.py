@@ -1,10 +1,10 @@
 """Measures what training on a dataset's own labels brings, beside ultralytics' own training on the same images.
 
-    python benchmarks/training.py style nuclei ultralytics incomplete --photo-sets ../shared/photo_sets
+    python benchmarks/training.py style nuclei ultralytics incomplete learn --photo-sets ../shared/photo_sets
 
 Prints a table for each. `style`: scenes of another style than the demo model was trained on. `nuclei`: microscopy, 70
 images to learn from and 30 to measure. `ultralytics`: three seeds each of our trainer and theirs. `incomplete`: half of
-the labels are missing. A measurement that was interrupted goes on where it was.
+the labels are missing. `learn`: how much of the model learns masks, and how fast. A measurement that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -224,9 +224,36 @@ def incomplete(dataset: Any, output: Path, **settings: Any) -> list[list[object]
     return rows
 
 
+# What learns ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rates(dataset: Any, validation: float, output: Path, epochs: int) -> list[list[object]]:
+    """Masks with the decoder alone, the neck, or the whole encoder, at three learning rates."""
+    from fiftyone_mobilesamv2 import train
+
+    rows: list[list[object]] = [["learns", "learning rate", "IoU from boxes before", "after"]]
+    for learn in ("decoder", "neck", "encoder"):
+        for rate in (1e-4, 1e-3, 1e-2):
+            run = train(
+                dataset,
+                name=f"{learn}-{rate}",
+                part="masks",
+                base=MODEL,
+                validation=validation,
+                learn=learn,
+                learning_rate=rate,
+                epochs=epochs,
+                output=output / f"{learn}-{rate}",
+                keep_worse=True,
+            )
+            rows.append([learn, rate, f"{run.before.iou:.3f}", f"{run.after.iou:.3f}"])
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("style", "nuclei", "ultralytics", "incomplete"))
+    parser.add_argument("parts", nargs="+", choices=("style", "nuclei", "ultralytics", "incomplete", "learn"))
     parser.add_argument("--photo-sets", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/training"), help="for what a measurement has reached")
     parser.add_argument("--epochs", type=int, help="default: that of train()")
@@ -245,6 +272,8 @@ def main() -> None:
                 rows = incomplete(scenes(folder, 70), output, **settings)
             elif part == "nuclei":
                 rows = run_both(photos(args.photo_sets / "domain_nuclei"), 0.3, output, **settings)
+            elif part == "learn":
+                rows = learning_rates(photos(args.photo_sets / "domain_nuclei"), 0.3, output, args.epochs or 4)
             else:
                 rows = compare(photos(args.photo_sets / "domain_nuclei"), 0.3, output, 3, args.epochs or 30)
             text = table(rows)
