@@ -4,7 +4,8 @@
 
 Prints a table for each. `style`: scenes of another style than the demo model was trained on. `nuclei`: microscopy, 70
 images to learn from and 30 to measure. `ultralytics`: three seeds each of our trainer and theirs. `incomplete`: half of
-the labels are missing. `learn`: how much of the model learns masks, and how fast. A measurement that was interrupted goes on where it was.
+the labels are missing. `learn`: how much of the model learns masks, and how fast. A measurement that was interrupted
+goes on where it was.
 """
 
 from __future__ import annotations
