@@ -11,19 +11,36 @@ goes on where it was.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from fault_setting import Database
 from other_scenes import make_other_scene
 
 MODEL = "mobilesamv2-demo-torch"
+
+
+@contextmanager
+def temporary_database(folder: Path) -> Iterator[None]:
+    """FiftyOne connects to a MongoDB of its own within it, unless the environment names one."""
+    if os.environ.get("FIFTYONE_DATABASE_URI"):
+        yield
+        return
+    database = Database(folder / "database")
+    database.start()
+    os.environ["FIFTYONE_DATABASE_URI"] = database.uri
+    os.environ["FIFTYONE_DO_NOT_TRACK"] = "true"
+    atexit.register(database.stop)  # FiftyOne, which is imported later, cleans up before it at exit
+    yield
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -260,9 +277,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: that of train()")
     args = parser.parse_args()
     settings = {} if args.epochs is None else {"epochs": args.epochs}
-    with tempfile.TemporaryDirectory() as temporary:
-        os.environ.setdefault("FIFTYONE_DATABASE_DIR", temporary)
-        os.environ.setdefault("FIFTYONE_MODEL_ZOO_DIR", str(Path(temporary) / "zoo"))
+    with tempfile.TemporaryDirectory() as temporary, temporary_database(Path(temporary)):
+        os.environ["FIFTYONE_MODEL_ZOO_DIR"] = str(Path(temporary) / "zoo")
         folder = Path(temporary)
         for part in args.parts:
             output = args.output / part
