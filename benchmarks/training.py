@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ from other_scenes import make_other_scene
 MODEL = "mobilesamv2-demo-torch"
 
 
-@contextmanager
-def temporary_database(folder: Path) -> Iterator[None]:
-    """FiftyOne connects to a MongoDB of its own within it, unless the environment names one."""
-    if os.environ.get("FIFTYONE_DATABASE_URI"):
-        yield
-        return
-    database = Database(folder / "database")
-    database.start()
-    os.environ["FIFTYONE_DATABASE_URI"] = database.uri
-    os.environ["FIFTYONE_DO_NOT_TRACK"] = "true"
-    atexit.register(database.stop)  # FiftyOne, which is imported later, cleans up before it at exit
-    yield
+def temporary_folder() -> Path:
+    """A folder with a MongoDB that FiftyOne connects to, unless the environment names one. It is removed at exit.
+
+    Not by a context manager: FiftyOne, which is imported later, cleans up its database at exit, before this.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="training-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if not os.environ.get("FIFTYONE_DATABASE_URI"):
+        database = Database(folder / "database")
+        database.start()
+        atexit.register(database.stop, signal.SIGKILL)
+        os.environ["FIFTYONE_DATABASE_URI"] = database.uri
+    os.environ |= {"FIFTYONE_MODEL_ZOO_DIR": str(folder / "zoo"), "FIFTYONE_DO_NOT_TRACK": "true"}
+    return folder
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -277,25 +280,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: that of train()")
     args = parser.parse_args()
     settings = {} if args.epochs is None else {"epochs": args.epochs}
-    with tempfile.TemporaryDirectory() as temporary, temporary_database(Path(temporary)):
-        os.environ["FIFTYONE_MODEL_ZOO_DIR"] = str(Path(temporary) / "zoo")
-        folder = Path(temporary)
-        for part in args.parts:
-            output = args.output / part
-            output.mkdir(parents=True, exist_ok=True)
-            if part == "style":
-                rows = run_both(scenes(folder, 70), 30 / 70, output, **settings)
-            elif part == "incomplete":
-                rows = incomplete(scenes(folder, 70), output, **settings)
-            elif part == "nuclei":
-                rows = run_both(photos(args.photo_sets / "domain_nuclei"), 0.3, output, **settings)
-            elif part == "learn":
-                rows = learning_rates(photos(args.photo_sets / "domain_nuclei"), 0.3, output, args.epochs or 4)
-            else:
-                rows = compare(photos(args.photo_sets / "domain_nuclei"), 0.3, output, 3, args.epochs or 30)
-            text = table(rows)
-            (output / "table.md").write_text(text + "\n")
-            print(f"\n{part}\n\n{text}\n", flush=True)
+    folder = temporary_folder()
+    for part in args.parts:
+        output = args.output / part
+        output.mkdir(parents=True, exist_ok=True)
+        if part == "style":
+            rows = run_both(scenes(folder, 70), 30 / 70, output, **settings)
+        elif part == "incomplete":
+            rows = incomplete(scenes(folder, 70), output, **settings)
+        elif part == "nuclei":
+            rows = run_both(photos(args.photo_sets / "domain_nuclei"), 0.3, output, **settings)
+        elif part == "learn":
+            rows = learning_rates(photos(args.photo_sets / "domain_nuclei"), 0.3, output, args.epochs or 4)
+        else:
+            rows = compare(photos(args.photo_sets / "domain_nuclei"), 0.3, output, 3, args.epochs or 30)
+        text = table(rows)
+        (output / "table.md").write_text(text + "\n")
+        print(f"\n{part}\n\n{text}\n", flush=True)
 
 
 if __name__ == "__main__":
