@@ -55,7 +55,7 @@ class DiscoverySettings:
     epochs: int
     batch_size: int = 16
     image_size: int = 640
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     frozen_layers: int = 0
     mosaic: float = 0.5
     seed: int = 0

@@ -29,8 +29,9 @@ from .memory import fitting_batch_size, training_bytes
 from .progress import Curve, Report
 from .yolo_data import cached_image
 
-# Below this many images, the detector's backbone keeps its weights.
-MIN_IMAGES_FOR_BACKBONE = 300
+# Below this many images, the detector's backbone keeps its weights. With 70 of domain_nuclei, the AR of boxes went from
+# 0.16 to 0.27 with a frozen backbone and to 0.31 without (30 epochs).
+MIN_IMAGES_FOR_BACKBONE = 50
 # With few images, an epoch has few steps.
 MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 300, 10, 60
 
