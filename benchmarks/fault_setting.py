@@ -23,6 +23,7 @@ from pymongo import MongoClient
 
 MODEL = "mobilesamv2-demo-torch"
 BATCH_SIZE = 4
+TRAINING_IMAGES = 8
 _DIFFERENT_SCENES = 50  # repeated to fill the dataset
 
 # Children are forked from a process that has imported everything, so a kill takes one second instead of ten.
@@ -215,6 +216,20 @@ class Faults:
 def _logged(log: Path, work: Callable[..., None], *arguments: object) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     work(*arguments)
+
+
+def train_once(dataset: str, part: str, folder: str) -> None:
+    """Performs one complete training on labels of the reference."""
+    import fiftyone as fo
+    import torch
+
+    from fiftyone_mobilesamv2 import train
+
+    torch.set_num_threads(1)  # sums in another order differ in their last digits
+    fo.config.model_zoo_dir = str(Path(folder).parent / "zoo")
+    parameters = {"base": MODEL, "epochs": 4, "batch_size": 2, "device": "cpu", "keep_worse": True, "progress": False}
+    images = fo.load_dataset(dataset).limit(TRAINING_IMAGES)
+    train(images, "reference", name=Path(folder).name, part=part, output=folder, **parameters)
 
 
 def run_once(

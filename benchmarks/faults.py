@@ -20,9 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from fault_setting import Fault, Faults, Setting, temporary_faults
+from fault_setting import Fault, Faults, Setting, temporary_faults, train_once
 from mongoengine.errors import FieldDoesNotExist
 from pymongo import MongoClient
+from safetensors.torch import load_file
 
 # Faults ---------------------------------------------------------------------------------------------------------------
 
@@ -176,6 +177,43 @@ def delete_field(faults: Faults) -> Fault:
     result = faults.compare("the field deleted by someone else", 1, field, folder=folder.name)
     result.differing += left
     return result
+
+
+def kill_training(faults: Faults, part: str, kills: int = 5) -> Fault:
+    """Kills trainings at random moments and repeats them until they complete; compares tensors instead of samples."""
+    folder = faults.folder / "trained"
+    start = time.perf_counter()
+    faults.expect_success(faults.start_process(train_once, part, str(folder / f"{part}-whole")))
+    seconds = time.perf_counter() - start
+    wanted = trained_tensors(folder / f"{part}-whole")
+    injected = lost = differing = orphans = number = 0
+    while injected < kills:
+        number += 1
+        target = folder / f"{part}-{number}"
+        while True:
+            process = faults.start_process(train_once, part, str(target))
+            process.join(faults.random.uniform(seconds / 4, seconds) if injected < kills else None)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            injected += 1
+        faults.expect_success(process)
+        found = trained_tensors(target)
+        lost += len(wanted.keys() - found.keys())
+        differing += sum(name in found and found[name] != content for name, content in wanted.items())
+        names = {path.name for path in (folder / f"{part}-whole").iterdir()}
+        orphans += len({path.name for path in target.iterdir()} - names)
+    return Fault(f"kill -9 at random moments of a training ({part}); tensors", injected, lost, differing, orphans)
+
+
+def trained_tensors(folder: Path) -> dict[str, bytes]:
+    """File and name -> content of each tensor of a trained model."""
+    return {
+        f"{path.name} {name}": tensor.numpy().tobytes()
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def delete_samples(faults: Faults, times: int = 5) -> Fault:
@@ -339,6 +377,8 @@ def inject(scenes: int, kills: int, show: Callable[[Fault], None]) -> list[Fault
             lambda: change_schema_at_once(faults),
             lambda: delete_field(faults),
             lambda: delete_samples(faults),
+            lambda: kill_training(faults, "discovery"),
+            lambda: kill_training(faults, "masks"),
         ]
         for step in steps:
             if (fault := step()) is None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fiftyone_mobilesamv2.runs.deletion import delete_masks
     from fiftyone_mobilesamv2.runs.record import failed_samples, recorded_runs
     from fiftyone_mobilesamv2.runs.segment import segment_everything
+    from fiftyone_mobilesamv2.training.train import train
     from fiftyone_mobilesamv2.zoo.model import MobileSAMv2Model
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _EXPORTS = {
     "recorded_runs": "fiftyone_mobilesamv2.runs.record",
     "failed_samples": "fiftyone_mobilesamv2.runs.record",
     "segment_everything": "fiftyone_mobilesamv2.runs.segment",
+    "train": "fiftyone_mobilesamv2.training.train",
     "delete_masks": "fiftyone_mobilesamv2.runs.deletion",
     "repair": "fiftyone_mobilesamv2.curation.repair",
     "load_coco": "fiftyone_mobilesamv2.evaluation.coco",
@@ -59,6 +61,7 @@ __all__ = [
     "repair",
     "resolve_input",
     "segment_everything",
+    "train",
 ]
 
 

@@ -231,6 +231,14 @@ def apply_model_variables() -> dict[str, Any] | None:
     return None if frame is None else dict(frame.f_locals)
 
 
+def forget_zoo_models() -> None:
+    """Makes FiftyOne look again which zoo models there are, and load them again when they are requested."""
+    import fiftyone.zoo.models as fozm  # not at the top: it imports torch
+
+    fozm._invalidate_zoo_models_manifest()
+    fozm._MODELS.clear()
+
+
 # The database --------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+
+from .fiftyone_settings import config_file, fiftyone_config, model_zoo_dir, setting
 
 PACKAGE = Path(__file__).resolve().parent
 MANIFEST = PACKAGE / "manifest.json"
@@ -31,25 +32,25 @@ def offer_zoo_models() -> None:
 
     Does nothing if they are registered as a model source, since FiftyOne would warn about every duplicate name.
     """
-    if (_model_zoo_dir() / SOURCE_NAME / MANIFEST.name).exists():
+    if (model_zoo_dir() / SOURCE_NAME / MANIFEST.name).exists():
         return
-    setting = _setting("model_zoo_manifest_paths", _MANIFESTS_VARIABLE) or []
-    paths = setting.split(":") if isinstance(setting, str) else list(setting)
+    given = setting("model_zoo_manifest_paths", _MANIFESTS_VARIABLE) or []
+    paths = given.split(":") if isinstance(given, str) else list(given)
     if str(MANIFEST) in paths:
         return
     paths.append(str(MANIFEST))
     # The variable overrides the config file, so it includes the file's paths.
     os.environ[_MANIFESTS_VARIABLE] = ":".join(paths)
-    if config := _fiftyone_config():
+    if config := fiftyone_config():
         config.model_zoo_manifest_paths = paths
 
 
 def offer_evaluation_method() -> None:
     """Makes `evaluate_detections(method="proposals")` work in this process, even before FiftyOne is imported."""
-    if setting := os.environ.get(_METHODS_VARIABLE):
-        methods = setting.split(",")
+    if given := os.environ.get(_METHODS_VARIABLE):
+        methods = given.split(",")
     else:  # "*": FiftyOne's own methods. The variable overrides the config file, so it includes the file's methods.
-        settings = _config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json")
+        settings = config_file("FIFTYONE_EVALUATION_CONFIG_PATH", "evaluation_config.json")
         methods = ["*", *(settings.get("detection_backends") or {})]
     if EVALUATION_METHOD not in methods:
         methods.append(EVALUATION_METHOD)
@@ -116,34 +117,3 @@ def _links() -> dict[Path, Path]:
         source / MANIFEST.name: MANIFEST,
         Path(fo.config.plugins_dir) / "fiftyone_mobilesamv2": plugin,
     }
-
-
-def _model_zoo_dir() -> Path:
-    if folder := _setting("model_zoo_dir", "FIFTYONE_MODEL_ZOO_DIR"):
-        return Path(str(folder)).expanduser()
-    datasets = _setting("default_dataset_dir", "FIFTYONE_DEFAULT_DATASET_DIR") or "~/fiftyone"
-    return Path(str(datasets)).expanduser() / "__models__"
-
-
-def _setting(key: str, variable: str) -> str | list[str] | None:
-    """A setting of FiftyOne, read without importing FiftyOne, which takes seconds."""
-    if config := _fiftyone_config():
-        setting: str | list[str] | None = getattr(config, key)
-        return setting
-    if value := os.environ.get(variable):
-        return value
-    return _config_file("FIFTYONE_CONFIG_PATH", "config.json").get(key)
-
-
-def _config_file(variable: str, name: str) -> dict[str, Any]:
-    path = Path(os.environ.get(variable, f"~/.fiftyone/{name}")).expanduser()
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):  # the file does not exist, or FiftyOne will report the problem
-        content = {}
-    return content if isinstance(content, dict) else {}
-
-
-def _fiftyone_config() -> Any:
-    # Also None while FiftyOne is being imported: its setting `module_path` imports packages during its own import.
-    return getattr(sys.modules.get("fiftyone"), "config", None)

@@ -154,6 +154,48 @@ def dataset(mongod):
         dataset.delete()
 
 
+@pytest.fixture
+def model_zoo(tmp_path, monkeypatch) -> Path:
+    """The folder of a model zoo of this test's own, for this process and its children."""
+    import fiftyone as fo
+
+    folder = tmp_path / "model-zoo"
+    monkeypatch.setenv("FIFTYONE_MODEL_ZOO_DIR", str(folder))
+    monkeypatch.setattr(fo.config, "model_zoo_dir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def make_trained():
+    """Makes a trained model of the demo model: its detector is `shift` more confident, in logits, of everything."""
+
+    def make(folder: Path, name: str = "my-cells", shift: float = 0.5, **arguments):
+        from safetensors.torch import load_file, save_file
+
+        from fiftyone_mobilesamv2.modeling.checkpoints.catalog import DEMO_MODEL, MODELS
+        from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
+        from fiftyone_mobilesamv2.modeling.checkpoints.trained import write_trained
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = load_file(PACKAGED_WEIGHTS / "demo_detector.safetensors")
+        for level in range(3):
+            tensors[f"model.22.cv3.{level}.2.bias"] += shift
+        save_file(tensors, folder / "detector.safetensors")
+        defaults = {
+            "encoder": "resnet_demo",
+            "detector_size": MODELS[DEMO_MODEL].detector_size,
+            "part": "discovery",
+            "base": DEMO_MODEL,
+            "dataset": "cells",
+            "images": "scenes",
+            "files": {"detector_checkpoint": folder / "detector.safetensors"},
+            "training": {"epochs": 3, "ar": {"before": 0.5, "after": 0.75}},
+        }
+        return write_trained(folder, name=name, **(defaults | arguments))
+
+    return make
+
+
 def shared_folder(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fiftyone_mobilesamv2 import cli
+from fiftyone_mobilesamv2 import cli, load_coco
+from fiftyone_mobilesamv2.cli.parser import make_parser
+from fiftyone_mobilesamv2.modeling.checkpoints.trained import trained_models
 from fiftyone_mobilesamv2.runs.record import recorded_runs
-from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene, write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "fiftyone_mobilesamv2.cli"]
@@ -31,7 +33,7 @@ DATASET = "mobilesamv2-quickstart"
         ["--help"],
         *(
             [command, "--help"]
-            for command in ("quickstart", "segment", "reproduce", "evaluate", "models", "doctor", "install")
+            for command in ("quickstart", "segment", "reproduce", "evaluate", "train", "models", "doctor", "install")
         ),
     ],
 )
@@ -83,6 +85,8 @@ def test_errors_are_one_clear_line(arguments, message, tmp_path, monkeypatch, ca
         ["reproduce", "--annotations", "coco.json", "--images", "images"],
         ["reproduce", "--annotations", "coco.json", "--images", "images", "--model", "x", "--grids"],
         ["evaluate", "dataset", "proposals", "--ks", "0"],
+        ["train", "dataset"],
+        ["train", "dataset", "--name", "x", "--validation", "0.1", "--validation-tag", "x"],
     ],
     ids=" ".join,
 )
@@ -363,3 +367,81 @@ def test_delete_masks_and_repair(dataset, tmp_path, capsys):
     assert not dataset.has_field("segmentations") and not any(path.is_file() for path in moved.rglob("*"))
     assert cli.main(["delete-masks", dataset.name, "segmentations"]) == 1
     assert "has no field 'segmentations'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def labeled(mongod, tmp_path, monkeypatch):
+    """Five scenes with masks, in a zoo without trained models."""
+    monkeypatch.setattr(fo.config, "model_zoo_dir", str(tmp_path / "zoo"))
+    dataset = load_coco(*write_coco(tmp_path, 5))
+    yield dataset
+    dataset.delete()
+
+
+TRAIN = ["--base", "mobilesamv2-demo-torch", "--epochs", "1", "--batch-size", "2", "--device", "cpu"]
+
+
+def test_choices_of_train_are_those_of_the_function():
+    from fiftyone_mobilesamv2.training import train
+
+    commands = next(action for action in make_parser("train")._actions if action.dest == "command")
+    choices = {action.dest: action.choices for action in commands.choices["train"]._actions}
+    assert (choices["part"], choices["unlabeled"], choices["size"]) == (train.PARTS, train.UNLABELED, train.SIZES)
+
+
+@pytest.mark.slow
+def test_train_keeps_a_model_only_if_it_is_better_or_wanted(labeled, tmp_path, capsys):
+    labeled.limit(1).tag_samples("held out")
+    command = ["train", labeled.name, "--name", "cells", *TRAIN, "--validation-tag", "held out", "--size", "n"]
+    assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    assert "It is not better than its base" in captured.out and "Traceback" not in captured.err
+    assert not trained_models()
+    assert cli.main([*command, "--keep-worse"]) == 0
+    out = capsys.readouterr().out
+    assert "before: AR@10 0." in out and "on 1 validation images" in out
+    assert 'foz.load_zoo_model("cells")' in out
+    assert trained_models()["cells"].dataset == labeled.name
+    assert cli.main(["segment", labeled.name, "--model", "cells", "--device", "cpu"]) == 0
+    assert cli.main([*command, "--output", str(tmp_path / "mine")]) == 1  # for another folder, all is done anew
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_errors_of_train_are_one_clear_line(labeled, capsys):
+    for arguments, message in (
+        ([f"{labeled.name}x", "--name", "cells"], f"There is no dataset '{labeled.name}x'"),
+        ([labeled.name, "--name", "../cells"], "A model can't have the name '../cells'"),
+        ([labeled.name, "--name", "cells", "--label-field", "x"], f"{labeled.name} has no field 'x'"),
+        ([labeled.name, "--name", "cells", "--learn", "neck"], "learn applies only to part='masks'"),
+        ([labeled.name, "--name", "cells", "--validation", "2"], "validation must be a share between 0 and 1"),
+    ):
+        assert cli.main(["train", *arguments, *TRAIN]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("fiftyone-mobilesamv2: ") and message in line
+
+
+@pytest.mark.slow
+def test_interrupted_train_says_how_to_go_on(labeled, tmp_path):
+    command = [*COMMAND, "train", labeled.name, "--name", "cells", *TRAIN, "--epochs", "50"]
+    environment = ENVIRONMENT | {"FIFTYONE_MODEL_ZOO_DIR": str(tmp_path / "zoo")}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = threading.Timer(120, process.kill)
+    deadline.start()
+    output = b""
+    while b"Epoch 2 of 50, loss" not in output:
+        piece = process.stdout.read1()
+        assert piece, output.decode()
+        output += piece
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    deadline.cancel()
+    output = (output + rest).decode()
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert "Repeat the command to go on from the last save." in output
+    assert (tmp_path / "zoo" / "mobilesamv2" / "trained" / "cells" / "training" / "discovery.pt").is_file()

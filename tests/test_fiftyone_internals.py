@@ -179,3 +179,22 @@ def test_runs_and_sidebar(labelled):
     assert "new" in [group.name for group in labelled.app_config.sidebar_groups]
     internals.delete_empty_sidebar_group(labelled, "new")
     assert "new" not in [group.name for group in labelled.app_config.sidebar_groups]
+
+
+def test_zoo_models_are_forgotten(model_zoo, make_trained, monkeypatch):
+    """FiftyOne may cache its list of models, and keeps loaded ones while they are in use."""
+    import fiftyone.zoo as foz
+
+    monkeypatch.setattr(fo.config, "model_zoo_manifest_cache_enabled", True)
+    internals.forget_zoo_models()
+    assert "my-cells" not in foz.list_zoo_models()
+    folder = model_zoo / "mobilesamv2" / "trained" / "my-cells"
+    make_trained(folder)
+    assert "my-cells" not in foz.list_zoo_models()
+    internals.forget_zoo_models()
+    assert "my-cells" in foz.list_zoo_models()
+    model = foz.load_zoo_model("my-cells", device="cpu")
+    assert foz.load_zoo_model("my-cells", device="cpu") is model
+    internals.forget_zoo_models()
+    assert foz.load_zoo_model("my-cells", device="cpu") is not model
+    internals.forget_zoo_models()

@@ -81,8 +81,8 @@ def test_every_model_is_in_the_manifest():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_manifest_matches_the_files(name):
-    from fiftyone_mobilesamv2.modeling.checkpoints.catalog import model_files
     from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
+    from fiftyone_mobilesamv2.modeling.checkpoints.lookup import model_files
 
     model = MODELS[name]
     files = model_files(name)

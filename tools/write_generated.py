@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from datetime import datetime
 from pathlib import Path
 
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import LICENSES, MODELS, SOURCE_URL, PretrainedModel, model_files
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel
 from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import model_files
+from fiftyone_mobilesamv2.modeling.checkpoints.manifest import manifest_entry
 from fiftyone_mobilesamv2.zoo.config import PARAMETERS, Parameter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,19 +23,7 @@ MANIFEST = ROOT / "fiftyone_mobilesamv2" / "manifest.json"
 README = ROOT / "README.md"
 PARAMETERS_PAGE = ROOT / "docs" / "parameters.md"
 
-# The pip distributions that the package imports, for users of the model source without pip.
-PACKAGES = [
-    "torch",
-    "torchvision",
-    "ultralytics",
-    "timm",
-    "pycocotools",
-    "safetensors",
-    "tenacity",
-    "pydantic",
-    "cachetools",
-]
-DATE_ADDED = "2026-11-22 00:00:00"
+DATE_ADDED = datetime(2026, 11, 22)
 
 
 def main() -> int:
@@ -60,28 +51,10 @@ def manifest() -> dict:
 
 
 def _manifest_entry(name: str, model: PretrainedModel) -> dict:
-    data, url = model.training_data
-    return {
-        "base_name": name,
-        "base_filename": f"{name}.json",
-        "author": model.author,
-        "license": LICENSES,
-        "source": SOURCE_URL,
-        "description": "MobileSAMv2: segments everything by discovering the objects first. Image encoder: "
-        + model.description,
-        "tags": [
-            *("instances", "segmentation", "segment-anything", "zero-shot", "torch", "mobilesamv2"),
-            "sa-1b" if model.images == "photos" else "demo",
-        ],
-        "size_bytes": _size(name),
-        "date_added": DATE_ADDED,
-        "requirements": {"packages": PACKAGES, "cpu": {"support": True}, "gpu": {"support": True}},
-        "training_data": [{"name": data, "url": url}],
-        "default_deployment_config_dict": {
-            "type": "fiftyone_mobilesamv2.zoo.MobileSAMv2Model",
-            "config": {"name": name},
-        },
-    }
+    tag = "sa-1b" if model.images == "photos" else "demo"
+    entry = manifest_entry(name, model, f"{name}.json", tag, _size(name), DATE_ADDED)
+    loader = {"type": "fiftyone_mobilesamv2.zoo.MobileSAMv2Model", "config": {"name": name}}
+    return {**entry, "default_deployment_config_dict": loader}
 
 
 def _size(name: str) -> int:

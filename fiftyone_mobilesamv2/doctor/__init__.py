@@ -10,8 +10,9 @@ import cv2
 import torch
 
 from ..errors import CheckpointError, MobileSAMv2Error
-from ..modeling.checkpoints.catalog import DEMO_MODEL, PretrainedModel, pretrained_model
+from ..modeling.checkpoints.catalog import DEMO_MODEL, PretrainedModel
 from ..modeling.checkpoints.files import fetch_model, local_path, verify_model
+from ..modeling.checkpoints.lookup import pretrained_model
 from ..modeling.mobilesamv2 import MobileSAMv2
 from .ground_truth import known_images
 from .machine import machine_checks
@@ -27,7 +28,7 @@ def run(name: str | None, device: str | None, dtype: str, output: Path) -> int:
     Prints each result as it becomes available, and a verdict at the end.
 
     Args:
-        name: the name of a zoo model; None for the one that is part of the package.
+        name: the name of a model, or the folder of a trained one; None for the one that is part of the package.
         output: path of the picture.
 
     Returns:

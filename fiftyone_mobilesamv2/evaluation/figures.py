@@ -21,7 +21,7 @@ COLORS = ("#ff6d04", "#4c8dff", "#2fa84f", "#e0518a", "#9775fa", "#16a5b8", "#a9
 _CURVE_POINTS = 100
 _BINS = 20
 _IOU_HOVER = "IoU %{x}: recall %{y:.3f}"
-_JSON = dict[str, Any]  # a Plotly object
+PlotlyJSON = dict[str, Any]  # a Plotly object
 _Values = Sequence[object] | AnyArray
 _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
 
@@ -29,8 +29,8 @@ _BACKGROUND = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"
 class Figure(NamedTuple):
     """Plotly's `data` and `layout`."""
 
-    data: list[_JSON]
-    layout: _JSON
+    data: list[PlotlyJSON]
+    layout: PlotlyJSON
 
 
 class Line(NamedTuple):
@@ -48,8 +48,8 @@ def recall_by_k(lines: Sequence[Line]) -> Figure:
         curve = recall.curve(group)
         ks = np.unique(np.geomspace(1, len(curve), _CURVE_POINTS).round().astype(int).tolist() + list(recall.ks))
         sizes = np.where(np.isin(ks, recall.ks), 9, 4).tolist()
-        data.append(_line(name, number, ks, curve[ks - 1], "K=%{x}: AR %{y:.3f}", sizes))
-    layout = _layout("K", "AR", len(lines) > 1)
+        data.append(line_trace(name, number, ks, curve[ks - 1], "K=%{x}: AR %{y:.3f}", sizes))
+    layout = figure_layout("K", "AR", len(lines) > 1)
     layout["xaxis"] |= {"type": "log", "dtick": 1}
     return Figure(data, layout)
 
@@ -57,11 +57,11 @@ def recall_by_k(lines: Sequence[Line]) -> Figure:
 def recall_by_iou(lines: Sequence[Line], k: int | None = None) -> Figure:
     """The share of objects that each line finds within `k` proposals (None: its largest K), by IoU threshold."""
     data = [
-        _line(name, number, IOU_THRESHOLDS.round(2), recall.recalls(k or recall.ks[-1], group), _IOU_HOVER, 7)
+        line_trace(name, number, IOU_THRESHOLDS.round(2), recall.recalls(k or recall.ks[-1], group), _IOU_HOVER, 7)
         for number, (name, recall, group) in enumerate(lines)
     ]
     title = "recall at the largest K" if k is None else f"recall at K={k}"
-    return Figure(data, _layout("IoU threshold", title, len(lines) > 1))
+    return Figure(data, figure_layout("IoU threshold", title, len(lines) > 1))
 
 
 def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
@@ -73,7 +73,7 @@ def recall_by_group(runs: Mapping[str, AverageRecall]) -> Figure:
         values = [float(recall.recalls(recall.ks[-1], g).mean()) if n else None for g, n in zip(groups, totals)]
         text = [f"{n:,} objects" for n in totals]
         data.append(_bar(name, number, groups, values, "%{x}: AR %{y:.3f}, %{hovertext}", ids=groups, hovertext=text))
-    return Figure(data, _layout(None, "AR at the largest K", len(runs) > 1))
+    return Figure(data, figure_layout(None, "AR at the largest K", len(runs) > 1))
 
 
 def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
@@ -89,7 +89,7 @@ def objects_per_image(counts: Mapping[str, Sequence[int]]) -> Figure:
         data.append(
             _bar(name, number, lows + (width - 1) / 2, images, "%{hovertext} objects: %{y}", ids=ids, hovertext=names)
         )
-    layout = _layout("objects per image", "images", len(counts) > 1)
+    layout = figure_layout("objects per image", "images", len(counts) > 1)
     if max(max(trace["y"]) for trace in data) < 6:
         layout["yaxis"]["dtick"] = 1  # no fractions of images
     return Figure(data, layout)
@@ -108,12 +108,13 @@ def time_per_stage(runs: Mapping[str, SegmentationRun]) -> Figure:
         hover = f"{escape(stage, quote=False)}: %{{x:.0f}} ms"
         names = [escape(name, quote=False) for name in runs]
         data.append(_bar(stage, number, values, names, hover, orientation="h"))
-    layout = _layout("ms per image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
+    layout = figure_layout("ms per image", None, True) | {"barmode": "stack", "height": 130 + 30 * len(runs)}
     layout["yaxis"]["autorange"] = "reversed"  # the first bar on top
     return Figure(data, layout)
 
 
-def _line(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: int | list[int]) -> _JSON:
+def line_trace(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: int | list[int]) -> PlotlyJSON:
+    """A line with a point at each value, in the color with this number; NaN leaves a gap."""
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -126,7 +127,7 @@ def _line(name: str, number: int, x: AnyArray, y: FloatArray, hover: str, size: 
     }
 
 
-def _bar(name: str, number: int, x: _Values, y: _Values, hover: str, **more: object) -> _JSON:
+def _bar(name: str, number: int, x: _Values, y: _Values, hover: str, **more: object) -> PlotlyJSON:
     return {
         "type": "bar",
         "name": escape(name, quote=False),
@@ -146,7 +147,8 @@ def _numbers(values: FloatArray) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
-def _layout(x: str | None, y: str | None, legend: bool) -> _JSON:
+def figure_layout(x: str | None, y: str | None, legend: bool) -> PlotlyJSON:
+    """The layout of a figure with these titles of its axes."""
     return _BACKGROUND | {
         "height": 260,
         "margin": {"t": 28 if legend else 8, "l": 56, "r": 16, "b": 44 if x else 24},

@@ -21,7 +21,8 @@ import numpy as np
 from .. import zoo
 from ..errors import ArgumentError
 from ..labels.fields import GROUND_TRUTH_FIELD
-from ..modeling.checkpoints.catalog import DEMO_MODEL, pretrained_model
+from ..modeling.checkpoints.catalog import DEMO_MODEL
+from ..modeling.checkpoints.lookup import pretrained_model
 from ..modeling.complete_files import complete_file
 from ..modeling.defaults import CONFIDENCE, MAX_PROMPTS
 from .average_recall import AREA_RANGES, KS, METRIC_NAMES, AverageRecall

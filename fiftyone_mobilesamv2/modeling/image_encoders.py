@@ -123,6 +123,7 @@ class EncoderConfig:
         rename: released tensor name -> name in the module.
         image_size: side in pixels to which an image is resized (long side) and padded.
         embed_dim, embed_size: channels and side of the embedding; low-res logits have four times that side.
+        neck: the submodules between the backbone's features and the embedding, which can be trained on their own.
     """
 
     build: Callable[[], nn.Module]
@@ -130,6 +131,11 @@ class EncoderConfig:
     image_size: int = 1024
     embed_dim: int = 256
     embed_size: int = 64
+    neck: tuple[str, ...] = ("neck",)
+
+
+# Of every SamNeckEncoder.
+_SAM_NECK = ("neck", "norm")
 
 
 def _tiny_vit() -> nn.Module:
@@ -187,14 +193,20 @@ def _resnet_demo() -> nn.Module:
 
 ENCODERS: dict[str, EncoderConfig] = {
     "tiny_vit": EncoderConfig(_tiny_vit),
-    "efficientvit_l0": EncoderConfig(partial(_efficientvit, (1, 1, 1, 4, 4), head_depth=4), _rename_efficientvit),
-    "efficientvit_l1": EncoderConfig(partial(_efficientvit, (1, 1, 1, 6, 6), head_depth=8), _rename_efficientvit),
-    "efficientvit_l2": EncoderConfig(partial(_efficientvit, (1, 2, 2, 8, 8), head_depth=12), _rename_efficientvit),
+    "efficientvit_l0": EncoderConfig(
+        partial(_efficientvit, (1, 1, 1, 4, 4), head_depth=4), _rename_efficientvit, neck=_SAM_NECK
+    ),
+    "efficientvit_l1": EncoderConfig(
+        partial(_efficientvit, (1, 1, 1, 6, 6), head_depth=8), _rename_efficientvit, neck=_SAM_NECK
+    ),
+    "efficientvit_l2": EncoderConfig(
+        partial(_efficientvit, (1, 2, 2, 8, 8), head_depth=12), _rename_efficientvit, neck=_SAM_NECK
+    ),
     "sam_vit_b": EncoderConfig(partial(_sam_vit, 768, 12, 12, (2, 5, 8, 11))),
     "sam_vit_l": EncoderConfig(partial(_sam_vit, 1024, 24, 16, (5, 11, 17, 23))),
     "sam_vit_h": EncoderConfig(partial(_sam_vit, 1280, 32, 16, (7, 15, 23, 31))),
     # The demo model's encoder: small enough to train on two CPU cores (training/), at a quarter of the resolution.
-    "resnet_demo": EncoderConfig(_resnet_demo, image_size=256, embed_dim=128, embed_size=32),
+    "resnet_demo": EncoderConfig(_resnet_demo, image_size=256, embed_dim=128, embed_size=32, neck=_SAM_NECK),
 }
 
 

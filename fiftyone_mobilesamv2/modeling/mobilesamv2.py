@@ -27,9 +27,9 @@ from .arguments import (
     points_with_labels,
 )
 from .arrays import AnyArray, ImageArray
-from .checkpoints.catalog import pretrained_model
 from .checkpoints.files import fetch_model
 from .checkpoints.loading import load_decoder, load_detector, load_encoder
+from .checkpoints.lookup import model_name, pretrained_model
 from .defaults import CONFIDENCE, MAX_PROMPTS, NMS_IOU, POINTS_PER_SIDE
 from .devices import usable_device
 from .grid_prompts import (
@@ -93,22 +93,22 @@ class MobileSAMv2(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | PathLike[str],
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         **files: str | PathLike[str],
     ) -> MobileSAMv2:
-        """Loads a model by its zoo name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies missing files.
+        """Loads a model by its name, such as "mobilesamv2-tinyvit-torch"; downloads and verifies missing files.
 
         Args:
-            name: see :data:`.checkpoints.catalog.MODELS`.
+            name: one of :func:`.checkpoints.lookup.models`, or the folder of a trained model.
             files: `encoder_checkpoint`, `decoder_checkpoint`, `detector_checkpoint`: paths to use instead.
 
         Raises:
             ValueError: no model has that name.
             CheckpointError: a file is missing and cannot be downloaded, or is not the expected one.
         """
-        model = pretrained_model(name)
+        model = pretrained_model(name := model_name(name))
         device = usable_device(device)  # before anything is downloaded
         paths = fetch_model(name, skip=files) | files
         return cls.from_checkpoints(

@@ -17,6 +17,7 @@ from .promote_to_labels import PromoteToLabels
 from .repair_dataset import RepairDataset
 from .segment_anything import SegmentAnything
 from .segment_everything import SegmentEverything
+from .train_on_labels import TrainOnLabels
 
 if TYPE_CHECKING:
     from fiftyone.plugins.context import PluginContext
@@ -29,6 +30,7 @@ OPERATORS = (
     FindUnlabeledObjects,
     FindDuplicates,
     PromoteToLabels,
+    TrainOnLabels,
     ImageCoverage,
     ExportMasks,
     ManageModels,

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 _UNAUTHORIZED = 13  # MongoDB's error code for missing permissions
 _MAX_MESSAGE = 2000  # characters; MongoDB's messages quote whole documents
 REFRESH = 0.4  # seconds between updates of the progress bar in the App
-Button = tuple[str, str, dict[str, Any]]  # label, URI of an operator, parameters of the operator
+# Label, URI of an operator, parameters of the operator. Operators of the plugin show their forms first.
+Button = tuple[str, str, dict[str, Any]]
 
 
 @dataclass
@@ -139,7 +140,7 @@ def show_progress(ctx: ExecutionContext, work: Work) -> GeneratedMessage:
     return ctx.ops.show_output(types.Property(outputs).to_json(), {"share": progress.share, "text": text})
 
 
-def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[GeneratedMessage]:
+def show_outcome(ctx: ExecutionContext, title: str, work: Work, if_cancelled: str) -> Iterator[GeneratedMessage]:
     outcome, error = work.outcome, work.error
     was_open = ctx.current_sample is not None
     if was_open:
@@ -162,10 +163,11 @@ def show_outcome(ctx: ExecutionContext, title: str, work: Work) -> Iterator[Gene
         if was_open:  # the App keeps showing the labels that it has loaded for it
             text += "\n\nThe grid shows the new labels. To see them in an open sample, reload the page."
         for number, (label, operator, params) in enumerate(outcome.buttons):
-            outputs.btn(f"button_{number}", label=label, on_click=operator, params=params, variant="outlined")
+            prompt = operator.startswith(PLUGIN)
+            outputs.btn(f"button_{number}", label, on_click=operator, prompt=prompt, params=params, variant="outlined")
     elif isinstance(error, Cancelled):
         outputs.str("text", view=types.MarkdownView())
-        text = f"**{title}** was cancelled. Everything stored so far is kept."
+        text = f"**{title}** was cancelled. {if_cancelled}"
     elif error is not None:
         if not _explains_itself(error):
             logger.error("%s failed", title, exc_info=error)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import fiftyone as fo
 import fiftyone.core.stages as fosg
 from bson import ObjectId
+from fiftyone import ViewField as F
 
 from ..errors import FormError, with_file
 from ..evaluation.ranking import RANKINGS
-from ..fiftyone_internals import FRAMES_PREFIX, all_view_stages, root_dataset
+from ..fiftyone_internals import FRAMES_PREFIX, all_view_stages, is_frame_field, root_dataset
 from ..labels.fields import GROUND_TRUTH_FIELD, SHAPE_TYPES, have_masks, label_fields
 from .app_work import Button, Outcome, Progress
 from .form import Form, code, count
@@ -24,28 +25,61 @@ if TYPE_CHECKING:
     from ..zoo.config import MobileSAMv2ModelConfig
 
 
-def model_choice(form: Form) -> str:
-    """The model. Each choice has a speed hint and says how much must be downloaded, if anything."""
+def model_choice(form: Form, label: str = "Model", description: str | None = None) -> str:
+    """The model. Each choice has a hint and says how much must be downloaded, if anything."""
     from ..modeling.checkpoints.catalog import DEMO_MODEL, MODELS
-    from ..modeling.checkpoints.files import megabytes_to_download, weights_dir
 
-    missing = {name: megabytes_to_download(name) for name in MODELS}
-    choices = {}
-    for name, entry in MODELS.items():
-        status = "downloaded" if not missing[name] else f"{missing[name]:,} MB to download"
-        choices[name] = f"{name} ({entry.hint}; {status})"
+    missing = _megabytes_to_download()
     # The default suits photos and, if possible, needs no download, so that it works at once.
     default = next((name for name in MODELS if not missing[name] and name != DEMO_MODEL), "mobilesamv2-tinyvit-torch")
-    name = form.choice("model", choices, default, "Model")
-    if missing.get(name):
-        form.note(f"First, {missing[name]:,} MB will be downloaded to {weights_dir()} and verified.")
-    elif name == DEMO_MODEL:
+    name = form.choice("model", model_texts(), default, label, description)
+    if name == DEMO_MODEL:
         form.warn("The demo model was trained only on synthetic scenes: don't expect good masks on photos.")
+    download_note(form, name)
     return name
+
+
+def model_texts() -> dict[str, str]:
+    """Model -> the text of its choice."""
+    from ..modeling.checkpoints.catalog import MODELS
+    from ..modeling.checkpoints.lookup import models
+
+    missing, choices = _megabytes_to_download(), {}
+    for name, entry in models().items():
+        notes = [entry.hint]
+        if missing[name]:
+            notes.append(f"{missing[name]:,} MB to download")
+        elif name in MODELS:
+            notes.append("downloaded")
+        choices[name] = f"{name} ({'; '.join(notes)})"
+    return choices
+
+
+def download_note(form: Form, name: str) -> None:
+    """Says what must be downloaded for a model, if anything."""
+    from ..modeling.checkpoints.files import weights_dir
+
+    if megabytes := _megabytes_to_download().get(name):
+        form.note(f"First, {megabytes:,} MB will be downloaded to {weights_dir()} and verified.")
+
+
+def _megabytes_to_download() -> dict[str, int]:
+    from ..modeling.checkpoints.files import megabytes_to_download
+    from ..modeling.checkpoints.lookup import models
+
+    return {name: megabytes_to_download(name) for name in models()}
 
 
 def runtime_choices(form: Form) -> None:
     """The device and the precision of the model."""
+    from ..zoo.config import PARAMETERS
+
+    device_choice(form)
+    form.parameter(PARAMETERS["dtype"])
+
+
+def device_choice(form: Form) -> None:
+    """The device of the model."""
     from ..modeling.devices import available_devices
     from ..zoo.config import PARAMETERS
 
@@ -53,7 +87,6 @@ def runtime_choices(form: Form) -> None:
     names = {"cuda": "GPU (cuda)", "mps": "GPU (mps)", "cpu": "CPU"}
     title = PARAMETERS["device"].title
     form.choice("device", {device: names[device] for device in devices}, devices[0], title)
-    form.parameter(PARAMETERS["dtype"])
 
 
 def storage_choice(form: Form) -> None:
@@ -114,10 +147,28 @@ def ground_truth_choice(form: Form, pred_field: str, kinds: tuple[type, ...] = S
     """The field of labels to compare the proposals with."""
     prefix = FRAMES_PREFIX if pred_field.startswith(FRAMES_PREFIX) else ""
     field = form.label_field("gt_field", kinds, "Ground truth", "The labels", prefix + GROUND_TRUTH_FIELD, pred_field)
+    warn_of_hidden_labels(form, "compared")
+    return field
+
+
+def warn_of_hidden_labels(form: Form, participle: str) -> None:
+    """Warns if the view may hide labels, which are then not `participle`."""
     stages = all_view_stages(form.samples.view())
     if any(isinstance(stage, _HIDING) for stage in stages):
-        form.warn("The view may hide labels. Only visible labels are compared.")
-    return field
+        form.warn(f"The view may hide labels. Only visible labels are {participle}.")
+
+
+def scheduling_note(form: Form, reason: str) -> None:
+    """Suggests scheduling; `reason` is what takes long, such as "500 images take"."""
+    form.note(
+        f"{reason} a while, and the tab must stay open. "
+        + (
+            "Consider scheduling this for a 'fiftyone delegated launch' worker."
+            if fo.config.allow_legacy_orchestrators
+            else "To schedule it instead, start the App with FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS=true and a 'fiftyone "
+            "delegated launch' worker."
+        )
+    )
 
 
 def use_masks_switch(form: Form, *field_names: str) -> bool:
@@ -166,6 +217,14 @@ def skipped_text(skipped: Sequence[Skipped]) -> list[str]:
 def skipped_button(skipped: Sequence[Skipped]) -> list[Button]:
     """The button that shows the skipped samples; an empty list if none were skipped."""
     return samples_button(SKIPPED, [each["id"] for each in skipped])
+
+
+def skipped_samples(samples: SampleCollection, field_name: str, skipped: Sequence[Skipped]) -> list[str]:
+    """The ids of the samples that were skipped: of frames, those of their videos."""
+    ids = [each["id"] for each in skipped]
+    if ids and is_frame_field(samples, field_name):
+        ids = samples.match_frames(F("_id").is_in(list(map(ObjectId, ids)))).values("id")
+    return ids
 
 
 SKIPPED = "Show skipped samples"

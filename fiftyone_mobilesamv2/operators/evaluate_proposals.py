@@ -7,11 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from bson import ObjectId
-from fiftyone import ViewField as F
-
 from ..errors import ArgumentError
-from ..fiftyone_internals import is_frame_field
 from .app_work import Outcome, Progress
 from .choices import (
     SKIPPED,
@@ -19,6 +15,7 @@ from .choices import (
     proposals_choice,
     ranking_choice,
     samples_button,
+    skipped_samples,
     skipped_text,
     use_masks_switch,
 )
@@ -97,13 +94,10 @@ def _outcome(samples: SampleCollection, results: ProposalResults) -> Outcome:
         "AR@K: the share of objects that the K best-ranked proposals of their image find, averaged over IoU thresholds "
         "from 0.50 to 0.95.",
     ]
-    shown = [each["id"] for each in results.skipped]
-    if shown and is_frame_field(samples, config.gt_field):  # the ids are those of frames: show their videos
-        shown = samples.match_frames(F("_id").is_in(list(map(ObjectId, shown)))).values("id")
     metrics = {name: None if math.isnan(value) else value for name, value in results.metrics().items()}
     return Outcome(
         "\n\n".join(lines + skipped_text(results.skipped)),
         {"eval_key": results.key, "metrics": metrics, "images": recall.images, "skipped": results.skipped},
         panel=PANEL,
-        buttons=samples_button(SKIPPED, shown),
+        buttons=samples_button(SKIPPED, skipped_samples(samples, config.gt_field, results.skipped)),
     )

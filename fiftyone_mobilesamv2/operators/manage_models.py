@@ -13,6 +13,7 @@ from .operator import Operator
 
 if TYPE_CHECKING:
     from ..modeling.checkpoints import Weights
+    from ..modeling.checkpoints.trained import TrainedModel
 
 ACTIONS = {
     "download": "Download missing files",
@@ -30,41 +31,50 @@ class ManageModels(Operator):
     risk = "high"
 
     def form(self, form: Form) -> None:
-        from ..modeling.checkpoints import MODELS, model_files
-        from ..modeling.checkpoints.files import is_local, megabytes_to_download, weights_dir
+        from ..modeling.checkpoints.files import weights_dir
+        from ..modeling.checkpoints.lookup import models
         from ..modeling.checkpoints.overview import file_rows, model_rows
 
-        model = form.choice("model", {name: name for name in MODELS}, next(iter(MODELS)), "Model")
-        if model in MODELS:
-            missing = megabytes_to_download(model)
-            action = form.choice("action", ACTIONS, "download" if missing else "verify", "Action", radio=True)
-            if action == "download":
-                self._download_form(form, model, missing)
-            elif action == "verify" and not any(map(is_local, model_files(model))):
-                form.problem(f"No file of {model} is downloaded: there is nothing to verify.")
-            elif action == "delete":
-                self._delete_form(form, model)
-            elif action == "check_sources" and all(weights.is_packaged for weights in model_files(model)):
-                form.problem(f"{model} comes with the package and has no sources.")
+        entries = models()
+        model = form.choice("model", {name: name for name in entries}, next(iter(entries)), "Model")
+        if model in entries:
+            self._action_form(form, model)
         for name, rows in (("models", model_rows()), ("files", file_rows())):
             form.inputs.view(name, types.MarkdownView(), default=_markdown(rows))
         form.note(f"Downloaded weights are in {weights_dir()}.")
 
-    def _download_form(self, form: Form, model: str, missing: int) -> None:
-        if missing:
-            form.note(f"{missing:,} MB will be downloaded and verified.")
-        else:
-            form.problem(f"All files of {model} are already downloaded.")
+    def _action_form(self, form: Form, model: str) -> None:
+        from ..modeling.checkpoints import model_files
+        from ..modeling.checkpoints.files import is_local, megabytes_to_download
+        from ..modeling.checkpoints.lookup import find_trained
+
+        missing = megabytes_to_download(model)
+        trained = find_trained(model)
+        actions = ACTIONS | ({"delete": "Delete this trained model"} if trained else {})
+        action = form.choice("action", actions, "download" if missing else "verify", "Action", radio=True)
+        if action == "download":
+            if missing:
+                form.note(f"{missing:,} MB will be downloaded and verified.")
+            else:
+                form.problem(f"All files of {model} are already downloaded.")
+        elif action == "verify" and not any(map(is_local, model_files(model))):
+            form.problem(f"No file of {model} is downloaded: there is nothing to verify.")
+        elif action == "delete" and trained:
+            self._delete_trained_form(form, trained)
+        elif action == "delete":
+            self._delete_form(form, model)
+        elif action == "check_sources" and not any(weights.sources for weights in model_files(model)):
+            form.problem(
+                f"{model} {'has no files to download' if trained else 'comes with the package'} and has no sources."
+            )
 
     def _delete_form(self, form: Form, model: str) -> None:
-        from ..modeling.checkpoints import model_files
-        from ..modeling.checkpoints.files import deletable_files, is_local
+        from ..modeling.checkpoints.files import deletable_files, is_local, kept_files
         from ..modeling.checkpoints.overview import names
 
         files = deletable_files(model)
-        for weights in model_files(model):
-            if is_local(weights) and weights not in files:
-                why = "it comes with the package" if weights.is_packaged else "another downloaded model needs it"
+        for weights, why in kept_files(model).items():
+            if is_local(weights):
                 form.note(f"{weights.filename} stays: {why}.")
         if not files:
             form.problem(f"No file of {model} can be deleted.")
@@ -72,6 +82,12 @@ class ManageModels(Operator):
         size = sum(weights.megabytes for weights in files)
         if not form.switch("confirm", False, f"Delete {names(files)}", f"About {size:,} MB"):
             form.problem(f"Confirm that {names(files)} should be deleted.")
+
+    def _delete_trained_form(self, form: Form, trained: TrainedModel) -> None:
+        folder = trained.folder.resolve()
+        form.warn("A trained model can't be downloaded again.")
+        if not form.switch("confirm", False, f"Delete {trained.name} with its folder, {folder}"):
+            form.problem(f"Confirm that {trained.name} should be deleted with its folder, {folder}.")
 
     def run(self, form: Form, progress: Progress) -> Outcome:
         work = {"download": _download, "verify": _verify, "delete": _delete, "check_sources": _check_sources}
@@ -120,9 +136,19 @@ def _verify(model: str, progress: Progress) -> Outcome:
 
 
 def _delete(model: str, progress: Progress) -> Outcome:
+    from ..fiftyone_internals import forget_zoo_models
     from ..modeling.checkpoints.files import delete_model
+    from ..modeling.checkpoints.lookup import find_trained
     from ..modeling.checkpoints.overview import names
+    from ..modeling.checkpoints.trained import delete_trained
 
+    if trained := find_trained(model):
+        removed = delete_trained(trained)
+        forget_zoo_models()
+        text = f"**Deleted:** {code(model)}, which was in {code(removed.folder)}."
+        if removed.kept:
+            text += f"\n\nThe folder stays, with files that are not the model's: {', '.join(map(code, removed.kept))}."
+        return Outcome(text, {"model": model, "deleted": removed.deleted, "kept": removed.kept})
     deleted = delete_model(model)
     size = sum(weights.megabytes for weights in deleted)
     text = f"**Deleted:** {names(deleted)}, about {size:,} MB."
@@ -152,5 +178,7 @@ def _markdown(rows: list[dict[str, str]]) -> str:
     table = pd.DataFrame(rows)
     for column in {"model", "file", "source"} & set(table):
         table[column] = "`" + table[column].str.strip("`") + "`"
+    if "speed" in table:  # may contain the name of a dataset
+        table["speed"] = table["speed"].str.replace(r"([\\`*_|<>\[\]])", r"\\\1", regex=True)
     markdown: str = table.to_markdown(index=False, disable_numparse=True)
     return markdown

@@ -39,6 +39,7 @@ class Operator(foo.Operator):
         description: what it is for.
         icon: the name of its icon.
         risk: FiftyOne's risk level; assistants ask before they run an operator with a high risk.
+        if_cancelled: what the App says after the user has cancelled it.
     """
 
     identifier: str
@@ -46,6 +47,7 @@ class Operator(foo.Operator):
     description: str
     icon: str
     risk = "medium"
+    if_cancelled = "Everything stored so far is kept."
 
     def form(self, form: Form) -> None:
         """Adds the inputs. Raises ArgumentError if the remaining inputs would make no sense."""
@@ -131,7 +133,7 @@ class Operator(foo.Operator):
             work.start()
             while not work.finished.wait(REFRESH):
                 yield show_progress(ctx, work)
-            yield from show_outcome(ctx, self.title, work)
+            yield from show_outcome(ctx, self.title, work, self.if_cancelled)
         finally:  # also if the tab was closed and nobody consumes the messages any more
             work.progress.cancelled.set()
             del running[work.id]

@@ -22,6 +22,7 @@ from .choices import (
     model_choice,
     model_config,
     runtime_choices,
+    scheduling_note,
     segmentation_outcome,
     storage_choice,
 )
@@ -89,14 +90,7 @@ class SegmentEverything(Operator):
             with form.checks():
                 check_same_parameters(form.samples, form.values["label_field"], parameters_of(model_config(form)))
         if form.size > MANY_IMAGES:
-            form.note(
-                f"{form.size:,} images take a while, and the tab must stay open. Consider scheduling this for a "
-                f"'fiftyone delegated launch' worker."
-                if fo.config.allow_legacy_orchestrators
-                else f"{form.size:,} images take a while, and the tab must stay open. To schedule it "
-                f"instead, start the App with FIFTYONE_ALLOW_LEGACY_ORCHESTRATORS=true and a 'fiftyone delegated "
-                f"launch' worker."
-            )
+            scheduling_note(form, f"{form.size:,} images take")
 
     def _label_field(self, form: Form) -> None:
         from ..labels.fields import check_label_field

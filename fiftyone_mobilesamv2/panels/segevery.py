@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import html
 import logging
-import threading
 from collections.abc import Mapping
-from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import fiftyone as fo
 import fiftyone.operators as foo
-from fiftyone import ViewExpression
-from fiftyone import ViewField as F
 from fiftyone.operators import types
 from fiftyone.operators.categories import Categories
 
 from ..errors import message_of
 from ..evaluation import figures
-from ..fiftyone_internals import has_results, is_frame_field, is_generated, label_root, split_frame_field
+from ..fiftyone_internals import is_frame_field, is_generated
 from ..labels.fields import label_fields
 from ..operators.form import cell, code
 from ..registration import PLUGIN
+from .queries import (
+    evaluations,
+    fresh_results,
+    missed_of_group,
+    object_counts,
+    results_of,
+    sources,
+    trained_on,
+    with_objects,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,14 +36,12 @@ if TYPE_CHECKING:
     from fiftyone.operators.executor import ExecutionContext
 
     from ..evaluation.proposal_results import ProposalResults
-    from ..fiftyone_internals import Document
-    from ..labels.documents import StoredImage
 
 logger = logging.getLogger(__name__)
 
 HELP = (
-    "How many ground truth objects the masks find (AR@K), how many masks the images have, and how long segmentation "
-    "took. Click a point or a bar to see the objects or images behind it."
+    "How many ground truth objects the masks find (AR@K), how many masks the images have, how long segmentation took, "
+    "and the models trained on this dataset. Click a point or a bar to see the objects or images behind it."
 )
 OPERATORS = {
     "segment_everything": "Segment everything",
@@ -46,6 +49,7 @@ OPERATORS = {
     "find_unlabeled_objects": "Find unlabeled objects",
     "compare_prompting": "Compare prompting",
     "promote_to_labels": "Promote to labels",
+    "train_on_labels": "Train on my labels",
 }
 # Events that change what the App shows outside the panel, but nothing in it.
 _ELSEWHERE = {
@@ -62,12 +66,9 @@ _NARROW = {"item": {"sx": {"width": "auto"}}}
 _PLOT = {"item": {"sx": {"width": "auto", "minWidth": 0, "flex": "1 1 24rem"}}}
 _SHRINKS = {"item": {"sx": {"minWidth": 0}}}
 
-# The App may send two events at the same time, but FiftyOne's threads share one open file for a run's results.
-_load_lock = threading.Lock()
-
 
 class SegEvery(foo.Panel):
-    """Plots of the dataset's evaluations of proposals or, without evaluations, of its segmented fields."""
+    """Plots of the dataset's evaluations of proposals or, without evaluations, of its segmented fields; its models."""
 
     @property
     def config(self) -> foo.PanelConfig:
@@ -94,6 +95,7 @@ class SegEvery(foo.Panel):
     # Events ---------------------------------------------------------------------------------------------------------
 
     def on_load(self, ctx: ExecutionContext) -> None:
+        ctx.panel.state.model = None  # the latest
         ctx.panel.state.runs = [] if ctx.dataset is None else evaluations(ctx.dataset)[:1]
 
     def on_change_dataset(self, ctx: ExecutionContext) -> None:
@@ -102,11 +104,15 @@ class SegEvery(foo.Panel):
     def choose(self, ctx: ExecutionContext) -> None:
         ctx.panel.state.runs = ctx.params["value"] or []
 
+    def choose_model(self, ctx: ExecutionContext) -> None:
+        ctx.panel.state.model = ctx.params["value"]
+
     def refresh(self, ctx: ExecutionContext) -> None:
         """Redraws the panel: evaluations may have been added or deleted elsewhere."""
 
     def open_form(self, ctx: ExecutionContext) -> None:
-        ctx.prompt(f"{PLUGIN}/{ctx.params['operator']}", params={}, on_success=self.on_load)
+        values = {"model": ctx.params["model"]} if "model" in ctx.params else {}
+        ctx.prompt(f"{PLUGIN}/{ctx.params['operator']}", params=values, on_success=self.on_load)
 
     def show_everything(self, ctx: ExecutionContext) -> None:
         ctx.ops.clear_view()
@@ -135,7 +141,7 @@ class SegEvery(foo.Panel):
         if ctx.dataset is None:
             panel.md("Open a dataset first.", name="text")
         else:
-            for name in ("head", "recall", "objects", "time"):
+            for name in ("head", "recall", "objects", "time", "training"):
                 try:
                     getattr(self, f"_add_{name}")(panel, ctx)
                 except Exception as error:  # still show the rest of the panel
@@ -164,7 +170,7 @@ class SegEvery(foo.Panel):
         buttons.btn("refresh", "Refresh", on_click=self.refresh, **style)
 
     def _add_recall(self, panel: types.Object, ctx: ExecutionContext) -> None:
-        results = {key: _results(ctx.dataset, key) for key in _chosen(ctx)}
+        results = {key: results_of(ctx.dataset, key) for key in _chosen(ctx)}
         runs = {key: each.average_recall for key, each in results.items()}
         if not runs:
             return
@@ -224,6 +230,28 @@ class SegEvery(foo.Panel):
             names = ", ".join(dict.fromkeys(unknown))
             panel.md(f"The time for {names} is unknown: only Segment everything records it.", name="unknown")
 
+    def _add_training(self, panel: types.Object, ctx: ExecutionContext) -> None:
+        from ..modeling.checkpoints.trained_files import PARTS
+        from ..training.card import measures_table
+        from ..training.figures import learning_curve
+
+        models = trained_on(ctx.dataset)
+        if not models:
+            return
+        chosen = models.get(ctx.panel.state.model) or next(iter(models.values()))
+        training = chosen.training
+        text = f"{code(chosen.name)}: {PARTS[chosen.part]} of {code(chosen.base)}, trained on {code(training['field'])}"
+        stack = _add_stack(panel, "training", "Trained models", text)
+        if len(models) > 1:
+            choices = types.DropdownView(label="Model", compact=True)
+            for name in models:
+                choices.add_choice(name, label=name)
+            stack.enum("model", list(models), view=choices, default=chosen.name, on_change=self.choose_model)
+        _draw(stack, learning_curve(training["curve"], chosen.part), None)
+        stack.md(measures_table(training["before"], training["after"]), name="measures")
+        given = {"operator": "segment_everything", "model": chosen.name}
+        stack.btn("use", "Segment everything with it", on_click=self.open_form, params=given, variant="outlined")
+
 
 def _add_plot(
     panel: types.Object,
@@ -233,8 +261,17 @@ def _add_plot(
     figure: figures.Figure,
     on_click: Callable[[ExecutionContext], None] | None,
 ) -> None:
+    _draw(_add_stack(panel, name, title, caption), figure, on_click)
+
+
+def _add_stack(panel: types.Object, name: str, title: str, caption: str) -> types.Object:
+    """A part of the panel with a title, whose contents are below each other."""
     stack = panel.v_stack(name, gap=0, columns=1, componentsProps=_PLOT)
     stack.md(f"**{title}**  \n{caption}", name="title")
+    return stack
+
+
+def _draw(stack: types.Object, figure: figures.Figure, on_click: Callable[[ExecutionContext], None] | None) -> None:
     data, layout = figure
     stack.plot(
         "plot",
@@ -275,103 +312,15 @@ def _next_step(dataset: fo.Dataset) -> tuple[str, str]:
     return f"{names} can't be evaluated: this dataset has no labels to compare the masks with.", ""
 
 
-# The dataset's content ----------------------------------------------------------------------------------------------
-
-
-def evaluations(dataset: fo.Dataset) -> list[str]:
-    """The keys of the complete evaluations of proposals, latest first."""
-    keys = [key for key in dataset.list_evaluations(method="proposals") if has_results(dataset, key)]
-    return sorted(keys, key=lambda key: dataset.get_evaluation_info(key).timestamp, reverse=True)
-
-
 def _chosen(ctx: ExecutionContext) -> list[str]:
     """The keys of the selected evaluations that still exist, or of the latest one."""
     keys = evaluations(ctx.dataset)
     return [key for key in ctx.panel.state.runs or [] if key in keys] or keys[:1]
 
 
-def _results(dataset: fo.Dataset, key: str) -> ProposalResults:
-    return _loaded(dataset.name, key, dataset.get_evaluation_info(key).timestamp)
-
-
-@lru_cache(maxsize=8)
-def _loaded(dataset_name: str, key: str, timestamp: datetime) -> ProposalResults:
-    """Results for plots only, since their samples may be outdated. The App uses a new dataset object for each event."""
-    with _load_lock:
-        results: ProposalResults = fo.load_dataset(dataset_name).load_evaluation_results(key, cache=False)
-    return results
-
-
 def _sources(ctx: ExecutionContext) -> dict[str, tuple[SampleCollection, str]]:
     """The samples and mask field of each displayed evaluation or, without evaluations, of each segmented field."""
-    from ..runs.record import segmented_fields
-
-    dataset = ctx.dataset
-    if not (keys := _chosen(ctx)):
-        return {name: (dataset, name) for name in segmented_fields(dataset)}
-    samples = {key: dataset.load_evaluation_view(key) for key in keys}
-    return {key: (view, _results(dataset, key).field_in(view, "pred_field")) for key, view in samples.items()}
-
-
-def object_counts(samples: SampleCollection, field_name: str) -> list[int]:
-    """The number of labels of each image or frame that has a value in the field."""
-    has_labels, number = _labels(samples, field_name)
-    if not is_frame_field(samples, field_name):
-        numbers: list[int] = samples.match(has_labels).values(number)
-        return numbers
-    return [n for video in samples.values(F("frames").filter(has_labels).map(number)) for n in video]
-
-
-def with_objects(samples: SampleCollection, field_name: str, min_objects: int, max_objects: int) -> fo.DatasetView:
-    """The images or frames with `min_objects` to `max_objects` labels."""
-    has_labels, number = _labels(samples, field_name)
-    match = samples.match_frames if is_frame_field(samples, field_name) else samples.match
-    return match(has_labels & (number >= min_objects) & (number <= max_objects))
-
-
-def _labels(samples: SampleCollection, field_name: str) -> tuple[ViewExpression, ViewExpression]:
-    """Expressions for whether an image or frame has a value in the field, and for its number of labels."""
-    root, is_list = label_root(samples, field_name)
-    name, root = (split_frame_field(samples, each)[0] for each in (field_name, root))
-    has_labels = F(name) != None  # noqa: E711
-    return has_labels, F(root).length() if is_list else has_labels.to_int()
-
-
-def missed_of_group(results: ProposalResults, group: str) -> fo.DatasetView:
-    """The objects of a group of AverageRecall that no proposal finds at IoU 0.5."""
-    from ..errors import LabelError
-    from ..evaluation.average_recall import AREA_RANGES, FREQUENCIES
-    from ..labels.documents import stored_images
-
-    gt_field, missed = results.gt_field, results.missed()
-    if group == "all":
-        return missed
-    if group in FREQUENCIES:
-        return missed.filter_labels(gt_field, F("frequency") == FREQUENCIES[group])
-    min_area, max_area = AREA_RANGES[group]
-    ids = []
-    for image in stored_images(missed, [gt_field]):
-        labels = image.labels(gt_field)
-        try:
-            areas = _areas(labels, image, results.config)
-        except LabelError as error:
-            logger.warning("%s is skipped: %s", image.name, error)
-        else:
-            ids += [label["_id"] for label, area in zip(labels, areas) if min_area <= area <= max_area]
-    return missed.filter_labels(gt_field, F("_id").is_in(ids))
-
-
-def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMethodConfig) -> list[float]:
-    """The areas in pixels that the evaluation used."""
-    from pycocotools import mask as mask_utils
-
-    from ..labels.masks import boxes_of, masks_of
-
-    if config.area_field is not None:
-        return [label[config.area_field] for label in labels]
-    if config.use_masks:
-        return [float(mask_utils.area(mask)) for mask in masks_of(labels, image.known_size)]
-    return [float(area) for area in boxes_of(labels, image.known_size)[:, 2:].prod(1)]
+    return sources(ctx.dataset, _chosen(ctx))
 
 
 # Clicks -------------------------------------------------------------------------------------------------------------
@@ -379,9 +328,7 @@ def _areas(labels: list[Document], image: StoredImage, config: fo.EvaluationMeth
 
 def _clicked(ctx: ExecutionContext) -> ProposalResults:
     """The evaluation of the clicked point."""
-    with _load_lock:
-        results: ProposalResults = ctx.dataset.load_evaluation_results(html.unescape(ctx.params["trace"]), cache=False)
-    return results
+    return fresh_results(ctx.dataset, html.unescape(ctx.params["trace"]))
 
 
 def _show_objects(ctx: ExecutionContext, results: ProposalResults, view: fo.DatasetView) -> None:

@@ -19,6 +19,7 @@ from ..fiftyone_internals import restored_view, root_dataset, serialized_view
 from ..modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
 from ..modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE
 from .shards import Shard
+from .worker import Work, Worker
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
@@ -30,8 +31,6 @@ _MAX_ATTEMPTS = 3
 _MAX_START_TIME = 300  # seconds for a worker to start
 _VARIABLES = (WEIGHTS_DIR_VARIABLE, DOWNLOAD_HOSTS_VARIABLE)  # copied to workers if set
 T = TypeVar("T")
-# A function of a shard's samples and the shard; each worker builds it once.
-Work = Callable[["SampleCollection", Shard], T]
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def on_cluster(
         create = _actor_class(ray, resources, _environment(samples, ray), make_work, arguments)
         num_shards = count * SHARDS_PER_WORKER
         pending = deque((Shard(index, num_shards, group), 1) for index in range(num_shards))
-        collection = _Collection(samples)
+        collection = Collection(samples)
         running: dict[Any, tuple[Any, Shard, int]] = {}  # reference to the result -> actor, shard, attempts
         failed_starts = 0
         starting: dict[Any, Any] = {}  # reference that resolves after the start -> actor
@@ -213,6 +212,7 @@ def _environment(samples: SampleCollection, ray: ModuleType) -> dict[str, str]:
         "FIFTYONE_DATABASE_VALIDATION": str(fo.config.database_validation),
         "FIFTYONE_DATABASE_ADMIN": str(fo.config.database_admin),
         "FIFTYONE_DEFAULT_DATASET_DIR": fo.config.default_dataset_dir,
+        "FIFTYONE_MODEL_ZOO_DIR": fo.config.model_zoo_dir,  # where trained models are found by name
         "FIFTYONE_DO_NOT_TRACK": str(fo.config.do_not_track),
     }
     return environment | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
@@ -227,34 +227,11 @@ def _actor_class(
 ) -> Callable[[], Any]:
     # As bytes, because unpickling imports FiftyOne, which must happen after the worker has set the database's address.
     work = ray.cloudpickle.dumps((make_work, arguments))
-    actor = ray.remote(**resources)(_Worker)
+    actor = ray.remote(**resources)(Worker)
     return lambda: actor.remote(environment, work, int(resources["num_cpus"]))
 
 
-class _Worker:
-    """A worker process of the cluster."""
-
-    def __init__(self, environment: dict[str, str], work: bytes, threads: int) -> None:
-        os.environ.update(environment)
-        import torch
-
-        torch.set_num_threads(threads)
-        self._to_load = work
-        self._work: Work[object] | None = None
-
-    def is_ready(self) -> bool:
-        return True
-
-    def run(self, collection: _Collection, shard: Shard) -> object:
-        if self._work is None:  # not in __init__, where an error would be reported as the death of this process
-            import ray
-
-            make, arguments = ray.cloudpickle.loads(self._to_load)
-            self._work = make(*arguments)
-        return self._work(collection.load(), shard)
-
-
-class _Collection:
+class Collection:
     """A dataset or view that can be loaded in another process."""
 
     def __init__(self, samples: SampleCollection) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 from ..modeling.arrays import AnyArray, FloatArray, ImageArray, MaskArray
 from ..modeling.complete_files import complete_file
+from ..modeling.rle import RLE
+from .examples import Example
 
 # Seeds of this project's sets. Published figures refer to TEST_SEED.
 TRAIN_SEED = 1
@@ -61,6 +64,40 @@ class Scene:
             x, y, w, h = cv2.boundingRect((self.labels == i + 1).astype(np.uint8))
             boxes[i] = x, y, x + w, y + h
         return boxes
+
+    def rle(self) -> tuple[RLE, ...]:
+        """The visible part of each object as COCO RLE."""
+        return tuple(mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in self.masks())
+
+
+class SceneExamples(Sequence[Example]):
+    """The first `count` scenes of a set, to train on. Each is made when it is asked for."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self.seed, self.indices = seed, range(count)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in self.indices[index]]
+        index = self.indices[index]
+        scene = make_scene(self.seed, index)
+        return Example(
+            id=f"{self.seed}-{index}",
+            name=f"scene {index} of set {self.seed}",
+            read=lambda: scene.image,
+            boxes=scene.boxes(),
+            masks=scene.rle(),
+            ignored=np.zeros((0, 4), np.float32),
+        )
 
 
 def make_scene(seed: int, index: int) -> Scene:
@@ -185,15 +222,14 @@ def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
                 cv2.imwrite(str(temporary), scene.image[:, :, ::-1])
         height, width = scene.labels.shape
         images.append({"id": index, "file_name": path.name, "height": height, "width": width})
-        for mask in scene.masks():
-            rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
+        for rle in scene.rle():
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": index,
                     "category_id": 1,
                     "iscrowd": 0,
-                    "area": int(mask.sum()),
+                    "area": int(mask_utils.area(rle)),
                     "bbox": mask_utils.toBbox(rle).tolist(),
                     "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
                 }

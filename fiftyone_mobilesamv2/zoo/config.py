@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from ..errors import ArgumentError, plain
+from ..modeling.checkpoints.lookup import model_name
 from ..modeling.defaults import (
     CONFIDENCE,
     MAX_NMS_CANDIDATES,
@@ -49,6 +50,10 @@ def _usable_text(value: str) -> str:
     if not value or _NOT_IN_PATHS.search(value):
         raise ValueError("not a name or path")
     return value
+
+
+def _model_name(value: object) -> object:
+    return model_name(value) if isinstance(value, str | os.PathLike) else value
 
 
 def _device_name(value: object) -> object:
@@ -117,7 +122,9 @@ class MobileSAMv2ModelConfig(BaseModel):
     # Its docstring is generated from the fields, at the end of this file.
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_default=False)
 
-    name: Text = _declared(_REQUIRED, "Model", "Name of the zoo model", in_forms=False, fixed=True)
+    name: Annotated[Text, BeforeValidator(_model_name)] = _declared(
+        _REQUIRED, "Model", "Name of the model, or folder of a trained one", in_forms=False, fixed=True
+    )
     device: Annotated[Text, BeforeValidator(_device_name)] | None = _declared(
         None,
         "Device",

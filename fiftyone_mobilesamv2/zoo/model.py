@@ -28,6 +28,7 @@ from ..labels.mask_files import MaskFiles
 from ..labels.prompts import keypoint_prompt, labels_of
 from ..modeling.arrays import ImageArray
 from ..modeling.checkpoints.files import fetch_model
+from ..modeling.checkpoints.lookup import find_trained
 from ..modeling.defaults import CONFIDENCE
 from ..modeling.grid_prompts import GridFilter
 from ..modeling.masks import Segmentation
@@ -275,10 +276,11 @@ def apply_model_folder(config: MobileSAMv2ModelConfig) -> str:
 def download_model(name: str, path: str | None) -> None:
     """Verifies a model's files, downloading missing ones.
 
-    Then lists them in the file `path`, if given: FiftyOne considers a model downloaded if that file exists.
+    Then lists them in the file `path`, if given: FiftyOne considers a model downloaded if that file exists. For a
+    trained model, the file is its configuration.
     """
     files = fetch_model(name)
-    if path is None:
+    if path is None or find_trained(name):
         return
     try:
         Path(path).write_text(json.dumps({key: str(file) for key, file in files.items()}))
@@ -286,8 +288,8 @@ def download_model(name: str, path: str | None) -> None:
         logger.debug("Could not write %s: %s", path, error)
 
 
-def load_model(name: str, **parameters: object) -> MobileSAMv2Model:
-    """The zoo model `name` with the given parameters of :class:`MobileSAMv2ModelConfig`."""
+def load_model(name: str | os.PathLike[str], **parameters: object) -> MobileSAMv2Model:
+    """The model `name`, or the trained model in that folder, with parameters of :class:`MobileSAMv2ModelConfig`."""
     return MobileSAMv2Model(MobileSAMv2ModelConfig({"name": name, **parameters}))
 
 

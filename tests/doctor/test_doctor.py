@@ -29,6 +29,15 @@ def test_demo_model_works(tmp_path, capsys):
     assert cv2.imread(str(tmp_path / "doctor.png")).shape[1] == 3 * 364
 
 
+@pytest.mark.slow
+def test_trained_model_works(model_zoo, make_trained, tmp_path, capsys):
+    make_trained(tmp_path / "training", shift=0.1)
+    arguments = ["doctor", str(tmp_path / "training"), "--device", "cpu", "--output", str(tmp_path / "doctor.png")]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "detector.safetensors: sha256" in out and "Segmentation of scenes" in out and "training: works" in out
+
+
 def test_failed_download_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert cli.main(["doctor", "mobilesamv2-vith-torch"]) == 1

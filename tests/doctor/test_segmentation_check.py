@@ -21,7 +21,8 @@ from fiftyone_mobilesamv2.doctor.segmentation_check import (
     verdict,
 )
 from fiftyone_mobilesamv2.modeling import mobilesamv2, object_discovery
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import DEMO_MODEL, pretrained_model
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import DEMO_MODEL
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import pretrained_model
 from fiftyone_mobilesamv2.modeling.image_encoders import PIXEL_MEAN, PIXEL_STD, encoder_config
 from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
 

@@ -5,7 +5,7 @@ import pytest
 from fiftyone import ViewField as F
 
 from fiftyone_mobilesamv2 import evaluate_proposals
-from fiftyone_mobilesamv2.panels import segevery
+from fiftyone_mobilesamv2.panels import queries
 
 
 def evaluate(samples, pred_field="proposals", gt_field="ground_truth", eval_key="ar", **settings):
@@ -61,7 +61,7 @@ def test_renamed_fields_are_followed(small, names):
         assert each.gt_field == gt and each.field_in(small, "pred_field") == pred
         assert missed(each, gt) == expected["all"] and missed(each, gt, k=1) == expected["first"]
         assert each.compare(confident).gained.values(f"{gt}.detections.id", unwind=True) == gained
-        assert segevery.missed_of_group(each, "small").values(f"{gt}.detections.id", unwind=True) == expected["all"]
+        assert queries.missed_of_group(each, "small").values(f"{gt}.detections.id", unwind=True) == expected["all"]
     with loaded.use_subset({"type": "attribute", "field": "label", "value": "a"}):
         assert loaded.metrics()["support"] == results.metrics()["support"]
     assert set(small.load_evaluation_view("ar", select_fields=True).get_field_schema()) >= {gt, pred}

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fiftyone_mobilesamv2.errors import CheckpointError
 from fiftyone_mobilesamv2.modeling.complete_files import complete_file
-from fiftyone_mobilesamv2.training import export
+from fiftyone_mobilesamv2.training import demo
 from fiftyone_mobilesamv2.training.scenes import write_coco
 
 
@@ -46,15 +47,13 @@ with complete_file(Path({str(path)!r})) as temporary:
 def test_weights_that_do_not_load_replace_none(tmp_path):
     """The packaged weights stay as they are if a training's weights are of another model."""
     runs, output = tmp_path / "runs", tmp_path / "weights"
-    (runs / "decoder").mkdir(parents=True)
+    for part, file in (("masks", demo.SAM), ("discovery", demo.DETECTOR)):
+        (runs / part).mkdir(parents=True)
+        save_file({"wrong": torch.ones(2)}, runs / part / file)
     output.mkdir()
     (output / "demo_sam.safetensors").write_text("earlier")
-    torch.save({"ema": {"decoder.wrong": torch.ones(2)}}, runs / "decoder" / "last.pt")
-    weights = runs / "detector" / "train" / "weights"
-    weights.mkdir(parents=True)
-    torch.save({"wrong": torch.ones(2)}, weights / "last.pt")
     with pytest.raises(CheckpointError, match="demo_sam"):  # once both files are written
-        export.export(runs, output)
+        demo.package(runs, output)
     assert {path.name: path.read_text() for path in output.iterdir()} == {"demo_sam.safetensors": "earlier"}
 
 

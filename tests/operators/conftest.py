@@ -71,7 +71,7 @@ class Plugin:
             calls[operator] = call_params
         return str(calls["show_output"]["results"]["text"]), calls
 
-    def call(self, name, samples, **params):
+    def call(self, name, samples, /, **params):
         """Runs from Python. Returns the summary."""
         import fiftyone.operators as foo
 

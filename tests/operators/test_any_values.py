@@ -16,6 +16,7 @@ STATES = [  # parameters that make other inputs appear
     {"prompting": "grid", "label_field": "segmentations", "existing": "replace"},
     {"look_for": "labels", "place": "new", "prompts": "field", "verdict": "dismiss"},
     {"action": "delete", "model": "mobilesamv2-tinyvit-torch"},
+    {"part": "masks", "advanced": True, "validation": "tag"},
 ]
 
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.floats(0, 1) | st.text()
@@ -43,6 +44,7 @@ FITS = {  # FiftyOne's input type -> whether a value fits
 def requests(scenes):
     """(samples, request arguments): scenes with ground truth and proposals, with no label or one label selected."""
     scenes.clone_sample_field("ground_truth", "segmentations")
+    scenes.tag_samples("held out")
     with on_record(scenes, SegmentationRun("segmentations", {}, images=1)):
         pass
     first = scenes.first()

@@ -126,6 +126,7 @@ def test_recorders_see_hostile_commands_and_actions(dataset, tmp_path):
 def proposed(scenes):
     """Scenes with proposals, a selected label as the App sends it, and a view of patches."""
     scenes.clone_sample_field("ground_truth", "segmentations")
+    scenes.tag_samples("held out")
     with on_record(scenes, SegmentationRun("segmentations", {}, images=1)):
         pass
     first = scenes.first()
@@ -149,6 +150,7 @@ def test_texts_are_refused_or_treated_as_plain_text(plugin, proposed, name):
         "segment_everything": {"existing": "replace", "label_field": "segmentations"},
         "segment_anything": {"place": "new", "replace": True},
         "promote_to_labels": {"label": "cat"},
+        "train_on_labels": {"advanced": True, "validation": "tag"},
     }.get(name, {})
     with recorded_commands() as commands, recorded_actions() as actions:
         for samples, request in requests_for(name, proposed):

@@ -9,6 +9,7 @@ import pytest
 
 from fiftyone_mobilesamv2.modeling.checkpoints import MODELS, PretrainedModel, Weights, model_files
 from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
+from fiftyone_mobilesamv2.modeling.checkpoints.trained import register, trained_dir
 
 NAME = "manage_models"
 ENCODER, REST = b"encoder" * 100_000, b"the rest" * 100_000
@@ -214,3 +215,70 @@ def test_shared_file_is_not_deleted(plugin, models, folder):
 def test_open_dataset_does_not_matter(plugin, models, scenes, folder):
     assert plugin.form(NAME, scenes, {"model": "one"}).errors == []
     assert plugin.call(NAME, scenes, model="one")["model"] == "one"
+
+
+# Trained models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(model_zoo, tmp_path, make_trained):
+    """A registered trained model in a folder of its own, whose dataset's name contains Markdown."""
+    make_trained(tmp_path / "training", dataset="my|*cells*")
+    return register(tmp_path / "training")
+
+
+def test_trained_model_is_listed(plugin, trained):
+    form = plugin.form(NAME, None, {"model": "my-cells"})
+    assert form.errors == [] and form.choices("model") == [*MODELS, "my-cells"] and form.default("action") == "verify"
+    models, files = form.default("models"), rows(form.default("files"))
+    assert "| `my-cells` " in models and r"trained on my\|\*cells\*" in models
+    assert files["my-cells/detector.safetensors"]["hash"].startswith("sha256 ")
+
+
+def test_trained_model_is_verified(plugin, trained):
+    result = plugin.call(NAME, None, model="my-cells", action="verify")
+    assert set(result["files"]) == {"demo_sam.safetensors", "detector.safetensors"}
+    (trained.folder / "detector.safetensors").write_bytes(b"damaged")
+    text = dialog(plugin, model="my-cells", action="verify")
+    assert "**1 file wrong or missing**" in text and "copy the trained model's whole folder again" in text
+
+
+@pytest.mark.parametrize(
+    "action, error",
+    [
+        ("download", "All files of my-cells are already downloaded"),
+        ("check_sources", "my-cells has no files to download and has no sources"),
+    ],
+)
+def test_trained_model_has_no_sources(plugin, trained, action, error):
+    (message,) = plugin.form(NAME, None, {"model": "my-cells", "action": action}).errors
+    assert error in message
+
+
+def test_deleting_a_trained_model_needs_confirmation(plugin, trained, tmp_path):
+    import fiftyone.zoo as foz
+
+    params = {"model": "my-cells", "action": "delete"}
+    (error,) = plugin.form(NAME, None, params).errors
+    assert error == f"Confirm that my-cells should be deleted with its folder, {tmp_path / 'training'}."
+    with pytest.raises(Exception, match="Confirm that"):
+        plugin.call(NAME, None, **params)
+    assert "my-cells" in foz.list_zoo_models()
+    (trained.folder / "notes.txt").touch()
+    result = plugin.call(NAME, None, confirm=True, **params)
+    assert result["kept"] == ["notes.txt"] and "detector.safetensors" in result["deleted"]
+    assert [path.name for path in (tmp_path / "training").iterdir()] == ["notes.txt"]
+    assert "my-cells" not in foz.list_zoo_models()
+    (error,) = plugin.form(NAME, None, {"model": "my-cells"}).errors
+    assert error.startswith("Model: 'my-cells' is no longer available")
+
+
+def test_file_that_a_trained_model_needs_stays(plugin, model_zoo, models, make_trained):
+    one = MODELS["one"]
+    files = {"encoder_checkpoint": one.encoder_weights, "decoder_checkpoint": one.decoder_weights}
+    make_trained(trained_dir() / "my-cells", files=files | {"detector_checkpoint": one.detector_weights})
+    plugin.call(NAME, None, model="one")
+    form = plugin.form(NAME, None, {"model": "one", "action": "delete"})
+    assert {"one.pt stays: my-cells needs it.", "rest.pt stays: my-cells needs it."} <= set(form.messages)
+    assert form.errors == ["No file of one can be deleted."]
+    assert plugin.form(NAME, None, {"model": "my-cells", "action": "check_sources"}).errors == []

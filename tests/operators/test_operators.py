@@ -52,6 +52,7 @@ def test_skill_documents_every_operator_and_input(plugin, scenes, tmp_path, monk
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (`.*`) \|$", SKILL, re.MULTILINE))
     assert list(rows) == FORMS
     scenes.clone_sample_field("ground_truth", "segmentations")
+    scenes.tag_samples("held out")
     with on_record(scenes, SegmentationRun("segmentations", {}, images=1)):
         pass
     first = scenes.first().segmentations.detections[0]
@@ -66,6 +67,8 @@ def test_skill_documents_every_operator_and_input(plugin, scenes, tmp_path, monk
         {"look_for": "labels"},
         {"place": "new", "prompts": "field"},
         {"action": "delete", "model": "mobilesamv2-tinyvit-torch"},
+        {"part": "masks", "advanced": True, "validation": "tag"},
+        {"part": "discovery", "advanced": True},
     ]
     for name in FORMS:
         names = set()

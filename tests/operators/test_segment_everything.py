@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 
 import fiftyone as fo
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import MobileSAMv2, zoo
 from fiftyone_mobilesamv2.images import read_image
+from fiftyone_mobilesamv2.modeling.checkpoints.trained import trained_dir
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
 from fiftyone_mobilesamv2.runs import segment as segmentation
 from fiftyone_mobilesamv2.runs.shards import Shard
@@ -68,6 +70,21 @@ def test_form_shows_which_weights_are_downloaded(plugin, scenes, monkeypatch, tm
     assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # only the encoder
     form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-demo-torch"})
     assert any("only on synthetic scenes" in message for message in form.messages)
+
+
+def test_trained_models_are_offered(plugin, scenes, model_zoo, make_trained):
+    make_trained(trained_dir() / "my-cells")
+    form = plugin.form("segment_everything", scenes, {"model": "my-cells", "label_field": "of_cells", "device": "cpu"})
+    choices = {choice.value: choice.label for choice in form.inputs["model"].view.choices}
+    assert choices["my-cells"] == "my-cells (trained on cells)" and form.errors == []
+    assert (
+        plugin.call("segment_everything", scenes, model="my-cells", label_field="of_cells", device="cpu")["objects"]
+        > 10
+    )
+    (run,) = segmentation_runs.recorded_runs(scenes, "of_cells")
+    assert run.parameters["name"] == "my-cells"
+    path = trained_dir() / "my-cells" / "detector.safetensors"
+    assert run.parameters["weights"]["detector_checkpoint"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_grid_has_its_own_inputs(plugin, scenes):

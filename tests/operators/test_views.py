@@ -177,6 +177,7 @@ STATES = {
     "segment_anything": DEMO | {"place": "new", "prompt_field": "ground_truth", "label_field": "prompted"},
     "compare_prompting": DEMO | {"images": 1, "grid": "16"},
     "promote_to_labels": {"label": "cat"},
+    "train_on_labels": DEMO | {"epochs": 1},
     "export_masks": {"overwrite": True},
 }
 FRAMES = {"pred_field": "frames.proposals", "gt_field": "frames.ground_truth", "label_field": "frames.masks"}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
 from fiftyone_mobilesamv2.evaluation.proposals import ProposalEvaluationConfig
-from fiftyone_mobilesamv2.panels import segevery
+from fiftyone_mobilesamv2.modeling.checkpoints.trained import trained_dir, write_trained
+from fiftyone_mobilesamv2.panels import queries
 from fiftyone_mobilesamv2.runs import segment as segmentation
 from fiftyone_mobilesamv2.runs.record import recorded_runs
 from fiftyone_mobilesamv2.training.scenes import write_coco
@@ -46,9 +48,10 @@ class Response:
         contents: name -> property of the panel; None if the panel was not redrawn.
     """
 
-    def __init__(self, panel, dataset, event, runs=None, **params):
+    def __init__(self, panel, dataset, event, runs=None, chosen_model=None, **params):
         executor = Executor()
-        params |= {"panel_id": "p", "panel_state": {"runs": runs} if runs is not None else {}, "__method__": event}
+        state = {"runs": runs, "model": chosen_model} if runs is not None else {"model": chosen_model}
+        params |= {"panel_id": "p", "panel_state": state, "__method__": event}
         request = {"params": params} | ({} if dataset is None else {"dataset_name": dataset.name})
         panel.execute(ExecutionContext(request, executor=executor, operator_uri=panel.uri))
         self.calls = {each.operator_uri.split("/")[-1]: each.params for each in executor._requests}
@@ -130,7 +133,7 @@ def test_selection_of_evaluations_is_kept(panel, measured):
 
 def test_evaluations_of_other_methods_are_not_listed(panel, measured):
     measured.evaluate_detections("good", gt_field="ground_truth", eval_key="coco_run", method="coco")
-    assert segevery.evaluations(measured) == ["few_ar", "good_ar"]
+    assert queries.evaluations(measured) == ["few_ar", "good_ar"]
 
 
 def test_plots_and_table_show_the_recall(panel, measured):
@@ -302,9 +305,9 @@ def test_evaluation_that_was_interrupted_is_not_listed(panel, measured):
     interrupted = ProposalEvaluationConfig("few", "ground_truth").build()
     info = interrupted.run_info_cls()("interrupted", timestamp=datetime.now(), config=interrupted.config)
     interrupted.save_run_info(measured, info)
-    assert "interrupted" in measured.list_evaluations() and segevery.evaluations(measured) == ["few_ar", "good_ar"]
+    assert "interrupted" in measured.list_evaluations() and queries.evaluations(measured) == ["few_ar", "good_ar"]
     evaluate_proposals(measured, "few", eval_key="interrupted")
-    assert segevery.evaluations(measured)[0] == "interrupted"
+    assert queries.evaluations(measured)[0] == "interrupted"
 
 
 def test_deleted_field_is_reported(panel, measured):
@@ -397,3 +400,85 @@ def test_buttons_open_forms_and_clear_the_view(panel, measured):
 def test_panel_sends_little_data(panel, measured):
     output = Response(panel, measured, "refresh", runs=BOTH).calls["show_panel_output"]
     assert len(json.dumps(output, allow_nan=False)) < 60_000
+
+
+# Trained models ------------------------------------------------------------------------------------------------------
+
+
+def write_model(name, dataset, created, part="discovery"):
+    """Registers a model without weights of its own, with the curve and the figures of a training."""
+    measured = {"images": 2, "objects": 9, "AR@10": 0.4, "AR@100": 0.5, "AR@1000": 0.5, "of": "boxes"}
+    training = {
+        "field": "`gt`<b>",
+        "before": measured | {"IoU from boxes": None},
+        "after": measured | {"AR@10": 0.6, "IoU from boxes": None},
+        "curve": [
+            {"epoch": 1, "loss": 3.5, "learning_rate": 0.002, "score": None},
+            {"epoch": 2, "loss": 2.5, "learning_rate": 0.001, "score": 0.55},
+        ],
+    }
+    folder = trained_dir() / name
+    folder.mkdir(parents=True)
+    write_trained(
+        folder,
+        name=name,
+        encoder="resnet_demo",
+        detector_size=320,
+        part=part,
+        base="mobilesamv2-demo-torch",
+        dataset=dataset,
+        images="scenes",
+        files={},
+        training=training,
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"created": created}))
+
+
+@pytest.fixture
+def models(measured, tmp_path, monkeypatch):
+    """Two models of the dataset and one of another; the last of the names is the latest."""
+    monkeypatch.setattr(fo.config, "model_zoo_dir", str(tmp_path))
+    write_model("late", measured.name, "2026-01-02T00:00:00+00:00", part="masks")
+    write_model("early", measured.name, "2026-01-01T00:00:00+00:00")
+    write_model("others", "another-dataset", "2026-01-03T00:00:00+00:00")
+    return measured
+
+
+def test_panel_shows_the_latest_trained_model(panel, models):
+    response = Response(panel, models, "refresh")
+    shown = response.contents["training"]["type"]["properties"]
+    assert "`late`: masks of `mobilesamv2-demo-torch`, trained on `'gt'<b>`" in shown["title"]["default"]
+    assert shown["model"]["type"]["values"] == ["late", "early"] and shown["model"]["default"] == "late"
+    loss, score = response.plot("training")["loss"], response.plot("training")["IoU from boxes"]
+    assert (loss["x"], loss["y"]) == ([1, 2], [3.5, 2.5]) and (score["x"], score["y"]) == ([2], [0.55])
+    assert score["yaxis"] == "y2"
+    rows = [line.strip("| ").split(" | ") for line in shown["measures"]["default"].splitlines()]
+    assert rows[0] == ["measure", "before", "after"]
+    assert rows[2:] == [
+        [f"AR@{k} of boxes", old, new]
+        for k, old, new in ((10, "0.400", "0.600"), (100, "0.500", "0.500"), (1000, "0.500", "0.500"))
+    ]
+    assert shown["use"]["view"]["params"] == {"operator": "segment_everything", "model": "late"}
+    response = Response(panel, models, "open_form", operator="segment_everything", model="late")
+    assert response.calls["prompt_user_for_operation"]["params"] == {"model": "late"}
+
+
+def test_trained_models_can_be_chosen(panel, models):
+    response = Response(panel, models, "choose_model", value="early")
+    assert response.calls["patch_panel_state"]["state"]["model"] == "early"
+    assert list(response.plot("training")) == ["loss", "AR of boxes"]
+    for event, chosen in (("refresh", "gone"), ("on_load", "early")):  # loaded anew after a training
+        shown = Response(panel, models, event, chosen_model=chosen).contents["training"]["type"]["properties"]
+        assert shown["model"]["default"] == "late"
+
+
+def test_panel_without_trained_models(panel, models, tmp_path):
+    shutil.rmtree(tmp_path / "mobilesamv2")
+    assert "training" not in Response(panel, models, "refresh").contents
+    write_model("only", models.name, "2026-01-02T00:00:00+00:00")
+    config = trained_dir() / "only" / "config.json"
+    assert "model" not in Response(panel, models, "refresh").contents["training"]["type"]["properties"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"training": {}}))  # of another program
+    response = Response(panel, models, "refresh")
+    assert "training_error" in response.contents and "by_k" in response.contents

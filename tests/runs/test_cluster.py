@@ -8,6 +8,7 @@ import threading
 import time
 
 import fiftyone as fo
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -182,6 +183,17 @@ def test_raylet_that_is_killed_midway(no_ray, template, tmp_path):
 
 
 @pytest.mark.slow
+def test_workers_find_trained_models(scenes, model_zoo, make_trained):
+    """By their name, in the folder of this process's configuration, which the workers did not inherit."""
+    make_trained(model_zoo / "mobilesamv2" / "trained" / "my-cells")
+    run = segment_everything(scenes, config(name="my-cells"), "own", cluster="auto", progress=False)
+    assert (run.images, run.num_failures) == (COUNT, 0) and run.parameters["name"] == "my-cells"
+    confidences = [
+        np.max(scenes.values(f"{field}.detections.confidence", unwind=True)) for field in ("own", "reference")
+    ]
+    assert confidences[0] > confidences[1]
+
+
 def test_view_and_second_run(scenes):
     view = scenes.match(fo.ViewField("filepath").ends_with("0.png"))
     run = segment_everything(view, config(), "own", cluster="auto", workers=2, progress=False)

@@ -5,9 +5,18 @@ import io
 
 import cv2
 import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from fiftyone_mobilesamv2.training.scenes import MIN_OBJECT_AREA, TEST_SEED, TRAIN_SEED, make_scene, write_coco
+from fiftyone_mobilesamv2.training.scenes import (
+    MIN_OBJECT_AREA,
+    TEST_SEED,
+    TRAIN_SEED,
+    SceneExamples,
+    make_scene,
+    write_coco,
+)
 
 
 def test_seed_and_index_determine_the_scene():
@@ -61,3 +70,17 @@ def test_scenes_are_written_in_coco_format(tmp_path):
         for annotation, mask, (x0, y0, x1, y1) in zip(annotations, scene.masks(), scene.boxes()):
             np.testing.assert_array_equal(coco.annToMask(annotation), mask)
             assert annotation["area"] == mask.sum() and annotation["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+
+
+def test_scenes_are_examples():
+    examples = SceneExamples(TEST_SEED, 5)
+    assert len(examples) == 5 and len(set(example.id for example in examples)) == 5
+    scene, example = make_scene(TEST_SEED, 3), examples[3]
+    np.testing.assert_array_equal(example.read(), scene.image)
+    np.testing.assert_array_equal(example.boxes, scene.boxes())
+    for rle, mask in zip(example.masks, scene.masks(), strict=True):
+        np.testing.assert_array_equal(mask_utils.decode(rle), mask)
+    assert example.ignored.shape == (0, 4)
+    assert [each.id for each in examples[3:]] == [examples[3].id, examples[-1].id]
+    with pytest.raises(IndexError):
+        examples[5]

@@ -67,9 +67,11 @@ ALLOWED = {
     "prompting": lambda v: isinstance(v, str) and v in ("object_aware", "grid"),
     "dtype": lambda v: isinstance(v, str) and v in ("float32", "bfloat16", "float16"),
     **dict.fromkeys(
-        ("name", "device", "mask_dir", "encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint"),
+        ("device", "mask_dir", "encoder_checkpoint", "decoder_checkpoint", "detector_checkpoint"),
         lambda v: isinstance(v, str) and v != "" and "\0" not in v and v != "\udcff",
     ),
+    # Or the folder of a trained model.
+    "name": lambda v: isinstance(v, Path) or (isinstance(v, str) and v != "" and "\0" not in v and v != "\udcff"),
 }
 
 
@@ -86,7 +88,7 @@ def test_configuration_accepts_exactly_the_allowed_values(name, value):
     assert (config is not None) == (is_default or bool(ALLOWED[name](value)))
     if config is not None:
         wanted = getattr(zoo.MobileSAMv2ModelConfig({"name": MODEL}), name) if is_default else value
-        assert getattr(config, name) == wanted
+        assert getattr(config, name) == (str(wanted) if isinstance(wanted, Path) else wanted)
         bson.encode(vars(config))  # a run's record contains it
 
 

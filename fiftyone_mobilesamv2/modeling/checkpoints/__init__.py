@@ -1,7 +1,8 @@
-"""Weights files: what exists (:mod:`.catalog`), downloading (:mod:`.files`) and loading (:mod:`.loading`)."""
+"""Models and their files: which exist (:mod:`.lookup`), downloading (:mod:`.files`) and loading (:mod:`.loading`)."""
 
 from ...errors import CheckpointError, DownloadError
-from .catalog import MODELS, HubFile, PretrainedModel, Weights, model_files, pretrained_model
+from .catalog import MODELS, HubFile, PretrainedModel, Weights
+from .lookup import model_files, models, pretrained_model
 
 __all__ = [
     "MODELS",
@@ -11,5 +12,6 @@ __all__ = [
     "PretrainedModel",
     "Weights",
     "model_files",
+    "models",
     "pretrained_model",
 ]

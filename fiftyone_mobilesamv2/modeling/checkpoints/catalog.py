@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from ...errors import ArgumentError
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Weights:
         sha256: its hash, if known.
         git_blob: its git blob id, if known: the SHA-1 of b"blob <size>\\0" + content, which pins the file as well.
         old_names: other names under which it was published or is often stored; such a file is used if its hash matches.
+        folder: the folder of the trained model that it belongs to; None for a file of the catalog.
     """
 
     filename: str
@@ -51,11 +51,12 @@ class Weights:
     sha256: str | None = None
     git_blob: str | None = None
     old_names: tuple[str, ...] = ()
+    folder: Path | None = None
 
     @property
     def is_packaged(self) -> bool:
         """Whether the file is part of the package."""
-        return not self.sources
+        return not self.sources and self.folder is None
 
     def describe(self) -> str:
         """Describes the expected file, for error messages.
@@ -73,7 +74,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A zoo model: an encoder from the registry, its weights files and its descriptions.
+    """A model: an encoder from the registry, its weights files and its descriptions.
 
     Attributes:
         encoder: name in the encoder registry.
@@ -294,31 +295,3 @@ MODELS: dict[str, PretrainedModel] = {
         training_data=("procedural scenes", None),
     ),
 }
-
-
-def pretrained_model(name: str) -> PretrainedModel:
-    """The catalog entry of the model `name`.
-
-    Raises:
-        ValueError: no model has that name.
-
-    >>> pretrained_model("mobilesamv2-vith-torch").encoder
-    'sam_vit_h'
-    """
-    if name not in MODELS:
-        raise ArgumentError(f"Unknown model {name!r}; choose one of {', '.join(MODELS)}.")
-    return MODELS[name]
-
-
-def model_files(name: str) -> list[Weights]:
-    """The files of the model `name`, without duplicates: one file may hold several parts.
-
-    >>> [weights.filename for weights in model_files("mobilesamv2-vitb-torch")]
-    ['sam_vit_b_01ec64.pth', 'ObjectAwareModel.pt']
-    """
-    return list(dict.fromkeys(pretrained_model(name).weights.values()))
-
-
-def all_files() -> list[Weights]:
-    """The files of all models, without duplicates."""
-    return list(dict.fromkeys(weights for name in MODELS for weights in model_files(name)))

@@ -11,9 +11,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...errors import CheckpointError, DownloadError
-from .catalog import DEMO_MODEL, MODELS, Weights, model_files, pretrained_model
+from .catalog import DEMO_MODEL, MODELS, Weights
 from .downloads import DownloadProgress, download, partial_path
-from .verification import file_hashes, file_sha256, find_problem, read_record, record_path, verify
+from .lookup import find_trained, model_files, models, pretrained_model
+from .trained import delete_trained
+from .verification import COPY_AGAIN, file_hashes, file_sha256, find_problem, read_record, record_path, verify
 
 WEIGHTS_DIR_VARIABLE = "FIFTYONE_MOBILESAMV2_WEIGHTS_DIR"
 PACKAGED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -35,6 +37,8 @@ def local_path(weights: Weights) -> Path:
     >>> local_path(pretrained_model("mobilesamv2-demo-torch").encoder_weights).name
     'demo_sam.safetensors'
     """
+    if weights.folder is not None:
+        return weights.folder / weights.filename
     if weights.is_packaged:
         return PACKAGED_WEIGHTS / weights.filename
     path = weights_dir() / weights.filename
@@ -104,6 +108,8 @@ def fetch(weights: Weights, progress: DownloadProgress | None = None) -> Path:
     """
     path = local_path(weights)
     if not path.is_file():
+        if weights.folder is not None:
+            raise CheckpointError(f"{path} is missing: {COPY_AGAIN}.")
         if weights.is_packaged:
             raise CheckpointError(f"{path} is part of the package and is missing: reinstall fiftyone_mobilesamv2.")
         try:
@@ -148,7 +154,7 @@ def megabytes_to_download(name: str) -> int:
     >>> megabytes_to_download("mobilesamv2-demo-torch")
     0
     """
-    return sum(weights.megabytes for weights in model_files(name) if not is_local(weights))
+    return sum(weights.megabytes for weights in model_files(name) if weights.sources and not is_local(weights))
 
 
 # Deleting ------------------------------------------------------------------------------------------------------------
@@ -157,31 +163,54 @@ def megabytes_to_download(name: str) -> int:
 def deletable_files(name: str) -> list[Weights]:
     """The files that :func:`delete_model` would delete.
 
-    These are the model's complete and partial downloads, except files that another fully downloaded model needs.
+    Of a model of the catalog, these are its complete and partial downloads, except those that :func:`kept_files` lists.
+    Of a trained model, these are the files in its folder.
     """
-    others = [other for other in MODELS if other != name]
-    ready = [other for other in others if all(map(is_local, model_files(other)))]
-    needed = {weights for other in ready for weights in model_files(other)}
+    kept = kept_files(name)
     return [
         weights
         for weights in model_files(name)
-        if not weights.is_packaged
-        and weights not in needed
-        and (is_local(weights) or partial_path(local_path(weights)).exists())
+        if weights not in kept and (is_local(weights) or partial_path(local_path(weights)).exists())
     ]
 
 
-def delete_model(name: str) -> list[Weights]:
-    """Deletes and returns the downloaded files of the model `name` that no other downloaded model needs.
+def kept_files(name: str) -> dict[Weights, str]:
+    """The files that :func:`delete_model` would keep, and why.
 
-    The records of their hashes are kept: they reveal whether a file has changed at its source when it is downloaded
-    again.
+    >>> {weights.filename: why for weights, why in kept_files("mobilesamv2-demo-torch").items()}
+    {'demo_sam.safetensors': 'it comes with the package', 'demo_detector.safetensors': 'it comes with the package'}
+    """
+    is_trained = find_trained(name) is not None
+    others = {other: list(model.weights.values()) for other, model in models().items() if other != name}
+    ready = {weights for files in others.values() if all(map(is_local, files)) for weights in files}
+    kept = {}
+    for weights in model_files(name):
+        trained = [other for other, files in others.items() if other not in MODELS and weights in files]
+        if weights.is_packaged:
+            kept[weights] = "it comes with the package"
+        elif is_trained and weights.folder is None:
+            kept[weights] = "it is not part of the trained model"
+        elif trained and weights.folder is None:
+            kept[weights] = f"{', '.join(trained)} {'needs' if len(trained) == 1 else 'need'} it"
+        elif weights in ready:
+            kept[weights] = "another downloaded model needs it"
+    return kept
+
+
+def delete_model(name: str) -> list[Weights]:
+    """Deletes and returns the files of the model `name`, except those that :func:`kept_files` lists.
+
+    The records of the hashes of downloaded files are kept: they reveal whether a file has changed at its source when it
+    is downloaded again. With its files, all of a trained model is deleted (:func:`.trained.delete_trained`).
 
     Raises:
         CheckpointError: one of the files is being downloaded.
         OSError: a file can't be deleted.
     """
     files = deletable_files(name)
+    if trained := find_trained(name):
+        delete_trained(trained)
+        return files
     for weights in files:
         path = local_path(weights)
         try:

@@ -20,6 +20,7 @@ import re
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,9 @@ from ...errors import ArgumentError, CheckpointError
 from ..image_encoders import encoder_config
 from ..prompt_guided_decoder import PromptGuidedDecoder
 from .saved_tensors import SavedModule, named_tensors, read_saved
+
+if TYPE_CHECKING:
+    from ultralytics.nn.tasks import DetectionModel
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -73,7 +77,18 @@ def load_decoder(path: str | PathLike[str], encoder: str) -> PromptGuidedDecoder
 
 
 def load_detector(path: str | PathLike[str]) -> nn.Module:
-    """Loads a class-agnostic YOLOv8 from the tensors in a file, fused for inference.
+    """Loads a class-agnostic YOLOv8 from the tensors in a file, fused for inference; see :func:`load_yolo`.
+
+    Raises:
+        CheckpointError: the file does not contain a YOLOv8 with one class.
+    """
+    model: nn.Module = load_yolo(path).eval().fuse(verbose=False)
+    _check_values(model.state_dict(), f"{path} is not a usable detector")
+    return model
+
+
+def load_yolo(path: str | PathLike[str]) -> DetectionModel:
+    """Loads a class-agnostic YOLOv8 from the tensors in a file, as it is trained.
 
     The architecture is ultralytics' own, at the scale of the tensors; only tensors are read from the file. The mask
     branch of a segmentation model (which the release's detector is) is dropped: boxes don't depend on it.
@@ -100,10 +115,8 @@ def load_detector(path: str | PathLike[str]) -> nn.Module:
     name = f"yolov8{scales[stem.shape[0]]}.yaml"
     # The release regresses box sides over 26 bins (like FastSAM) rather than YOLOv8's 16.
     config = yaml_model_load(name) | {"nc": 1, "reg_max": bins.shape[1]}
-    unfused = DetectionModel(config, verbose=False)
-    _load_strictly(unfused, tensors, f"{path} does not match {name}")
-    model: nn.Module = unfused.eval().fuse(verbose=False)
-    _check_values(model.state_dict(), f"{path} is not a usable detector")
+    model = DetectionModel(config, verbose=False)
+    _load_strictly(model, tensors, f"{path} does not match {name}")
     return model
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .catalog import MODELS, Weights, all_files, model_files
+from .catalog import Weights
 from .files import is_local
+from .lookup import all_files, models
 from .sources import SourceCheck
 
 _HASH_DIGITS = 12  # shown here; verifying shows the whole hash
@@ -14,8 +15,8 @@ _HASH_DIGITS = 12  # shown here; verifying shows the whole hash
 def model_rows() -> list[dict[str, str]]:
     """All models, and which of their files are on this machine."""
     rows = []
-    for name, model in MODELS.items():
-        files = model_files(name)
+    for name, model in models().items():
+        files = dict.fromkeys(model.weights.values())
         is_available = {weights: is_local(weights) for weights in files}
         rows.append(
             {
@@ -33,7 +34,7 @@ def file_rows() -> list[dict[str, str]]:
     """All weights files, and the hash that pins each."""
     return [
         {
-            "file": weights.filename,
+            "file": weights.filename if weights.folder is None else f"{weights.folder.name}/{weights.filename}",
             "MB": f"{weights.megabytes:,}",
             "available": "yes" if is_local(weights) else "",
             "hash": pin(weights),

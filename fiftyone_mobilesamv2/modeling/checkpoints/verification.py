@@ -15,6 +15,7 @@ from .catalog import Weights
 
 logger = logging.getLogger(__name__)
 
+COPY_AGAIN = "copy the trained model's whole folder again"
 _WEB_PAGE = (b"<!doctype html", b"<html")
 
 
@@ -30,7 +31,9 @@ def verify(path: Path, weights: Weights, reread: bool = False) -> None:
         CheckpointError: it is another file.
     """
     if problem := find_problem(path, weights, record_path(path), reread):
-        remedy = "reinstall fiftyone_mobilesamv2" if weights.is_packaged else "move it away to download it again"
+        remedy = "move it away to download it again"
+        if not weights.sources:
+            remedy = "reinstall fiftyone_mobilesamv2" if weights.is_packaged else COPY_AGAIN
         raise CheckpointError(f"{path} {problem}; {remedy}.")
 
 
@@ -63,7 +66,7 @@ def find_problem(path: Path, weights: Weights, record: Path, reread: bool = Fals
             f"has changed since {weights.filename} was first used: its sha256 was {recorded_hashes[0]} and is "
             f"{sha256} now. If this is intended, delete {record}; otherwise"
         )
-    if not weights.is_packaged:  # nothing should be written beside the package's own files
+    if weights.sources:  # nothing should be written beside the package's own files or into a trained model's folder
         _write_record(record, {**known, "sha256": sha256, "git_blob": git_blob})
     return None
 

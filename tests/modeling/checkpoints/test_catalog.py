@@ -17,14 +17,8 @@ import segment_anything
 import torch
 from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
 
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import (
-    MODELS,
-    HubFile,
-    PretrainedModel,
-    Weights,
-    all_files,
-    model_files,
-)
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, HubFile, PretrainedModel, Weights
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import all_files, model_files
 from fiftyone_mobilesamv2.modeling.image_encoders import ENCODERS
 from fiftyone_mobilesamv2.modeling.masks import crop_masks
 from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2

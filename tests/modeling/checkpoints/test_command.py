@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from fiftyone_mobilesamv2 import cli
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights, all_files
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import all_files
+from fiftyone_mobilesamv2.modeling.checkpoints.trained import trained_dir
 
 CONTENT = b"weights" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -71,6 +73,38 @@ def test_failed_download_is_explained(capsys, server, folder):
     ]
     _, _, err = run(capsys, "--download", "one", "--details")
     assert SHA256 in err and f"{server.url}/b.pt: HTTP status 404" in err
+
+
+def test_trained_model(capsys, model_zoo, make_trained, tmp_path):
+    folder = tmp_path / "training"
+    make_trained(folder)
+    assert run(capsys, "--add", str(folder))[:2] == (0, f"my-cells: {folder}\n")
+    assert "trained on cells" in run(capsys)[1] and "my-cells/detector.safetensors" in run(capsys)[1]
+    status, out, _ = run(capsys, "--verify", "my-cells")
+    assert status == 0 and "detector.safetensors: correct, sha256 " in out
+    assert run(capsys, "--remove", "my-cells")[:2] == (0, f"my-cells is no longer known; {folder} is kept.\n")
+    assert run(capsys, "--verify", "my-cells")[0] == 1 and run(capsys, "--verify", str(folder))[0] == 0
+
+    run(capsys, "--add", str(folder))
+    assert f"Would delete my-cells with its folder, {folder}." in run(capsys, "--delete", "my-cells")[1]
+    assert (folder / "config.json").exists()
+    (folder / "notes.txt").touch()
+    status, out, _ = run(capsys, "--delete", "my-cells", "--yes")
+    assert status == 0 and out.endswith(f"{folder} stays, with files that are not the model's: notes.txt.\n")
+    make_trained(folder)
+    (folder / "notes.txt").unlink()
+    assert run(capsys, "--delete", str(folder), "--yes")[1] == f"Deleted my-cells with its folder, {folder}.\n"
+    assert not folder.exists()
+    status, _, err = run(capsys, "--add", str(folder))
+    assert status == 1 and "config.json does not exist" in err and err.count("\n") == 1
+
+
+def test_file_that_a_trained_model_needs_stays(capsys, model_zoo, make_trained):
+    one = MODELS["one"]
+    files = {"encoder_checkpoint": one.encoder_weights, "decoder_checkpoint": one.decoder_weights}
+    make_trained(trained_dir() / "my-cells", files=files)
+    run(capsys, "--download", "one")
+    assert run(capsys, "--delete", "one")[1] == "a.pt stays: my-cells needs it.\nDeleted b.pt.\n"
 
 
 @pytest.mark.parametrize("action", ["--download", "--verify", "--delete"])

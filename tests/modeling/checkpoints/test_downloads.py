@@ -18,9 +18,10 @@ import pytest
 
 from fiftyone_mobilesamv2.errors import CheckpointError, DownloadError
 from fiftyone_mobilesamv2.modeling.checkpoints import downloads
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, HubFile, Weights, all_files
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, HubFile, Weights
 from fiftyone_mobilesamv2.modeling.checkpoints.downloads import DOWNLOAD_HOSTS_VARIABLE
 from fiftyone_mobilesamv2.modeling.checkpoints.files import WEIGHTS_DIR_VARIABLE, fetch, fetch_model
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import all_files
 from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB

@@ -7,7 +7,7 @@ import pytest
 from filelock import FileLock
 
 from fiftyone_mobilesamv2.errors import CheckpointError
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights, model_files
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel, Weights
 from fiftyone_mobilesamv2.modeling.checkpoints.files import (
     WEIGHTS_DIR_VARIABLE,
     deletable_files,
@@ -18,6 +18,7 @@ from fiftyone_mobilesamv2.modeling.checkpoints.files import (
     verified_sha256,
     weights_sha256,
 )
+from fiftyone_mobilesamv2.modeling.checkpoints.lookup import model_files
 from fiftyone_mobilesamv2.modeling.checkpoints.verification import verify
 
 CONTENT = bytes(range(256)) * 100

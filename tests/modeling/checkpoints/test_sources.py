@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from fiftyone_mobilesamv2 import cli
-from fiftyone_mobilesamv2.modeling.checkpoints import catalog, overview  # noqa: F401  imported before MODELS is replaced
+from fiftyone_mobilesamv2.modeling.checkpoints import lookup
 from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, HubFile, PretrainedModel, Weights
 from fiftyone_mobilesamv2.modeling.checkpoints.sources import check_sources
 
@@ -118,7 +118,7 @@ def only_model(hub, monkeypatch):
     hub.files |= {"/cdn": CONTENT, "/w.pt": CONTENT}
     hub.linked[ON_HUB] = "/cdn"
     file = Weights("w.pt", (HubFile("owner/repo", "w.pt"), f"{hub.url}/w.pt"), 1, len(CONTENT), SHA256)
-    monkeypatch.setattr(catalog, "MODELS", {"one": PretrainedModel("tiny_vit", file, file, file, "", "")})
+    monkeypatch.setattr(lookup, "MODELS", {"one": PretrainedModel("tiny_vit", file, file, file, "", "")})
     return hub
 
 

@@ -1,0 +1,303 @@
+"""Measures what training on a dataset's own labels brings, beside ultralytics' own training on the same images.
+
+    python benchmarks/training.py style nuclei ultralytics incomplete learn --photo-sets ../shared/photo_sets
+
+Prints a table for each. `style`: scenes of another style than the demo model was trained on. `nuclei`: microscopy, 70
+images to learn from and 30 to measure. `ultralytics`: three seeds each of our trainer and theirs. `incomplete`: half of
+the labels are missing. `learn`: how much of the model learns masks, and how fast. A measurement that was interrupted
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from fault_setting import Database
+from other_scenes import make_other_scene
+
+MODEL = "mobilesamv2-demo-torch"
+
+
+def temporary_folder() -> Path:
+    """A folder with a MongoDB that FiftyOne connects to, unless the environment names one. It is removed at exit.
+
+    Not by a context manager: FiftyOne, which is imported later, cleans up its database at exit, before this.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="training-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if not os.environ.get("FIFTYONE_DATABASE_URI"):
+        database = Database(folder / "database")
+        database.start()
+        atexit.register(database.stop, signal.SIGKILL)
+        os.environ["FIFTYONE_DATABASE_URI"] = database.uri
+    os.environ |= {"FIFTYONE_MODEL_ZOO_DIR": str(folder / "zoo"), "FIFTYONE_DO_NOT_TRACK": "true"}
+    return folder
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def scenes(folder: Path, count: int) -> Any:
+    """A dataset of scenes of another style."""
+    import fiftyone as fo
+
+    dataset = fo.Dataset()
+    for index in range(count):
+        scene = make_other_scene(index)
+        path = folder / f"{index:03d}.png"
+        cv2.imwrite(str(path), scene.image[:, :, ::-1])
+        height, width = scene.labels.shape
+        labels = []
+        for mask, (x, y, end_x, end_y) in zip(scene.masks(), scene.boxes().astype(int)):
+            box = [x / width, y / height, (end_x - x) / width, (end_y - y) / height]
+            labels.append(fo.Detection(label="object", bounding_box=box, mask=mask[y:end_y, x:end_x]))
+        dataset.add_sample(fo.Sample(str(path), ground_truth=fo.Detections(detections=labels)))
+    return dataset
+
+
+def photos(folder: Path) -> Any:
+    import fiftyone as fo
+
+    from fiftyone_mobilesamv2 import load_coco
+
+    name = f"training-{folder.name}"
+    if fo.dataset_exists(name):
+        fo.delete_dataset(name)
+    return load_coco(folder / "images", folder / "instances.json", name=name)
+
+
+def run_both(dataset: Any, validation: float, output: Path, **settings: Any) -> list[list[object]]:
+    """Trains discovery, then masks, and measures each."""
+    from fiftyone_mobilesamv2 import train
+
+    first = train(
+        dataset,
+        name="found",
+        base=MODEL,
+        validation=validation,
+        output=output / "found",
+        keep_worse=True,
+        part="discovery",
+        **settings,
+    )
+    print(first, flush=True)
+    second = train(
+        dataset,
+        name="both",
+        base=str(output / "found"),
+        validation=validation,
+        output=output / "both",
+        keep_worse=True,
+        part="masks",
+        **settings,
+    )
+    print(second, flush=True)
+    rows: list[list[object]] = [["", "AR@10", "AR@100", "AR@1000", "IoU from boxes", "seconds"]]
+    for name, measures, seconds in (
+        ("demo model", first.before, 0),
+        ("after discovery", first.after, first.seconds),
+        ("after masks, too", second.after, second.seconds),
+    ):
+        recalls = [f"{measures.recalls[k]:.3f}" for k in (10, 100, 1000)]
+        rows.append([name, *recalls, f"{measures.iou:.3f}", f"{seconds:.0f}"])
+    return rows
+
+
+# Beside ultralytics ---------------------------------------------------------------------------------------------------
+
+
+class Pace:
+    """Images a second while training: the time between the ends of batches of an epoch."""
+
+    def __init__(self, images_per_step: float) -> None:
+        self.images_per_step, self.last, self.seconds, self.steps = images_per_step, (0, 0.0), 0.0, 0
+
+    def step(self, epoch: int) -> None:
+        now = time.perf_counter()
+        if epoch == self.last[0]:
+            self.seconds += now - self.last[1]
+            self.steps += 1
+        self.last = epoch, now
+
+    @property
+    def images_per_second(self) -> float:
+        return self.steps * self.images_per_step / self.seconds
+
+
+def compare(dataset: Any, validation: float, output: Path, seeds: int, epochs: int) -> list[list[object]]:
+    """Our trainer and ultralytics', from the same weights, on the same images, with the same settings."""
+    import fiftyone as fo
+
+    from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
+    from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_yolo
+    from fiftyone_mobilesamv2.training.discovery import DiscoverySettings, train_discovery
+    from fiftyone_mobilesamv2.training.labeled_images import split
+    from fiftyone_mobilesamv2.training.measuring import box_recall
+
+    training, held_out = split(dataset, "ground_truth", validation, output / "frames", False)
+    classes = dict.fromkeys(dataset.distinct("ground_truth.detections.label"), "object")
+    for part, examples in (("train", training.examples), ("val", held_out.examples)):
+        view = dataset.select([example.id for example in examples]).map_labels("ground_truth", classes)
+        view.export(
+            export_dir=str(output / "yolo"),
+            dataset_type=fo.types.YOLOv5Dataset,
+            label_field="ground_truth",
+            split=part,
+            classes=["object"],
+        )
+    base = PACKAGED_WEIGHTS / "demo_detector.safetensors"
+    rows: list[list[object]] = [["trainer", "seed", "AR of boxes", "images/s"]]
+
+    def recall(detector: Any) -> float:
+        with torch.inference_mode():
+            return box_recall(detector.fuse(verbose=False), 320, held_out.examples)
+
+    for seed in range(seeds):
+        settings = DiscoverySettings(epochs=epochs, image_size=320, seed=seed)
+        steps = -(-len(training.examples) // settings.batch_size)
+        pace = Pace(len(training.examples) / steps)
+        folder = output / f"ours-{seed}"
+        ours = train_discovery(
+            load_yolo(base),
+            training.examples,
+            settings,
+            folder,
+            lambda step, pace=pace: pace.step(step.epoch),
+            recall,
+            folder,
+        )
+        rows.append(["ours", seed, f"{ours.curve[-1]['score']:.3f}", f"{pace.images_per_second:.2f}"])
+        print(rows[-1], flush=True)
+        theirs = train_theirs(
+            load_yolo(base),
+            settings,
+            output / "yolo" / "dataset.yaml",
+            output / f"theirs-{seed}",
+            pace := Pace(len(training.examples) / steps),
+        )
+        rows.append(["ultralytics", seed, f"{recall(theirs):.3f}", f"{pace.images_per_second:.2f}"])
+        print(rows[-1], flush=True)
+    return rows
+
+
+def train_theirs(model: Any, settings: Any, data: Path, folder: Path, pace: Pace) -> Any:
+    """The averaged weights after ultralytics' own training."""
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from fiftyone_mobilesamv2.training.discovery import ultralytics_options
+
+    class Trainer(DetectionTrainer):
+        def setup_model(self) -> None:  # it would load a pickle
+            self.model = model
+
+    options = ultralytics_options(settings, folder) | {"data": str(data), "val": False, "single_cls": True}
+    trainer = Trainer(overrides=options)
+    trainer.add_callback("on_train_batch_end", lambda trainer: pace.step(trainer.epoch))
+    trainer.train()
+    return trainer.ema.ema.eval()
+
+
+# Incomplete labels ----------------------------------------------------------------------------------------------------
+
+
+def incomplete(dataset: Any, output: Path, **settings: Any) -> list[list[object]]:
+    """Every second label of the images to learn from is deleted, at random; those to measure with are complete."""
+    from fiftyone_mobilesamv2 import train
+
+    ids = dataset.values("id")
+    held_out = dataset.select(ids[40:])
+    rng = np.random.default_rng(0)
+    for sample in dataset.select(ids[:40]).iter_samples(autosave=True):
+        labels = sample.ground_truth.detections
+        kept = rng.permutation(len(labels))[: (len(labels) + 1) // 2]
+        sample.ground_truth.detections = [labels[i] for i in sorted(kept)]
+    rows: list[list[object]] = [["unlabeled objects", "seed", "AR@10", "AR@100", "AR@1000"]]
+    for seed in range(3):
+        for choice in ("ignore", "background"):
+            run = train(
+                dataset.select(ids[:40]),
+                name=choice,
+                base=MODEL,
+                validation=held_out,
+                unlabeled=choice,
+                output=output / f"{choice}-{seed}",
+                keep_worse=True,
+                seed=seed,
+                **settings,
+            )
+            rows.append([choice, seed, *(f"{run.after.recalls[k]:.3f}" for k in (10, 100, 1000))])
+            print(rows[-1], run.counts, flush=True)
+    return rows
+
+
+# What learns ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rates(dataset: Any, validation: float, output: Path, epochs: int) -> list[list[object]]:
+    """Masks with the decoder alone, the neck, or the whole encoder, at three learning rates."""
+    from fiftyone_mobilesamv2 import train
+
+    rows: list[list[object]] = [["learns", "learning rate", "IoU from boxes before", "after"]]
+    for learn in ("decoder", "neck", "encoder"):
+        for rate in (1e-4, 1e-3, 1e-2):
+            run = train(
+                dataset,
+                name=f"{learn}-{rate}",
+                part="masks",
+                base=MODEL,
+                validation=validation,
+                learn=learn,
+                learning_rate=rate,
+                epochs=epochs,
+                output=output / f"{learn}-{rate}",
+                keep_worse=True,
+            )
+            rows.append([learn, rate, f"{run.before.iou:.3f}", f"{run.after.iou:.3f}"])
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=("style", "nuclei", "ultralytics", "incomplete", "learn"))
+    parser.add_argument("--photo-sets", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/training"), help="for what a measurement has reached")
+    parser.add_argument("--epochs", type=int, help="default: that of train()")
+    args = parser.parse_args()
+    settings = {} if args.epochs is None else {"epochs": args.epochs}
+    folder = temporary_folder()
+    for part in args.parts:
+        output = args.output / part
+        output.mkdir(parents=True, exist_ok=True)
+        if part == "style":
+            rows = run_both(scenes(folder, 70), 30 / 70, output, **settings)
+        elif part == "incomplete":
+            rows = incomplete(scenes(folder, 70), output, **settings)
+        elif part == "nuclei":
+            rows = run_both(photos(args.photo_sets / "domain_nuclei"), 0.3, output, **settings)
+        elif part == "learn":
+            rows = learning_rates(photos(args.photo_sets / "domain_nuclei"), 0.3, output, args.epochs or 4)
+        else:
+            rows = compare(photos(args.photo_sets / "domain_nuclei"), 0.3, output, 3, args.epochs or 30)
+        text = table(rows)
+        (output / "table.md").write_text(text + "\n")
+        print(f"\n{part}\n\n{text}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

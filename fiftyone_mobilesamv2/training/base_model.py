@@ -1,0 +1,89 @@
+"""The model that a training starts from, or that labels images as a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..modeling.checkpoints.catalog import PretrainedModel, Weights
+from ..modeling.checkpoints.files import fetch_model
+from ..modeling.checkpoints.lookup import pretrained_model
+from ..modeling.complete_files import complete_file
+from ..modeling.defaults import CONFIDENCE, NMS_IOU
+from ..modeling.mobilesamv2 import MobileSAMv2
+from .discovery import covered_shares
+from .examples import Example
+
+# A label explains what the base finds if they overlap this much, or if the label covers this share of it, as in
+# `find_unlabeled_objects`.
+_EXPLAINING_IOU, _EXPLAINING_COVER = 0.5, 0.7
+
+
+class Base:
+    """A zoo model or trained model, with its files.
+
+    Args:
+        name: its name or folder.
+        device: where to run it.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.entry: PretrainedModel = pretrained_model(name)
+        self.paths: dict[str, Path] = fetch_model(name)
+
+    @cached_property
+    def model(self) -> MobileSAMv2:
+        return self.with_files({})
+
+    def with_files(self, files: Mapping[str, Path]) -> MobileSAMv2:
+        """The model with other files in place of its own: argument -> path."""
+        paths: Any = self.paths | dict(files)
+        return MobileSAMv2.from_checkpoints(
+            self.entry.encoder, **paths, detector_size=self.entry.detector_size, device=self.device
+        )
+
+    def with_ignored(self, example: Example) -> Example:
+        """The example, in which what this model finds and no label explains is ignored."""
+        (found,) = self.model.discover([example.read()], conf=CONFIDENCE, iou=NMS_IOU)
+        labels = torch.from_numpy(np.concatenate([example.boxes, example.ignored]))
+        if len(labels) and len(found):
+            covered = covered_shares(found.boxes, labels)
+            areas = (labels[:, 2:] - labels[:, :2]).prod(1)
+            inside = covered * (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)[:, None]
+            union = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)[:, None] + areas - inside
+            explained = ((inside / union.clamp(min=1e-9) >= _EXPLAINING_IOU) | (covered >= _EXPLAINING_COVER)).any(1)
+        else:
+            explained = torch.zeros(len(found), dtype=torch.bool)
+        unexplained = found.boxes[~explained].numpy().astype(np.float32)
+        return dataclasses.replace(example, ignored=np.concatenate([example.ignored, unexplained]))
+
+    def labeled(self, example: Example) -> Example:
+        """The example with the boxes that this model finds as its labels."""
+        (found,) = self.model.discover([example.read()], conf=CONFIDENCE, iou=NMS_IOU)
+        return dataclasses.replace(example, boxes=found.boxes.numpy().astype(np.float32), masks=None)
+
+    def files_of_new(self, files: Mapping[str, Path], folder: Path) -> dict[str, Path | Weights]:
+        """The files of a model in `folder` that has `files` of its own and this model's otherwise.
+
+        The catalog's files are referred to. Those of another trained model are copied, so that it can be deleted.
+        """
+        all_files: dict[str, Path | Weights] = {}
+        for argument, weights in self.entry.weights.items():
+            if argument in files:
+                all_files[argument] = files[argument]
+            elif weights.folder is None:
+                all_files[argument] = weights
+            else:
+                path = folder / weights.filename
+                with complete_file(path) as temporary:
+                    shutil.copyfile(self.paths[argument], temporary)
+                all_files[argument] = path
+        return all_files

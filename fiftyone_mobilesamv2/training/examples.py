@@ -1,0 +1,30 @@
+"""Labelled images to train on, whatever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..modeling.arrays import FloatArray, ImageArray
+from ..modeling.rle import RLE
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled image to train on.
+
+    Attributes:
+        id: id of its sample or frame.
+        name: its name in messages.
+        read: reads its pixels, uint8 RGB [H, W, 3].
+        boxes: float32 [N, 4], xyxy in pixels.
+        masks: COCO RLE of each object (of the whole image's size); None if its labels are boxes only.
+        ignored: float32 [M, 4], xyxy in pixels: regions that count neither as an object nor as background.
+    """
+
+    id: str
+    name: str
+    read: Callable[[], ImageArray]
+    boxes: FloatArray
+    masks: tuple[RLE, ...] | None
+    ignored: FloatArray
