@@ -58,7 +58,7 @@ class Setting:
 
     Attributes:
         max_silence: seconds without a heartbeat after which a run is considered dead; None: the package's.
-        clock: seconds by which its clock is ahead.
+        clock: how many seconds its clock is ahead.
     """
 
     max_silence: float | None = None
@@ -195,7 +195,7 @@ class Faults:
     def orphans(self, folder: str = "*masks*") -> int:
         """Files below the mask folders that no label refers to, including marker files of unfinished masks.
 
-        Those of labels that were replaced, in `replaced`, are kept, and are none.
+        Files of labels that were replaced (`replaced`) are kept on purpose and don't count.
         """
         files = {str(path) for path in self.folder.glob(f"{folder}/**/*") if path.is_file()}
         self.dataset.reload()  # for fields that other processes have added

@@ -59,7 +59,7 @@ def trained_dir() -> Path:
 
 
 def registered_folder(name: str) -> Path | None:
-    """The folder or link by which a trained model is registered; None if there is none with this name."""
+    """The folder or link by which a trained model is registered; None if no trained model has this name."""
     folder = trained_dir() / name if NAME.fullmatch(name) else None
     return folder if folder and os.path.lexists(folder) else None
 
@@ -79,7 +79,7 @@ def trained_models() -> dict[str, TrainedModel]:
     """The registered trained models by name, sorted. A broken one is left out, and a warning says why."""
     try:
         folders = sorted(trained_dir().iterdir())
-    except OSError:  # there are none
+    except OSError:  # no model has been trained yet
         return {}
     found = {}
     for folder in folders:
