@@ -285,6 +285,8 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
             f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
         )
     work = folder / WORK
+    if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():  # a card could replace somebody's README.md
+        raise ArgumentError(f"{folder} has other files: choose a new or empty folder for '{name}'.")
     work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / LOCK, timeout=0)
     try:

@@ -322,6 +322,14 @@ def test_invalid_arguments_are_refused(scenes, zoo, change, parameters, problem)
     assert not list(Path(zoo).rglob("bad"))  # nothing is left behind
 
 
+def test_folder_with_other_files_is_refused(scenes, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("mine")
+    with pytest.raises(ArgumentError, match="notes has other files: choose a new or empty folder"):
+        train(scenes, name="bad", output=tmp_path / "notes", **QUICK)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "notes").iterdir()] == [("README.md", "mine")]
+
+
 def test_base_whose_weights_are_not_here(scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
