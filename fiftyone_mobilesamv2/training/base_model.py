@@ -14,12 +14,12 @@ import torch
 
 from ..modeling.checkpoints.catalog import PretrainedModel, Weights
 from ..modeling.checkpoints.files import fetch_model
-from ..modeling.checkpoints.lookup import pretrained_model
+from ..modeling.checkpoints.lookup import find_trained, pretrained_model
 from ..modeling.complete_files import complete_file
 from ..modeling.defaults import CONFIDENCE, NMS_IOU
 from ..modeling.mobilesamv2 import MobileSAMv2
 from .discovery import covered_shares
-from .examples import Example
+from .examples import Example, Seen
 
 # A label explains what the base finds if they overlap this much, or if the label covers this share of it, as in
 # `find_unlabeled_objects`.
@@ -42,6 +42,13 @@ class Base:
     @cached_property
     def model(self) -> MobileSAMv2:
         return self.with_files({})
+
+    @cached_property
+    def seen(self) -> Seen:
+        """The images that it knows from its own training; none if it is a model of the catalog."""
+        trained = find_trained(self.name)
+        recorded = trained.training["contents"] if trained else {}
+        return Seen(**{key: frozenset(contents) for key, contents in recorded.items()})
 
     def with_files(self, files: Mapping[str, Path]) -> MobileSAMv2:
         """The model with other files in place of its own: argument -> path."""

@@ -71,7 +71,7 @@ def write_card(
         f"(field `{training['field']}`), starting from `{base}`.",
         "",
         f"On {counts['validation images']:,} validation images with {counts['validation objects']:,} objects, which "
-        "were never trained on:",
+        "this training did not use:",
         "",
         measures_table(training["before"], training["after"]),
         "",

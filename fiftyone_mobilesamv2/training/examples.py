@@ -28,3 +28,19 @@ class Example:
     boxes: FloatArray
     masks: tuple[RLE, ...] | None
     ignored: FloatArray
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Contents of the images that a model knows from its training, and from those of the models it started from.
+
+    Attributes:
+        trained_on: those it was trained on.
+        held_out: those it was last validated with.
+    """
+
+    trained_on: frozenset[str] = frozenset()
+    held_out: frozenset[str] = frozenset()
+
+
+NOTHING_SEEN = Seen()

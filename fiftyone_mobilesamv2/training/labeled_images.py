@@ -27,7 +27,7 @@ from ..labels.fields import check_not_grouped, check_shapes_field
 from ..labels.masks import boxes_of, masks_of
 from ..modeling.arrays import FloatArray
 from ..runs.videos import VideoError, check_ffmpeg, read_frames
-from .examples import Example
+from .examples import NOTHING_SEEN, Example, Seen
 
 if TYPE_CHECKING:
     from fiftyone.core.collections import SampleCollection
@@ -55,6 +55,10 @@ class LabeledImages:
     @property
     def num_objects(self) -> int:
         return sum(len(example.boxes) for example in self.examples)
+
+    @property
+    def example_contents(self) -> frozenset[str]:
+        return frozenset(self.contents[example.id] for example in self.examples)
 
     def without(self, contents: set[str]) -> LabeledImages:
         """Those whose content is none of these."""
@@ -197,13 +201,20 @@ Validation: TypeAlias = "float | str | Sequence[str] | SampleCollection"
 
 
 def split(
-    samples: SampleCollection, gt_field: str, validation: Validation, frames_folder: Path, progress: Progress
+    samples: SampleCollection,
+    gt_field: str,
+    validation: Validation,
+    frames_folder: Path,
+    progress: Progress,
+    seen: Seen = NOTHING_SEEN,
 ) -> tuple[LabeledImages, LabeledImages]:
     """The images to train on, and those to validate with, which are never trained on.
 
     Args:
         validation: the share of the labelled images; or the tags of their samples; or a view. A share is chosen by the
-            content of the files: it is the same in any order, and files with the same content stay together.
+            content of the files: it is the same in any order, and files with the same content stay together. It leaves
+            out what the base was trained on, if anything else is there.
+        seen: what the base knows.
 
     Raises:
         ValueError: `validation` is invalid.
@@ -215,7 +226,7 @@ def split(
     elif isinstance(validation, (int, float)) and not isinstance(validation, bool) and 0 < validation < 1:
         found = read_labels(samples, gt_field, frames_folder, progress)
         labeled = found.examples or found.unlabeled
-        chosen = _share_of({found.contents[each.id] for each in labeled}, float(validation))
+        chosen = _share_of({found.contents[each.id] for each in labeled}, float(validation), seen)
         held_out, training = found.only(chosen), found.without(chosen)
     elif tags := _tags(validation):
         is_held_out = fo.ViewField("tags").contains(tags)
@@ -229,10 +240,13 @@ def split(
     return training, held_out
 
 
-def _share_of(contents: set[str], share: float) -> set[str]:
+def _share_of(contents: set[str], share: float, seen: Seen) -> set[str]:
     # Hashes are random numbers: the lowest ones are a random choice, and the same one in any order.
-    ordered = sorted(contents, key=lambda content: hashlib.blake2b(content.encode()).digest())
-    return set(ordered[: max(1, round(share * len(ordered)))])
+    candidates = sorted(
+        contents - seen.trained_on or contents,
+        key=lambda content: (content not in seen.held_out, hashlib.blake2b(content.encode()).digest()),
+    )
+    return set(candidates[: max(1, round(share * len(contents)))])
 
 
 def _tags(value: object) -> list[str]:
@@ -240,3 +254,20 @@ def _tags(value: object) -> list[str]:
     if isinstance(tags, Sequence) and all(isinstance(tag, str) and tag for tag in tags):
         return list(tags)
     return []
+
+
+def check_not_empty(images: LabeledImages, held_out: LabeledImages, gt_field: str, part: str) -> None:
+    """Checks that there is something to train `part` on, and to validate it with. Raises ValueError if not."""
+    skipped = [*images.skipped, *held_out.skipped]
+    cause = f" Images skipped: {len(skipped)}; the first: {skipped[0]['cause']}." if skipped else ""
+    for group, purpose in ((images, "to train on"), (held_out, "for validation")):
+        if not group.num_objects:
+            raise ArgumentError(
+                f"There are no labels in '{gt_field}' {purpose}: at least two different images with labels are "
+                f"needed.{cause}"
+            )
+        if part == "masks" and not any(example.masks for example in group.examples):
+            raise ArgumentError(
+                f"The labels in '{gt_field}' {purpose} are boxes without masks, from which masks can't be learnt. "
+                f"Segment them first, with {gt_field} as the prompts, and correct the masks.{cause}"
+            )

@@ -31,7 +31,7 @@ from ..modeling.devices import usable_device
 from .base_model import Base
 from .card import write_card, write_curve
 from .examples import Example
-from .labeled_images import LabeledImages, Validation, split
+from .labeled_images import LabeledImages, Validation, check_not_empty, split
 from .measuring import Measures, measure
 from .parts import learn_discovery, learn_masks, write_weights
 from .progress import Curve, Step
@@ -47,6 +47,7 @@ SIZES = ("n", "s", "m", "l", "x")  # of YOLOv8
 LEARN = ("decoder", "neck", "encoder")
 WORK = "training"  # folder, in the model's own, for what a training needs until it is complete
 LOCK = ".lock"
+SEEN_BEFORE = "validation images that the base was trained on"  # one of the counts
 
 # Called with the finished share of the whole, and what is being done. It may raise errors.Cancelled.
 Tell = Callable[[float, str], None]
@@ -86,12 +87,21 @@ class TrainingRun:
         """Whether the new model is better at what it was trained for: recall, or masks from boxes."""
         return score_of(self.part, self.after) > score_of(self.part, self.before)
 
+    @property
+    def seen_before(self) -> str | None:
+        """Says how many validation images the base was trained on, which makes the measures too good; None if none."""
+        if seen := self.counts[SEEN_BEFORE]:
+            return f"{self.base} was trained on {seen:,} of the validation images: both measures are too good."
+        return None
+
     def __str__(self) -> str:
         lines = [
             f"before: {self.before}",
             f"after:  {self.after}",
             f"on {self.after.images:,} validation images with {self.after.objects:,} objects",
         ]
+        if self.seen_before:
+            lines.append(self.seen_before)
         if self.stopped:
             lines.append(f"{self.stopped}: the best weights until then were kept.")
         if self.skipped:
@@ -194,12 +204,13 @@ def train(
         work = folder / WORK
         model = Base(base, usable_device(device))
         tell(0, "Reading labels")
-        images, held_out = split(samples, gt_field, validation, work / "frames", _bar(tell, 0, 0.05))
+        show_reading = _bar(tell, 0, 0.05)
+        images, held_out = split(samples, gt_field, validation, work / "frames", show_reading, model.seen)
         if teacher is not None:
             _label(
                 images, held_out, Base(teacher, model.device), _part(tell, 0.05, 0.1, "Labeling as the teacher does")
             )
-        _check_not_empty(images, held_out, gt_field, part)
+        check_not_empty(images, held_out, gt_field, part)
         examples = images.examples
         if part == "discovery" and unlabeled == "ignore":
             examples = _with_ignored(model, examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
@@ -225,6 +236,9 @@ def train(
                 "ignored regions": sum(len(example.ignored) for example in examples),
                 "validation images": len(held_out.examples),
                 "validation objects": held_out.num_objects,
+                SEEN_BEFORE: sum(
+                    held_out.contents[example.id] in model.seen.trained_on for example in held_out.examples
+                ),
                 "images without labels": len(images.unlabeled),
             },
             curve=learned.curve,
@@ -233,29 +247,13 @@ def train(
             seconds=time.monotonic() - started,
         )
         if run.registered:
-            _keep(run, model, files, learned.settings, root_dataset(samples).name, gt_field, held_out)
+            _keep(run, model, files, learned.settings, root_dataset(samples).name, gt_field, images, held_out)
     return run
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ArgumentError(f"{name} must be one of {', '.join(choices)}, not {plain(value)!r}.")
-
-
-def _check_not_empty(images: LabeledImages, held_out: LabeledImages, gt_field: str, part: str) -> None:
-    skipped = [*images.skipped, *held_out.skipped]
-    cause = f" Images skipped: {len(skipped)}; the first: {skipped[0]['cause']}." if skipped else ""
-    for group, purpose in ((images, "to train on"), (held_out, "for validation")):
-        if not group.num_objects:
-            raise ArgumentError(
-                f"There are no labels in '{gt_field}' {purpose}: at least two different images with labels are "
-                f"needed.{cause}"
-            )
-        if part == "masks" and not any(example.masks for example in group.examples):
-            raise ArgumentError(
-                f"The labels in '{gt_field}' {purpose} are boxes without masks, from which masks can't be learnt. "
-                f"Segment them first, with {gt_field} as the prompts, and correct the masks.{cause}"
-            )
 
 
 def _label(images: LabeledImages, held_out: LabeledImages, teacher: Base, tell: Callable[[float], None]) -> None:
@@ -312,6 +310,7 @@ def _keep(
     settings: dict[str, Any],
     dataset: str,
     gt_field: str,
+    images: LabeledImages,
     held_out: LabeledImages,
 ) -> None:
     """Completes the model's folder and registers it; then removes the state of the training."""
@@ -325,6 +324,10 @@ def _keep(
         "seconds": round(run.seconds),
         "skipped": run.skipped,
         "validation": sorted(example.id for example in held_out.examples),
+        "contents": {
+            "trained_on": sorted(images.example_contents | base.seen.trained_on),
+            "held_out": sorted(held_out.example_contents),
+        },
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("fiftyone-mobilesamv2", "fiftyone", "torch", "ultralytics")},
         "curve": run.curve,

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from fiftyone_mobilesamv2.training.examples import Seen
 from fiftyone_mobilesamv2.training.labeled_images import read_labels, split
 
 WIDTH, HEIGHT = 80, 60
@@ -156,6 +157,28 @@ def test_share_is_the_same_in_any_order(dataset, tmp_path):
     again = split(copy, "ground_truth", 0.25, tmp_path, False)[1]
     assert {each.name for each in again.examples} == {f"{paths[id]}-moved.png" for id in ids(held_out.examples)}
     copy.delete()
+
+
+def test_what_the_base_was_trained_on_is_not_for_validation(dataset, tmp_path):
+    many(dataset, tmp_path, 10)
+    first, first_held_out = split(dataset, "ground_truth", 0.2, tmp_path, False)
+    seen = Seen(first.example_contents, first_held_out.example_contents)
+    assert ids(split(dataset, "ground_truth", 0.2, tmp_path, False, seen)[1].examples) == ids(first_held_out.examples)
+    for number in range(10, 30):  # with these, other images of the first ten would be chosen
+        add(dataset, tmp_path, number, detections())
+    fresh = split(dataset, "ground_truth", 0.4, tmp_path, False)[1]
+    assert ids(fresh.examples) & ids(first.examples)
+    training, held_out = split(dataset, "ground_truth", 0.4, tmp_path, False, seen)
+    assert len(held_out.examples) == 12 and ids(first_held_out.examples) < ids(held_out.examples)
+    assert not ids(held_out.examples) & ids(first.examples) and not ids(held_out.examples) & ids(training.examples)
+
+
+def test_base_that_was_trained_on_everything(dataset, tmp_path):
+    many(dataset, tmp_path, 5)
+    everything = Seen(split(dataset, "ground_truth", 0.2, tmp_path, False)[0].example_contents | {"more"})
+    view = dataset.select(list(ids(split(dataset, "ground_truth", 0.2, tmp_path, False)[0].examples)))
+    training, held_out = split(view, "ground_truth", 0.5, tmp_path, False, everything)
+    assert len(training.examples) == len(held_out.examples) == 2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

@@ -95,6 +95,7 @@ def test_new_model_is_loaded_by_name(scenes, part):
     assert recorded["before"] == run.before.to_dict() and recorded["after"] == run.after.to_dict()
     ids = set(scenes.values("id"))
     assert len(recorded["validation"]) == 2 and set(recorded["validation"]) < ids
+    assert {key: len(value) for key, value in recorded["contents"].items()} == {"trained_on": 4, "held_out": 2}
     assert f"{run.after.recalls[100]:.3f}" in (run.folder / "README.md").read_text()
     assert (run.folder / "curve.csv").read_text().splitlines()[0] == "epoch,loss,learning_rate,score"
     with Image.open(run.folder / "curve.png") as picture:
@@ -109,6 +110,9 @@ def test_part_that_is_not_trained_is_the_bases(scenes):
     assert not files["detector_checkpoint"].is_packaged
     # A model that goes on from this one has its detector, also after it was deleted.
     second = train(scenes, name="both", part="masks", keep_worse=True, **QUICK | {"base": "found"})
+    assert run.seen_before is None and second.seen_before is None
+    recorded = [read_trained(each.folder).training for each in (run, second)]
+    assert recorded[0]["validation"] == recorded[1]["validation"] and recorded[0]["contents"] == recorded[1]["contents"]
     for path in run.folder.iterdir():
         path.unlink()
     run.folder.rmdir()
@@ -116,6 +120,11 @@ def test_part_that_is_not_trained_is_the_bases(scenes):
     detector = second.folder / both.model.weights["detector_checkpoint"].filename
     assert detector.exists() and foz.load_zoo_model("both", device="cpu").model.discovery is not None
     assert (PACKAGED_WEIGHTS / "demo_detector.safetensors").exists()
+    # One that is measured with what its base was trained on says so, and knows all that its bases were trained on.
+    seen = scenes.exclude(recorded[0]["validation"])
+    third = train(scenes, name="third", keep_worse=True, **QUICK | {"base": "both", "validation": seen})
+    assert f"both was trained on {len(seen)} of the validation images" in str(third)
+    assert len(read_trained(third.folder).training["contents"]["trained_on"]) == COUNT
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ class TrainedModel:
         base: the model that the training started from.
         dataset: the name of the dataset that it was trained on.
         created: when its files were complete.
-        training: what the training recorded: settings, counts, results, versions.
+        training: what the training recorded: settings, counts, results, versions, and as "contents" the hashes of the
+            images that it and its bases were "trained_on", and those it "held_out".
         model: its encoder, weights and descriptions, as for a model of the catalog.
     """
 
@@ -136,6 +137,19 @@ class _Files(BaseModel):
     detector_checkpoint: dict[str, Any]
 
 
+class _Contents(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    trained_on: list[str] = []
+    held_out: list[str] = []
+
+
+class _Training(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    contents: _Contents = _Contents()
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(strict=True)
 
@@ -149,7 +163,7 @@ class _Config(BaseModel):
     images: Literal["photos", "scenes"]
     created: _Text
     files: _Files
-    training: dict[str, Any]
+    training: _Training
 
 
 def read_trained(folder: str | PathLike[str]) -> TrainedModel:
@@ -206,7 +220,9 @@ def _parsed(folder: Path, content: object) -> TrainedModel:
         author="trained with fiftyone_mobilesamv2",
         training_data=(dataset, None),
     )
-    return TrainedModel(folder, config.name, config.part, config.base, config.dataset, created, config.training, model)
+    return TrainedModel(
+        folder, config.name, config.part, config.base, config.dataset, created, config.training.model_dump(), model
+    )
 
 
 def _weights(folder: Path, key: str, entry: dict[str, Any]) -> Weights:
