@@ -141,7 +141,7 @@ class Pace:
 
 def compare(dataset: Any, validation: float, output: Path, seeds: int, epochs: int) -> list[list[object]]:
     """Our trainer and ultralytics', from the same weights, on the same images, with the same settings."""
-    import fiftyone as fo
+    from ultralytics_training import export, train_detector
 
     from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
     from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_yolo
@@ -150,16 +150,7 @@ def compare(dataset: Any, validation: float, output: Path, seeds: int, epochs: i
     from fiftyone_mobilesamv2.training.measuring import box_recall
 
     training, held_out = split(dataset, "ground_truth", validation, output / "frames", False)
-    classes = dict.fromkeys(dataset.distinct("ground_truth.detections.label"), "object")
-    for part, examples in (("train", training.examples), ("val", held_out.examples)):
-        view = dataset.select([example.id for example in examples]).map_labels("ground_truth", classes)
-        view.export(
-            export_dir=str(output / "yolo"),
-            dataset_type=fo.types.YOLOv5Dataset,
-            label_field="ground_truth",
-            split=part,
-            classes=["object"],
-        )
+    data = export(dataset, training.examples, held_out.examples, output / "yolo")
     base = PACKAGED_WEIGHTS / "demo_detector.safetensors"
     rows: list[list[object]] = [["trainer", "seed", "AR of boxes", "images/s"]]
 
@@ -183,33 +174,38 @@ def compare(dataset: Any, validation: float, output: Path, seeds: int, epochs: i
         )
         rows.append(["ours", seed, f"{ours.curve[-1]['score']:.3f}", f"{pace.images_per_second:.2f}"])
         print(rows[-1], flush=True)
-        theirs = train_theirs(
-            load_yolo(base),
-            settings,
-            output / "yolo" / "dataset.yaml",
-            output / f"theirs-{seed}",
-            pace := Pace(len(training.examples) / steps),
-        )
+        pace = Pace(len(training.examples) / steps)
+        theirs = train_detector(load_yolo(base), settings, data, output / f"theirs-{seed}", pace.step)
         rows.append(["ultralytics", seed, f"{recall(theirs):.3f}", f"{pace.images_per_second:.2f}"])
         print(rows[-1], flush=True)
     return rows
 
 
-def train_theirs(model: Any, settings: Any, data: Path, folder: Path, pace: Pace) -> Any:
-    """The averaged weights after ultralytics' own training."""
-    from ultralytics.models.yolo.detect import DetectionTrainer
+def segmentation_rows(dataset: Any, validation: float, output: Path, epochs: int) -> list[list[object]]:
+    """YOLOv8n-seg, whose detector is of the demo model's size, trained by ultralytics on the same images."""
+    from ultralytics_training import export, recalls, train_segmentation
 
-    from fiftyone_mobilesamv2.training.discovery import ultralytics_options
+    from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
+    from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_yolo
+    from fiftyone_mobilesamv2.training.labeled_images import split
 
-    class Trainer(DetectionTrainer):
-        def setup_model(self) -> None:  # it would load a pickle
-            self.model = model
-
-    options = ultralytics_options(settings, folder) | {"data": str(data), "val": False, "single_cls": True}
-    trainer = Trainer(overrides=options)
-    trainer.add_callback("on_train_batch_end", lambda trainer: pace.step(trainer.epoch))
-    trainer.train()
-    return trainer.ema.ema.eval()
+    training, held_out = split(dataset, "ground_truth", validation, output / "frames", False)
+    data = export(dataset, training.examples, held_out.examples, output / "yolo", as_polygons=True)
+    rows: list[list[object]] = []
+    for name, start in (
+        ("YOLOv8n-seg by ultralytics, untrained at first", None),
+        (
+            "YOLOv8n-seg by ultralytics, from the demo detector",
+            load_yolo(PACKAGED_WEIGHTS / "demo_detector.safetensors"),
+        ),
+    ):
+        started = time.monotonic()
+        model = train_segmentation(start, data, output / name.replace(" ", "-"), epochs, 320)
+        seconds = time.monotonic() - started
+        found = recalls(model, held_out.examples, 320)
+        rows.append([name, *(f"{found[k]:.3f}" for k in (10, 100, 1000)), "", f"{seconds:.0f}"])
+        print(rows[-1], flush=True)
+    return rows
 
 
 # Incomplete labels ----------------------------------------------------------------------------------------------------
@@ -285,7 +281,9 @@ def main() -> None:
         output = args.output / part
         output.mkdir(parents=True, exist_ok=True)
         if part == "style":
-            rows = run_both(scenes(folder, 70), 30 / 70, output, **settings)
+            dataset = scenes(folder, 70)
+            rows = run_both(dataset, 30 / 70, output, **settings)
+            rows += segmentation_rows(dataset, 30 / 70, output, args.epochs or 60)
         elif part == "incomplete":
             rows = incomplete(scenes(folder, 70), output, **settings)
         elif part == "nuclei":
