@@ -125,7 +125,7 @@ class Pace:
     """Images a second while training: the time between the ends of batches of an epoch."""
 
     def __init__(self, images_per_step: float) -> None:
-        self.images_per_step, self.last, self.seconds, self.steps = images_per_step, (0, 0.0), 0.0, 0
+        self.images_per_step, self.last, self.seconds, self.steps = images_per_step, (-1, 0.0), 0.0, 0
 
     def step(self, epoch: int) -> None:
         now = time.perf_counter()
