@@ -30,7 +30,6 @@ from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.devices import usable_device
 from .base_model import Base
 from .card import write_card, write_curve
-from .examples import Example
 from .labeled_images import LabeledImages, Validation, check_not_empty, split
 from .measuring import Measures, measure
 from .parts import learn_discovery, learn_masks, write_weights
@@ -213,7 +212,7 @@ def train(
         check_not_empty(images, held_out, gt_field, part)
         examples = images.examples
         if part == "discovery" and unlabeled == "ignore":
-            examples = _with_ignored(model, examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
+            examples = model.with_ignored(examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
         before = measure(model.model, held_out.examples, _part(tell, 0.15, 0.2, "Measuring the base"))
         report = _step(tell, 0.2, 0.95)
         if part == "discovery":
@@ -267,22 +266,13 @@ def _label(images: LabeledImages, held_out: LabeledImages, teacher: Base, tell: 
         group.unlabeled = []
 
 
-def _with_ignored(base: Base, examples: Sequence[Example], tell: Callable[[float], None]) -> list[Example]:
-    with_ignored = []
-    for example in examples:
-        with_ignored.append(base.with_ignored(example))
-        tell(len(with_ignored) / len(examples))
-    return with_ignored
-
-
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
     """Only one training at a time in a folder, and none where a model is."""
-    if (folder / CONFIG).exists():
-        raise ArgumentError(
-            f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
-        )
-    work = folder / WORK
+    work, config = folder / WORK, folder / CONFIG
+    holds_model = f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
+    if config.exists() and not work.is_dir():
+        raise ArgumentError(holds_model)
     if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():  # a card could replace somebody's README.md
         raise ArgumentError(f"{folder} has other files: choose a new or empty folder for '{name}'.")
     work.mkdir(parents=True, exist_ok=True)
@@ -294,6 +284,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
             f"Another process is training '{name}' in {folder}: wait for it, or choose another name."
         ) from None
     try:
+        if config.exists():  # it was killed after the last epoch, between its last steps
+            _complete(folder)
+            raise ArgumentError(holds_model)
         yield
     finally:
         if work.is_dir() and [path.name for path in work.iterdir()] == [LOCK]:  # it didn't come to anything
@@ -313,7 +306,7 @@ def _keep(
     images: LabeledImages,
     held_out: LabeledImages,
 ) -> None:
-    """Completes the model's folder and registers it; then removes the state of the training."""
+    """Writes what the model's folder lacks, and completes it."""
     training = {
         "field": gt_field,
         "counts": run.counts,
@@ -348,9 +341,14 @@ def _keep(
         files=base.files_of_new(files, run.folder),
         training=training,
     )
-    register(run.folder)
+    _complete(run.folder)
+
+
+def _complete(folder: Path) -> None:
+    """Registers the model in a folder, and removes the state of its training."""
+    register(folder)
     forget_zoo_models()
-    shutil.rmtree(run.folder / WORK, ignore_errors=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 # Progress ------------------------------------------------------------------------------------------------------------

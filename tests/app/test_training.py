@@ -1,6 +1,8 @@
 """From corrected labels to a model of one's own, and to its masks, with the mouse."""
 
 import re
+import time
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +75,26 @@ def test_labels_are_corrected_trained_on_and_used(app, scenes):
     app.wait_form()
     assert app.value("Model") == name
     app.cancel()
+
+
+@pytest.mark.slow
+def test_training_can_be_scheduled(app, scenes, worker, server):
+    app.open(scenes.name)
+    app.operator("Train on my labels")
+    app.choose("Model to start from", DEMO)
+    name = app.value("Name of the new model")
+    app.toggle("Advanced settings")
+    app.fill("Epochs", 1)
+    app.toggle("Keep the model even if it is not better")
+    app.schedule()
+    app.page.get_by_text("Operation successfully scheduled").wait_for()
+    trained = Path(server.environment["FIFTYONE_MODEL_ZOO_DIR"], "mobilesamv2", "trained", name, "config.json")
+    deadline = time.monotonic() + TRAINING / 1000
+    while not trained.exists():
+        assert time.monotonic() < deadline, worker.read_text()
+        time.sleep(1)
+    app.page.reload()
+    panel = app.open_panel("segevery")
+    panel.get_by_text("Trained models", exact=True).wait_for(timeout=90_000)
+    panel.get_by_text(name).first.wait_for()
+    app.screenshot("train-scheduled-panel")

@@ -247,12 +247,31 @@ def test_killed_training_goes_on(scenes, zoo, mongod):
         process.wait()
     else:
         process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    assert process.wait() == 0
+    assert process.wait() == 0 or (trained_dir() / "killed" / "config.json").exists()  # killed in its last moment
     whole = train(scenes, name="whole", keep_worse=True, **QUICK | {"epochs": 4})
     ours, theirs = (load_file(trained_dir() / name / "detector.safetensors") for name in ("killed", "whole"))
     # Threads differ between the processes, and with them the last digits of sums.
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), atol=0.05) for name in ours)
     assert not (trained_dir() / "killed" / WORK).exists() and whole.registered
+
+
+@pytest.mark.slow
+def test_training_that_was_killed_in_its_last_moment_is_completed(scenes, monkeypatch, tmp_path):
+    arguments = {"name": "late", "output": tmp_path / "late", "keep_worse": True, **QUICK}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(folder):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("fiftyone_mobilesamv2.training.train.register", kill)
+        train(scenes, **arguments)
+    assert trained_models() == {} and (tmp_path / "late" / WORK).is_dir()
+    with pytest.raises(ArgumentError, match="already holds a model"):
+        train(scenes, **arguments)
+    assert list(trained_models()) == ["late"] and not (tmp_path / "late" / WORK).exists()
 
 
 @pytest.mark.slow
