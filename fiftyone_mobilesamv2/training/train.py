@@ -46,6 +46,7 @@ SIZES = ("n", "s", "m", "l", "x")  # of YOLOv8
 LEARN = ("decoder", "neck", "encoder")
 WORK = "training"  # folder, in the model's own, for what a training needs until it is complete
 LOCK = ".lock"
+FEW_OBJECTS = 50
 SEEN_BEFORE = "validation images that the base was trained on"  # one of the counts
 
 # Called with the finished share of the whole, and what is being done. It may raise errors.Cancelled.
@@ -87,11 +88,14 @@ class TrainingRun:
         return score_of(self.part, self.after) > score_of(self.part, self.before)
 
     @property
-    def seen_before(self) -> str | None:
-        """Says how many validation images the base was trained on, which makes the measures too good; None if none."""
+    def caveats(self) -> list[str]:
+        """What makes the comparison unreliable, in sentences."""
+        caveats = []
         if seen := self.counts[SEEN_BEFORE]:
-            return f"{self.base} was trained on {seen:,} of the validation images: both measures are too good."
-        return None
+            caveats.append(f"{self.base} was trained on {seen:,} of the validation images: both measures are too good.")
+        if self.after.objects < FEW_OBJECTS:
+            caveats.append("With so few objects for validation, the difference may be due to chance.")
+        return caveats
 
     def __str__(self) -> str:
         lines = [
@@ -99,8 +103,7 @@ class TrainingRun:
             f"after:  {self.after}",
             f"on {self.after.images:,} validation images with {self.after.objects:,} objects",
         ]
-        if self.seen_before:
-            lines.append(self.seen_before)
+        lines += self.caveats
         if self.stopped:
             lines.append(f"{self.stopped}: the best weights until then were kept.")
         if self.skipped:
