@@ -137,7 +137,8 @@ def test_requirements_and_description_for_the_zoo(trained):
 
 def test_entry_of_a_trained_model(trained):
     model = pretrained_model("my-cells")
-    assert (model, trained.training) == (trained.model, {"epochs": 3, "ar": {"before": 0.5, "after": 0.75}})
+    recorded = {"epochs": 3, "ar": {"before": 0.5, "after": 0.75}, "contents": {"trained_on": [], "held_out": []}}
+    assert (model, trained.training) == (trained.model, recorded)
     assert (model.encoder, model.detector_size, model.images, model.hint) == (
         *("resnet_demo", 320, "scenes"),
         "trained on cells",
