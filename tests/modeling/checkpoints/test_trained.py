@@ -257,6 +257,10 @@ FAULTS = {
         {"files": {key: {"catalog": "x.pt"} for key in MODELS[TINY].weights}},
         "files.encoder_checkpoint.catalog is 'x.pt', expected one of mobile_sam.pt, ",
     ),
+    "contents are text": (
+        {"training": {"contents": {"trained_on": "abc"}}},
+        "training.contents.trained_on is 'abc', but should be a valid list",
+    ),
     "training is a list": ({"training": [1]}, "training is [1], but should be a valid dictionary"),
 }
 
