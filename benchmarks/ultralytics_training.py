@@ -31,6 +31,8 @@ def export(
         field = "polygons"
         for sample in dataset.iter_samples(autosave=True):
             sample[field] = sample[FIELD].to_polylines(tolerance=1)
+            for polyline in sample[field].polylines:  # ultralytics refuses an image with an outline of two points
+                polyline.points = [shape for shape in polyline.points if len(shape) > 2]
     for part, examples in (("train", training), ("val", held_out)):
         view = dataset.select([example.id for example in examples]).map_labels(field, classes)
         view.export(
