@@ -112,7 +112,8 @@ class Float32Detect(nn.Module):
         head.set_submodule("dfl", InFloat32(head.dfl))
         head.dynamic = True  # otherwise it would cache its anchors on the device where it first ran
         self.head = head
-        self.f, self.i = head.f, head.i  # ultralytics identifies a layer's inputs and output by these
+        # ultralytics identifies a layer's inputs and output by these; a head on its own has none.
+        self.f, self.i = getattr(head, "f", None), getattr(head, "i", None)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         raw: dict[str, Any] = self.head.forward_head(features, **self.head.one2many)

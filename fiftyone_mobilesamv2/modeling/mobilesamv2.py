@@ -28,10 +28,11 @@ from .arguments import (
 )
 from .arrays import AnyArray, ImageArray
 from .checkpoints.files import fetch_model
-from .checkpoints.loading import load_decoder, load_detector, load_encoder
+from .checkpoints.loading import load_decoder, load_discovery, load_encoder
 from .checkpoints.lookup import model_name, pretrained_model
 from .defaults import CONFIDENCE, MAX_PROMPTS, NMS_IOU, POINTS_PER_SIDE
 from .devices import usable_device
+from .embedding_discovery import EmbeddingDiscovery
 from .grid_prompts import (
     POINTS_PER_BATCH,
     SAM_GRID_FILTER,
@@ -59,7 +60,7 @@ class MobileSAMv2(nn.Module):
         image_encoder: images [B, 3, S, S] -> embeddings [B, C, G, G].
         decoder: a decoder that matches the encoder's embedding.
         config: the encoder's sizes.
-        discovery: the detector; with None, only grid prompting and SegAny are available.
+        discovery: the detector, in images or in their embeddings; with None, only grid prompting and SegAny are there.
         device: where to run; None selects :func:`default_device`.
         dtype: precision of the heavy computation. Prompts, embeddings, boxes and final masks stay float32.
 
@@ -72,7 +73,7 @@ class MobileSAMv2(nn.Module):
         image_encoder: nn.Module,
         decoder: PromptGuidedDecoder,
         config: EncoderConfig,
-        discovery: ObjectDiscovery | None = None,
+        discovery: ObjectDiscovery | EmbeddingDiscovery | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -137,9 +138,7 @@ class MobileSAMv2(nn.Module):
             CheckpointError: a file does not match; the message names it and the first offending tensors.
         """
         config = encoder_config(encoder)
-        discovery = None
-        if detector_checkpoint is not None:
-            discovery = ObjectDiscovery(load_detector(detector_checkpoint), detector_size)
+        discovery = None if detector_checkpoint is None else load_discovery(detector_checkpoint, encoder, detector_size)
         return cls(
             load_encoder(encoder_checkpoint, encoder),
             load_decoder(decoder_checkpoint, encoder),
@@ -193,14 +192,8 @@ class MobileSAMv2(nn.Module):
             ValueError: an argument is invalid; the message names it.
         """
         thresholds = checked_thresholds(conf, iou, max_prompts)
-        if self.discovery is None:
-            raise RuntimeError(
-                "Object-aware prompting needs a detector, and this model was created without one: pass "
-                'detector_checkpoint=..., or use prompting="grid".'
-            )
         check_images(images)
-        with self._timed("discover"):
-            return [self.discovery(image, *thresholds) for image in images]
+        return self._discover(images, None, *thresholds)
 
     @torch.inference_mode()
     def decode(
@@ -256,7 +249,7 @@ class MobileSAMv2(nn.Module):
         if prompting == "grid":
             return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
         segmentations = []
-        for i, prompts in enumerate(self.discover(images, *thresholds)):
+        for i, prompts in enumerate(self._discover(images, embeddings, *thresholds)):
             segmentation = self._segment(embeddings, i, self._embed(embeddings, i, boxes=prompts.boxes))
             segmentation.confidence = prompts.scores.float().numpy()
             segmentations.append(segmentation.select(np.flatnonzero(segmentation.areas)))
@@ -293,6 +286,28 @@ class MobileSAMv2(nn.Module):
             image_boxes = None if boxes is None else coordinates(i, "boxes", boxes[i], 4)
             segmentations.append(self._segment_prompted(embeddings, i, image_boxes, *image_points))
         return segmentations
+
+    def _discover(
+        self,
+        images: Sequence[ImageArray],
+        embeddings: ImageEmbeddings | None,
+        conf: float,
+        iou: float,
+        max_prompts: int,
+    ) -> list[BoxPrompts]:
+        """`embeddings` are those of the images, if they are known already."""
+        if isinstance(self.discovery, EmbeddingDiscovery):
+            embeddings = self.encode(images) if embeddings is None else embeddings
+            sizes = zip(embeddings.features, embeddings.input_sizes, embeddings.original_sizes)
+            with self._timed("discover"):
+                return [self.discovery(*each, conf, iou, max_prompts) for each in sizes]
+        if self.discovery is None:
+            raise RuntimeError(
+                "Object-aware prompting needs a detector, and this model was created without one: pass "
+                'detector_checkpoint=..., or use prompting="grid".'
+            )
+        with self._timed("discover"):
+            return [self.discovery(image, conf, iou, max_prompts) for image in images]
 
     def _segment_prompted(
         self,

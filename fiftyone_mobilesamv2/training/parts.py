@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..labels.documents import Skipped
 from ..modeling.checkpoints.loading import load_decoder, load_encoder, load_yolo
 from ..modeling.complete_files import complete_file
 from ..modeling.image_encoders import encoder_config
 from ..modeling.mobilesamv2 import MobileSAMv2
-from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .base_model import Base
 from .discovery import BACKBONE_LAYERS, DiscoverySettings, new_detector, train_discovery
 from .examples import Example
 from .masks import MaskSettings, train_masks
 from .measuring import box_recall, mask_iou
 from .memory import fitting_batch_size, training_bytes
+from .networks import Networks
 from .progress import Curve, Report
 from .yolo_data import cached_image
 
@@ -123,24 +123,20 @@ def learn_masks(
     encoder = base.entry.encoder
     settings = MaskSettings(**{"epochs": default_epochs(len(examples), 4), "device": str(base.device), **given})
 
-    def score(image_encoder: nn.Module, decoder: PromptGuidedDecoder) -> float:
-        return mask_iou(MobileSAMv2(image_encoder, decoder, encoder_config(encoder), device=base.device), held_out)
+    def score(networks: Networks) -> float:
+        model = MobileSAMv2(networks.image_encoder, networks.decoder, networks.config, device=base.device)
+        return mask_iou(model, held_out)
 
-    result = train_masks(
-        encoder,
+    networks = Networks(
+        encoder_config(encoder),
         load_encoder(base.paths["encoder_checkpoint"], encoder),
         load_decoder(base.paths["decoder_checkpoint"], encoder),
-        examples,
-        settings,
-        folder,
-        report,
-        score,
     )
-    tensors = {"decoder.safetensors": result.decoder_tensors}
-    arguments = {"decoder_checkpoint": "decoder.safetensors"}
-    if result.encoder_tensors is not None:
-        tensors["encoder.safetensors"] = result.encoder_tensors
-        arguments["encoder_checkpoint"] = "encoder.safetensors"
+    result = train_masks(networks, examples, settings, folder, report, score)
+    files = {"image_encoder": ("encoder_checkpoint", "encoder.safetensors")}
+    files["decoder"] = ("decoder_checkpoint", "decoder.safetensors")
+    tensors = {files[network][1]: learned for network, learned in result.tensors.items()}
+    arguments = dict(files[network] for network in result.tensors)
     names = {example.name: example.id for example in examples}
     skipped: list[Skipped] = [
         {"id": names[name], "filepath": name, "cause": cause} for name, cause in result.skipped.items()
