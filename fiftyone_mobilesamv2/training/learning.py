@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from ultralytics.nn.modules import DFL
 
 from ..modeling.image_encoders import EncoderConfig
 
@@ -38,6 +39,9 @@ def set_learning(
     modules.requires_grad_(False).eval()
     for module in learning:
         module.requires_grad_(True).train()
+    for module in modules.modules():
+        if isinstance(module, DFL):  # its weights are the numbers of its bins
+            module.requires_grad_(False)
     for name in frozen:
         modules.get_submodule(name).requires_grad_(False).eval()
     prefixes = tuple(f"{name}." for name in untrained)
