@@ -4,8 +4,7 @@
 
 Prints a table for each. `style`: scenes of another style than the demo model was trained on. `nuclei`: microscopy, 70
 images to learn from and 30 to measure. `ultralytics`: three seeds each of our trainer and theirs. `incomplete`: half of
-the labels are missing. `learn`: how much of the model learns masks, and how fast. A measurement that was interrupted
-goes on where it was.
+the labels are missing. `learn`: how much of the model learns masks, and how fast.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from fault_setting import Database
@@ -54,20 +52,10 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 
 def scenes(folder: Path, count: int) -> Any:
     """A dataset of scenes of another style."""
-    import fiftyone as fo
+    from fiftyone_mobilesamv2 import load_coco
+    from fiftyone_mobilesamv2.training.scenes import write_coco
 
-    dataset = fo.Dataset()
-    for index in range(count):
-        scene = make_other_scene(index)
-        path = folder / f"{index:03d}.png"
-        cv2.imwrite(str(path), scene.image[:, :, ::-1])
-        height, width = scene.labels.shape
-        labels = []
-        for mask, (x, y, end_x, end_y) in zip(scene.masks(), scene.boxes().astype(int)):
-            box = [x / width, y / height, (end_x - x) / width, (end_y - y) / height]
-            labels.append(fo.Detection(label="object", bounding_box=box, mask=mask[y:end_y, x:end_x]))
-        dataset.add_sample(fo.Sample(str(path), ground_truth=fo.Detections(detections=labels)))
-    return dataset
+    return load_coco(*write_coco(folder / "scenes", count, make_other_scene), name=f"scenes-{folder.name}")
 
 
 def photos(folder: Path) -> Any:
@@ -125,7 +113,7 @@ class Pace:
     """Images a second while training: the time between the ends of batches of an epoch."""
 
     def __init__(self, images_per_step: float) -> None:
-        self.images_per_step, self.last, self.seconds, self.steps = images_per_step, (0, 0.0), 0.0, 0
+        self.images_per_step, self.last, self.seconds, self.steps = images_per_step, (-1, 0.0), 0.0, 0
 
     def step(self, epoch: int) -> None:
         now = time.perf_counter()

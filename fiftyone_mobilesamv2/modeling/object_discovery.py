@@ -15,8 +15,8 @@ from .defaults import CONFIDENCE, MAX_NMS_CANDIDATES, MAX_PROMPTS, NMS_IOU
 
 INPUT_SIZE = 1024  # as in the release
 
-# Boxes that end within this many network-input pixels of the border are extended to it (the release's value).
-BORDER_SNAPPING = 20
+# Boxes that end this close to the border are extended to it: 20 px of the network input in the release.
+BORDER_SNAPPING = 20 / INPUT_SIZE  # of its long side
 
 _STRIDE = 32
 
@@ -47,12 +47,16 @@ def letterbox(image: ImageArray, input_size: int) -> Tensor:
 
 
 def snap_to_border(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Moves the ends of `boxes` ([N, 4] xyxy) that lie within 20 px of the border of `size` (h, w) onto it."""
+    """Moves the ends of `boxes` ([N, 4] xyxy) that lie near the border of `size` (h, w) onto it.
+
+    Near is 20 px if the long side has 1024 px.
+    """
     height, width = size
+    margin = BORDER_SNAPPING * max(size)
     ends = torch.tensor([width, height], dtype=boxes.dtype, device=boxes.device)
     starts, stops = boxes[:, :2], boxes[:, 2:]
-    starts = torch.where(starts < BORDER_SNAPPING, torch.zeros_like(starts), starts)
-    stops = torch.where(stops > ends - BORDER_SNAPPING, ends.expand_as(stops), stops)
+    starts = torch.where(starts < margin, torch.zeros_like(starts), starts)
+    stops = torch.where(stops > ends - margin, ends.expand_as(stops), stops)
     return torch.cat([starts, stops], dim=1)
 
 

@@ -287,8 +287,7 @@ def _outcome(form: Form, run: TrainingRun) -> Outcome:
         f"{count(run.after.images, 'other image')} with {count(run.after.objects, 'object')}."
     )
     lines = [f"**{_verdict(run)}**", measures_table(before, after), trained_on]
-    if run.seen_before:
-        lines.append(run.seen_before)
+    lines += run.caveats
     if run.stopped:
         lines.append(f"It ended before its last epoch: {code(run.stopped)}. The best weights until then are used.")
     if run.registered:

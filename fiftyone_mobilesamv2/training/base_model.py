@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,19 @@ class Base:
             self.entry.encoder, **paths, detector_size=self.entry.detector_size, device=self.device
         )
 
-    def with_ignored(self, example: Example) -> Example:
-        """The example, in which what this model finds and no label explains is ignored."""
+    def with_ignored(self, examples: Sequence[Example], tell: Callable[[float], None]) -> list[Example]:
+        """The examples, in which what this model finds and no label explains is ignored.
+
+        Args:
+            tell: called with the finished share; may raise Cancelled.
+        """
+        with_ignored = []
+        for example in examples:
+            with_ignored.append(self._with_ignored(example))
+            tell(len(with_ignored) / len(examples))
+        return with_ignored
+
+    def _with_ignored(self, example: Example) -> Example:
         (found,) = self.model.discover([example.read()], conf=CONFIDENCE, iou=NMS_IOU)
         labels = torch.from_numpy(np.concatenate([example.boxes, example.ignored]))
         if len(labels) and len(found):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -202,10 +202,14 @@ def _shaded(rng: np.random.Generator, texture: FloatArray, shape: ImageArray) ->
     return shaded
 
 
-def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
-    """Writes the first `count` scenes of the test set in COCO format, with their objects' masks as RLE.
+def write_coco(folder: Path, count: int, make: Callable[[int], Scene] | None = None) -> tuple[Path, Path]:
+    """Writes scenes in COCO format, with their objects' masks as RLE.
 
     Existing images are kept, since they are the same.
+
+    Args:
+        count: how many.
+        make: makes a scene by its number; default: those of the test set.
 
     Returns:
         The folder of the images, and the JSON file.
@@ -215,7 +219,7 @@ def write_coco(folder: Path, count: int) -> tuple[Path, Path]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc="Making scenes"):
-        scene = make_scene(TEST_SEED, index)
+        scene = make_scene(TEST_SEED, index) if make is None else make(index)
         path = images_folder / f"{index:03d}.png"
         if not path.exists():
             with complete_file(path) as temporary:

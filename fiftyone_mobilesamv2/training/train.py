@@ -30,7 +30,6 @@ from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.devices import usable_device
 from .base_model import Base
 from .card import write_card, write_curve
-from .examples import Example
 from .labeled_images import LabeledImages, Validation, check_not_empty, split
 from .measuring import Measures, measure
 from .parts import learn_discovery, learn_masks, write_weights
@@ -47,6 +46,7 @@ SIZES = ("n", "s", "m", "l", "x")  # of YOLOv8
 LEARN = ("decoder", "neck", "encoder")
 WORK = "training"  # folder, in the model's own, for what a training needs until it is complete
 LOCK = ".lock"
+FEW_OBJECTS = 50
 SEEN_BEFORE = "validation images that the base was trained on"  # one of the counts
 
 # Called with the finished share of the whole, and what is being done. It may raise errors.Cancelled.
@@ -88,11 +88,14 @@ class TrainingRun:
         return score_of(self.part, self.after) > score_of(self.part, self.before)
 
     @property
-    def seen_before(self) -> str | None:
-        """Says how many validation images the base was trained on, which makes the measures too good; None if none."""
+    def caveats(self) -> list[str]:
+        """What makes the comparison unreliable, in sentences."""
+        caveats = []
         if seen := self.counts[SEEN_BEFORE]:
-            return f"{self.base} was trained on {seen:,} of the validation images: both measures are too good."
-        return None
+            caveats.append(f"{self.base} was trained on {seen:,} of the validation images: both measures are too good.")
+        if self.after.objects < FEW_OBJECTS:
+            caveats.append("With so few objects for validation, the difference may be due to chance.")
+        return caveats
 
     def __str__(self) -> str:
         lines = [
@@ -100,8 +103,7 @@ class TrainingRun:
             f"after:  {self.after}",
             f"on {self.after.images:,} validation images with {self.after.objects:,} objects",
         ]
-        if self.seen_before:
-            lines.append(self.seen_before)
+        lines += self.caveats
         if self.stopped:
             lines.append(f"{self.stopped}: the best weights until then were kept.")
         if self.skipped:
@@ -213,7 +215,7 @@ def train(
         check_not_empty(images, held_out, gt_field, part)
         examples = images.examples
         if part == "discovery" and unlabeled == "ignore":
-            examples = _with_ignored(model, examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
+            examples = model.with_ignored(examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
         before = measure(model.model, held_out.examples, _part(tell, 0.15, 0.2, "Measuring the base"))
         report = _step(tell, 0.2, 0.95)
         if part == "discovery":
@@ -267,22 +269,13 @@ def _label(images: LabeledImages, held_out: LabeledImages, teacher: Base, tell: 
         group.unlabeled = []
 
 
-def _with_ignored(base: Base, examples: Sequence[Example], tell: Callable[[float], None]) -> list[Example]:
-    with_ignored = []
-    for example in examples:
-        with_ignored.append(base.with_ignored(example))
-        tell(len(with_ignored) / len(examples))
-    return with_ignored
-
-
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
     """Only one training at a time in a folder, and none where a model is."""
-    if (folder / CONFIG).exists():
-        raise ArgumentError(
-            f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
-        )
-    work = folder / WORK
+    work, config = folder / WORK, folder / CONFIG
+    holds_model = f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
+    if config.exists() and not work.is_dir():
+        raise ArgumentError(holds_model)
     if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():  # a card could replace somebody's README.md
         raise ArgumentError(f"{folder} has other files: choose a new or empty folder for '{name}'.")
     work.mkdir(parents=True, exist_ok=True)
@@ -294,6 +287,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
             f"Another process is training '{name}' in {folder}: wait for it, or choose another name."
         ) from None
     try:
+        if config.exists():  # it was killed after the last epoch, between its last steps
+            _complete(folder)
+            raise ArgumentError(holds_model)
         yield
     finally:
         if work.is_dir() and [path.name for path in work.iterdir()] == [LOCK]:  # it didn't come to anything
@@ -313,7 +309,7 @@ def _keep(
     images: LabeledImages,
     held_out: LabeledImages,
 ) -> None:
-    """Completes the model's folder and registers it; then removes the state of the training."""
+    """Writes what the model's folder lacks, and completes it."""
     training = {
         "field": gt_field,
         "counts": run.counts,
@@ -348,9 +344,14 @@ def _keep(
         files=base.files_of_new(files, run.folder),
         training=training,
     )
-    register(run.folder)
+    _complete(run.folder)
+
+
+def _complete(folder: Path) -> None:
+    """Registers the model in a folder, and removes the state of its training."""
+    register(folder)
     forget_zoo_models()
-    shutil.rmtree(run.folder / WORK, ignore_errors=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 # Progress ------------------------------------------------------------------------------------------------------------

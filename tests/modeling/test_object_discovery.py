@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from fiftyone_mobilesamv2.modeling.object_discovery import (
-    BORDER_SNAPPING,
     ObjectDiscovery,
     boxes_from_raw,
     letterbox,
@@ -74,23 +73,24 @@ def test_letterbox_keeps_the_order_of_channels():
     [
         ((19.9, 19.9, 300, 150), (0, 0, 300, 150)),
         ((20, 20, 300, 150), (20, 20, 300, 150)),  # exactly 20 px from the border: not moved
-        ((50, 60, 380, 180), (50, 60, 380, 180)),
-        ((50, 60, 380.1, 180.1), (50, 60, 400, 200)),
-        ((-5, -7, 410, 205), (0, 0, 400, 200)),
+        ((50, 60, 1004, 180), (50, 60, 1004, 180)),
+        ((50, 60, 1004.1, 180.1), (50, 60, 1024, 200)),
+        ((-5, -7, 1034, 205), (0, 0, 1024, 200)),
         ((5, 50, 10, 60), (0, 50, 10, 60)),  # only the side next to its border moves
-        ((390, 190, 395, 195), (390, 190, 400, 200)),
+        ((1014, 190, 1019, 195), (1014, 190, 1024, 200)),
         ((30, 30, 30, 30), (30, 30, 30, 30)),  # a point
         ((300, 150, 50, 60), (300, 150, 50, 60)),  # inverted
-        ((10, 10, 395, 195), (0, 0, 400, 200)),
+        ((10, 10, 1019, 195), (0, 0, 1024, 200)),
     ],
     ids=str,
 )
 def test_boxes_near_the_border_snap_to_it(box, expected):
     boxes = torch.tensor([box], dtype=torch.float32)
     before = boxes.clone()
-    assert snap_to_border(boxes, (200, 400)).tolist() == [list(expected)]
+    assert snap_to_border(boxes, (200, 1024)).tolist() == [list(expected)]
     assert torch.equal(boxes, before)
-    assert BORDER_SNAPPING == 20
+    # What is near depends on the size of the network input, the same share of an object's.
+    assert (snap_to_border(boxes / 4, (50, 256)) * 4).tolist() == [list(expected)]
 
 
 def test_snapping_of_no_boxes():

@@ -1,5 +1,6 @@
 """Training of object discovery: what is ignored, what learns, and that an interrupted training ends the same."""
 
+import copy
 import dataclasses
 import logging
 from functools import partial
@@ -10,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.ops import box_iou
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.loss import v8DetectionLoss
 
 from fiftyone_mobilesamv2.errors import Cancelled
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_yolo
+from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery
 from fiftyone_mobilesamv2.training.discovery import (
     BACKBONE_LAYERS,
     DiscoveryLoss,
@@ -27,6 +30,8 @@ from fiftyone_mobilesamv2.training.examples import Example
 from fiftyone_mobilesamv2.training.measuring import box_recall
 from fiftyone_mobilesamv2.training.scenes import TRAIN_SEED, make_scene
 from fiftyone_mobilesamv2.training.yolo_data import IGNORED, OBJECT
+
+from .conftest import example_of, rectangle
 
 SIZE = 128
 NO_BOXES = np.zeros((0, 4), np.float32)
@@ -217,6 +222,35 @@ def test_few_images(base, examples, tmp_path):
     assert len(train(base, examples[:1], tmp_path / "one", epochs=2).curve) == 2
     bare = Example("0", "bare", examples[0].read, NO_BOXES, None, NO_BOXES)
     assert len(train(base, [bare, examples[1]], tmp_path / "bare", epochs=1).curve) == 1
+
+
+def pair(index):
+    """Two bright rectangles, one above the other with a gap between them, that are one object."""
+    rng = np.random.default_rng(index)
+    x, y = rng.integers(4, 40, 2)
+    upper = rectangle((120, 96), (x, y, x + rng.integers(20, 50), y + 15))
+    lower = rectangle((120, 96), (x, y + 30, x + rng.integers(20, 50), y + rng.integers(45, 70)))
+    image = rng.integers(0, 40, (120, 96, 3)).astype(np.uint8)
+    image[upper | lower] += np.array([180, 160, 60], np.uint8)
+    return example_of(image, [upper | lower], f"pair {index}")
+
+
+@pytest.mark.slow
+def test_eight_images_are_learned_by_heart(base, tmp_path):
+    images = [pair(i) for i in range(8)]
+
+    def mean_iou(detector):
+        discovery = ObjectDiscovery(detector.fuse(verbose=False), 160)
+        ious = []
+        with torch.inference_mode():
+            for image in images:
+                found = discovery(image.read(), conf=0, max_prompts=1)
+                ious.append(float(box_iou(found.boxes, torch.from_numpy(image.boxes))[0, 0]))
+        return np.mean(ious)
+
+    assert mean_iou(copy.deepcopy(base).eval()) < 0.5
+    changes = {"epochs": 80, "batch_size": 2, "image_size": 160, "mosaic": 0.0}
+    assert train(base, images, tmp_path, validate=mean_iou, **changes).score > 0.9
 
 
 @pytest.mark.slow

@@ -1,17 +1,17 @@
 """The figures before and after a training are those of an evaluation of the same masks."""
 
-import fiftyone as fo
+import uuid
+
 import numpy as np
 import pytest
-from PIL import Image
 from pycocotools import mask as mask_utils
 
-from fiftyone_mobilesamv2 import evaluate_proposals, zoo
+from fiftyone_mobilesamv2 import evaluate_proposals, load_coco, zoo
 from fiftyone_mobilesamv2.evaluation.average_recall import KS
 from fiftyone_mobilesamv2.runs.segment import segment_anything, segment_everything
 from fiftyone_mobilesamv2.training.labeled_images import read_labels
 from fiftyone_mobilesamv2.training.measuring import CONFIDENCE, MAX_PROPOSALS, box_recall, mask_iou, measure
-from fiftyone_mobilesamv2.training.scenes import TEST_SEED, make_scene
+from fiftyone_mobilesamv2.training.scenes import write_coco
 
 PARAMETERS = {"confidence_thresh": CONFIDENCE, "max_prompts": MAX_PROPOSALS}
 
@@ -23,16 +23,7 @@ def model():
 
 @pytest.fixture
 def scenes(mongod, tmp_path):
-    dataset = fo.Dataset()
-    for number in range(3):
-        scene = make_scene(TEST_SEED, number)
-        Image.fromarray(scene.image).save(path := str(tmp_path / f"{number}.png"))
-        height, width = scene.labels.shape
-        labels = []
-        for mask, (x, y, X, Y) in zip(scene.masks(), scene.boxes().astype(int)):
-            box = [x / width, y / height, (X - x) / width, (Y - y) / height]
-            labels.append(fo.Detection(bounding_box=box, mask=mask[y:Y, x:X]))
-        dataset.add_sample(fo.Sample(path, ground_truth=fo.Detections(detections=labels)))
+    dataset = load_coco(*write_coco(tmp_path, 3), name=f"scenes-{uuid.uuid4().hex[:8]}")
     yield dataset
     dataset.delete()
 
