@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,14 +140,8 @@ class MobileSAMv2(nn.Module):
         """
         config = encoder_config(encoder)
         discovery = None if detector_checkpoint is None else load_discovery(detector_checkpoint, encoder, detector_size)
-        return cls(
-            load_encoder(encoder_checkpoint, encoder),
-            load_decoder(decoder_checkpoint, encoder),
-            config,
-            discovery,
-            device,
-            dtype,
-        )
+        decoder = load_decoder(decoder_checkpoint, encoder)
+        return cls(load_encoder(encoder_checkpoint, encoder), decoder, config, discovery, device, dtype)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageArray]) -> ImageEmbeddings:
@@ -179,6 +174,7 @@ class MobileSAMv2(nn.Module):
         conf: float = CONFIDENCE,
         iou: float = NMS_IOU,
         max_prompts: int = MAX_PROMPTS,
+        embeddings: ImageEmbeddings | None = None,
     ) -> list[BoxPrompts]:
         """Finds the objects in each image.
 
@@ -186,14 +182,25 @@ class MobileSAMv2(nn.Module):
             images: uint8 RGB arrays [H, W, 3].
             conf, max_prompts: minimum confidence and maximum number of boxes per image.
             iou: boxes whose IoU exceeds this are treated as the same object.
+            embeddings: of the images, if they are known; a detector in the embedding would compute them.
 
         Raises:
             RuntimeError: the model has no detector.
             ValueError: an argument is invalid; the message names it.
         """
         thresholds = checked_thresholds(conf, iou, max_prompts)
+        if self.discovery is None:
+            raise RuntimeError(
+                "Object-aware prompting needs a detector, and this model was created without one: pass "
+                'detector_checkpoint=..., or use prompting="grid".'
+            )
         check_images(images)
-        return self._discover(images, None, *thresholds)
+        inputs: Iterable[tuple[Any, ...]] = ((image,) for image in images)
+        if isinstance(self.discovery, EmbeddingDiscovery):
+            known = self.encode(images) if embeddings is None else embeddings
+            inputs = zip(known.features, known.input_sizes, known.original_sizes)
+        with self._timed("discover"):
+            return [self.discovery(*each, *thresholds) for each in inputs]
 
     @torch.inference_mode()
     def decode(
@@ -249,7 +256,7 @@ class MobileSAMv2(nn.Module):
         if prompting == "grid":
             return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
         segmentations = []
-        for i, prompts in enumerate(self._discover(images, embeddings, *thresholds)):
+        for i, prompts in enumerate(self.discover(images, *thresholds, embeddings)):
             segmentation = self._segment(embeddings, i, self._embed(embeddings, i, boxes=prompts.boxes))
             segmentation.confidence = prompts.scores.float().numpy()
             segmentations.append(segmentation.select(np.flatnonzero(segmentation.areas)))
@@ -286,28 +293,6 @@ class MobileSAMv2(nn.Module):
             image_boxes = None if boxes is None else coordinates(i, "boxes", boxes[i], 4)
             segmentations.append(self._segment_prompted(embeddings, i, image_boxes, *image_points))
         return segmentations
-
-    def _discover(
-        self,
-        images: Sequence[ImageArray],
-        embeddings: ImageEmbeddings | None,
-        conf: float,
-        iou: float,
-        max_prompts: int,
-    ) -> list[BoxPrompts]:
-        """`embeddings` are those of the images, if they are known already."""
-        if isinstance(self.discovery, EmbeddingDiscovery):
-            embeddings = self.encode(images) if embeddings is None else embeddings
-            sizes = zip(embeddings.features, embeddings.input_sizes, embeddings.original_sizes)
-            with self._timed("discover"):
-                return [self.discovery(*each, conf, iou, max_prompts) for each in sizes]
-        if self.discovery is None:
-            raise RuntimeError(
-                "Object-aware prompting needs a detector, and this model was created without one: pass "
-                'detector_checkpoint=..., or use prompting="grid".'
-            )
-        with self._timed("discover"):
-            return [self.discovery(image, conf, iou, max_prompts) for image in images]
 
     def _segment_prompted(
         self,
