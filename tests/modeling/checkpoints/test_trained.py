@@ -137,7 +137,8 @@ def test_requirements_and_description_for_the_zoo(trained):
 
 def test_entry_of_a_trained_model(trained):
     model = pretrained_model("my-cells")
-    assert (model, trained.training) == (trained.model, {"epochs": 3, "ar": {"before": 0.5, "after": 0.75}})
+    recorded = {"epochs": 3, "ar": {"before": 0.5, "after": 0.75}, "contents": {"trained_on": [], "held_out": []}}
+    assert (model, trained.training) == (trained.model, recorded)
     assert (model.encoder, model.detector_size, model.images, model.hint) == (
         *("resnet_demo", 320, "scenes"),
         "trained on cells",
@@ -255,6 +256,10 @@ FAULTS = {
     "unknown file": (
         {"files": {key: {"catalog": "x.pt"} for key in MODELS[TINY].weights}},
         "files.encoder_checkpoint.catalog is 'x.pt', expected one of mobile_sam.pt, ",
+    ),
+    "contents are text": (
+        {"training": {"contents": {"trained_on": "abc"}}},
+        "training.contents.trained_on is 'abc', but should be a valid list",
     ),
     "training is a list": ({"training": [1]}, "training is [1], but should be a valid dictionary"),
 }
