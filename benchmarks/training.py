@@ -215,7 +215,7 @@ def incomplete(dataset: Any, output: Path, **settings: Any) -> list[list[object]
         for choice in ("ignore", "background"):
             run = train(
                 dataset.select(ids[:40]),
-                name=choice,
+                name=f"{choice}-{seed}",
                 base=MODEL,
                 validation=held_out,
                 unlabeled=choice,

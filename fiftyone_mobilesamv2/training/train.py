@@ -23,7 +23,7 @@ from ..errors import ArgumentError
 from ..fiftyone_internals import forget_zoo_models, root_dataset
 from ..labels.documents import Skipped
 from ..labels.fields import GROUND_TRUTH_FIELD
-from ..modeling.checkpoints.trained import check_name, register, trained_dir, write_trained
+from ..modeling.checkpoints.trained import check_name, register, registered_folder, trained_dir, write_trained
 from ..modeling.checkpoints.trained_files import CONFIG
 from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.devices import usable_device
@@ -259,6 +259,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
     holds_model = f"{folder} already holds a model: choose another name or folder than '{name}', or delete it."
     if config.exists() and not work.is_dir():
         raise ArgumentError(holds_model)
+    registered = registered_folder(name)
+    if registered and registered.resolve() != folder.resolve():
+        raise ArgumentError(f"'{name}' is already the name of the model in {registered.resolve()}: choose another one.")
     if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():  # a card could replace somebody's README.md
         raise ArgumentError(f"{folder} has other files: choose a new or empty folder for '{name}'.")
     work.mkdir(parents=True, exist_ok=True)

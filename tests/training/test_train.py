@@ -366,6 +366,15 @@ def test_invalid_arguments_are_refused(scenes, zoo, change, parameters, problem)
     assert not list(Path(zoo).rglob("bad"))  # nothing is left behind
 
 
+def test_name_of_a_model_elsewhere_is_refused(scenes, tmp_path):
+    (tmp_path / "model").mkdir()
+    (trained_dir()).mkdir(parents=True)
+    (trained_dir() / "mine").symlink_to(tmp_path / "model")
+    with pytest.raises(ArgumentError, match=r"'mine' is already the name of the model in .*/model: choose another one"):
+        train(scenes, name="mine", output=tmp_path / "other", **QUICK)
+    assert not (tmp_path / "other").exists()
+
+
 def test_folder_with_other_files_is_refused(scenes, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("mine")
