@@ -382,11 +382,11 @@ TRAIN = ["--base", "mobilesamv2-demo-torch", "--epochs", "1", "--batch-size", "2
 
 
 def test_choices_of_train_are_those_of_the_function():
-    from fiftyone_mobilesamv2.training import train
+    from fiftyone_mobilesamv2.training.arguments import CHOICES, PARTS
 
     commands = next(action for action in make_parser("train")._actions if action.dest == "command")
     choices = {action.dest: action.choices for action in commands.choices["train"]._actions}
-    assert (choices["part"], choices["unlabeled"], choices["size"]) == (train.PARTS, train.UNLABELED, train.SIZES)
+    assert choices["part"] == PARTS and {name: choices[name] for name in CHOICES} == CHOICES
 
 
 @pytest.mark.slow

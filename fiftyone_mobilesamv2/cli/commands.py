@@ -41,7 +41,20 @@ def run_segment(args: argparse.Namespace) -> int:
 
 
 _OF_TRAINING = (
-    *("name", "part", "base", "epochs", "batch_size", "learning_rate", "unlabeled", "size", "teacher", "learn", "seed"),
+    *(
+        "name",
+        "part",
+        "base",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "unlabeled",
+        "discovery",
+        "size",
+        "teacher",
+        "learn",
+        "seed",
+    ),
     *("device", "output", "keep_worse"),
 )
 

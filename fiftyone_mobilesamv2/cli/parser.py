@@ -145,6 +145,11 @@ def add_train(commands: Commands) -> None:
         help="what the base finds without a label: leave it out, or learn that it is no object (discovery only)",
     )
     train.add_argument(
+        "--discovery",
+        choices=("detector", "embedding"),
+        help="find objects with a network of its own or in the image embedding; default: as the base (discovery only)",
+    )
+    train.add_argument(
         "--size",
         choices=("n", "s", "m", "l", "x"),
         help="start from an untrained YOLOv8 of this size instead of the base's detector (discovery only)",

@@ -18,6 +18,7 @@ from ..modeling.grid_prompts import GridFilter
 from ..modeling.image_encoders import PIXEL_MEAN, PIXEL_STD, ImageEmbeddings, preprocess
 from ..modeling.masks import Segmentation, upsample
 from ..modeling.mobilesamv2 import MobileSAMv2
+from ..modeling.object_discovery import ObjectDiscovery
 from ..training.scenes import TEST_SEED, make_scene
 from .ground_truth import KnownImage
 
@@ -303,7 +304,7 @@ def _inputs(model: MobileSAMv2) -> dict[str, tuple[list[float], list[float]]]:
     red[..., 0] = 255
     normalised = [float((value - mean) / std) for value, mean, std in zip((255, 0, 0), PIXEL_MEAN, PIXEL_STD)]
     networks = {"encoder": (model.image_encoder, normalised)}
-    if model.discovery is not None:
+    if isinstance(model.discovery, ObjectDiscovery):
         networks["detector"] = (model.discovery.detector, [1.0, 0.0, 0.0])
     inputs: dict[str, list[float]] = {}
 

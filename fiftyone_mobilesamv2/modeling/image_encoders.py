@@ -23,7 +23,7 @@ from timm.models.efficientvit_mit import ConvNormAct, FusedMBConv, ResidualBlock
 from torch import Tensor, nn
 from ultralytics.models.sam.modules.encoders import ImageEncoderViT
 from ultralytics.models.sam.modules.tiny_encoder import TinyViT
-from ultralytics.nn.modules import LayerNorm2d
+from ultralytics.nn.modules import C2f, Conv, LayerNorm2d
 
 from ..errors import ArgumentError
 from .arrays import ImageArray
@@ -94,6 +94,38 @@ class SamNeckEncoder(nn.Module):
         if x.shape[-1] != self.network_size:
             x = F.interpolate(x, size=(self.network_size, self.network_size), mode="bilinear", align_corners=False)
         out: Tensor = self.norm(self.neck(self.backbone(x)))
+        return out
+
+
+class EfficientNetEncoder(nn.Module):
+    """An EfficientNet-Lite and a neck that fuses its strides 8, 16 and 32 at stride 16.
+
+    Args:
+        backbone: a `features_only` model that returns these three stages.
+        embed_dim: channels of the embedding.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    # EfficientNet-Lite was trained on RGB values that were normalised with these.
+    _MEAN, _STD = 127.0, 128.0
+
+    def __init__(self, backbone: nn.Module, embed_dim: int) -> None:
+        super().__init__()
+        feature_info: Any = backbone.feature_info
+        fine, same, coarse = feature_info.channels()
+        self.backbone = backbone
+        self.fine, self.same, self.coarse = Conv(fine, embed_dim, 3, 2), Conv(same, embed_dim), Conv(coarse, embed_dim)
+        self.fuse = nn.Sequential(C2f(3 * embed_dim, embed_dim, 2), nn.Conv2d(embed_dim, embed_dim, 1))
+        self.norm = LayerNorm2d(embed_dim)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+        self.register_buffer("scale", std / self._STD, persistent=False)
+        self.register_buffer("shift", (mean - self._MEAN) / self._STD, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, same, coarse = self.backbone(x * self.scale + self.shift)
+        coarse = F.interpolate(self.coarse(coarse), scale_factor=2.0)
+        out: Tensor = self.norm(self.fuse(torch.cat([self.fine(fine), self.same(same), coarse], 1)))
         return out
 
 
@@ -191,6 +223,11 @@ def _resnet_demo() -> nn.Module:
     return SamNeckEncoder(backbone, 128, 3, embed_dim=128, embed_size=32, network_size=256)
 
 
+def _efficientnet_lite0() -> nn.Module:
+    backbone = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(2, 3, 4))
+    return EfficientNetEncoder(backbone, embed_dim=128)
+
+
 ENCODERS: dict[str, EncoderConfig] = {
     "tiny_vit": EncoderConfig(_tiny_vit),
     "efficientvit_l0": EncoderConfig(
@@ -205,6 +242,14 @@ ENCODERS: dict[str, EncoderConfig] = {
     "sam_vit_b": EncoderConfig(partial(_sam_vit, 768, 12, 12, (2, 5, 8, 11))),
     "sam_vit_l": EncoderConfig(partial(_sam_vit, 1024, 24, 16, (5, 11, 17, 23))),
     "sam_vit_h": EncoderConfig(partial(_sam_vit, 1280, 32, 16, (7, 15, 23, 31))),
+    # The encoder of the model for photos that comes with the package.
+    "efficientnet_lite0": EncoderConfig(
+        _efficientnet_lite0,
+        image_size=512,
+        embed_dim=128,
+        embed_size=32,
+        neck=("fine", "same", "coarse", "fuse", "norm"),
+    ),
     # The demo model's encoder: small enough to train on two CPU cores (training/), at a quarter of the resolution.
     "resnet_demo": EncoderConfig(_resnet_demo, image_size=256, embed_dim=128, embed_size=32, neck=_SAM_NECK),
 }

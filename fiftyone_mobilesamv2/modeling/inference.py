@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ultralytics.models.sam.modules import blocks as sam_vit
@@ -112,7 +113,8 @@ class Float32Detect(nn.Module):
         head.set_submodule("dfl", InFloat32(head.dfl))
         head.dynamic = True  # otherwise it would cache its anchors on the device where it first ran
         self.head = head
-        self.f, self.i = head.f, head.i  # ultralytics identifies a layer's inputs and output by these
+        # ultralytics identifies a layer's inputs and output by these; a head on its own has none.
+        self.f, self.i = getattr(head, "f", None), getattr(head, "i", None)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         raw: dict[str, Any] = self.head.forward_head(features, **self.head.one2many)
@@ -155,7 +157,8 @@ def fuse_batch_norms(module: nn.Module) -> None:
     for parent in list(module.modules()):
         owner, last = parent, ""  # the parent and name of the previous module
         for name, child in list(parent.named_children()):
-            if type(child) is nn.BatchNorm2d:  # not a subclass that does more, as in timm
+            # Another subclass may do more than these.
+            if isinstance(child, nn.BatchNorm2d) and type(child) in (nn.BatchNorm2d, BatchNormAct2d):
                 convolution = getattr(owner, last, None)
                 if not isinstance(convolution, nn.Conv2d) or convolution.out_channels != child.num_features:
                     raise ArgumentError(
@@ -163,7 +166,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
                         f"convolution with the same number of channels."
                     )
                 setattr(owner, last, fuse_conv_bn_eval(convolution, child))
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, child.act if isinstance(child, BatchNormAct2d) else nn.Identity())
             owner, last = _last_of_sequence(parent, name)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ from .arguments import (
 )
 from .arrays import AnyArray, ImageArray
 from .checkpoints.files import fetch_model
-from .checkpoints.loading import load_decoder, load_detector, load_encoder
+from .checkpoints.loading import load_decoder, load_discovery, load_encoder
 from .checkpoints.lookup import model_name, pretrained_model
 from .defaults import CONFIDENCE, MAX_PROMPTS, NMS_IOU, POINTS_PER_SIDE
 from .devices import usable_device
+from .embedding_discovery import EmbeddingDiscovery
 from .grid_prompts import (
     POINTS_PER_BATCH,
     SAM_GRID_FILTER,
@@ -59,7 +61,7 @@ class MobileSAMv2(nn.Module):
         image_encoder: images [B, 3, S, S] -> embeddings [B, C, G, G].
         decoder: a decoder that matches the encoder's embedding.
         config: the encoder's sizes.
-        discovery: the detector; with None, only grid prompting and SegAny are available.
+        discovery: the detector, in images or in their embeddings; with None, only grid prompting and SegAny are there.
         device: where to run; None selects :func:`default_device`.
         dtype: precision of the heavy computation. Prompts, embeddings, boxes and final masks stay float32.
 
@@ -72,7 +74,7 @@ class MobileSAMv2(nn.Module):
         image_encoder: nn.Module,
         decoder: PromptGuidedDecoder,
         config: EncoderConfig,
-        discovery: ObjectDiscovery | None = None,
+        discovery: ObjectDiscovery | EmbeddingDiscovery | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -137,17 +139,9 @@ class MobileSAMv2(nn.Module):
             CheckpointError: a file does not match; the message names it and the first offending tensors.
         """
         config = encoder_config(encoder)
-        discovery = None
-        if detector_checkpoint is not None:
-            discovery = ObjectDiscovery(load_detector(detector_checkpoint), detector_size)
-        return cls(
-            load_encoder(encoder_checkpoint, encoder),
-            load_decoder(decoder_checkpoint, encoder),
-            config,
-            discovery,
-            device,
-            dtype,
-        )
+        discovery = None if detector_checkpoint is None else load_discovery(detector_checkpoint, encoder, detector_size)
+        decoder = load_decoder(decoder_checkpoint, encoder)
+        return cls(load_encoder(encoder_checkpoint, encoder), decoder, config, discovery, device, dtype)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[ImageArray]) -> ImageEmbeddings:
@@ -180,6 +174,7 @@ class MobileSAMv2(nn.Module):
         conf: float = CONFIDENCE,
         iou: float = NMS_IOU,
         max_prompts: int = MAX_PROMPTS,
+        embeddings: ImageEmbeddings | None = None,
     ) -> list[BoxPrompts]:
         """Finds the objects in each image.
 
@@ -187,6 +182,7 @@ class MobileSAMv2(nn.Module):
             images: uint8 RGB arrays [H, W, 3].
             conf, max_prompts: minimum confidence and maximum number of boxes per image.
             iou: boxes whose IoU exceeds this are treated as the same object.
+            embeddings: of the images, if they are known; a detector in the embedding would compute them.
 
         Raises:
             RuntimeError: the model has no detector.
@@ -199,8 +195,12 @@ class MobileSAMv2(nn.Module):
                 'detector_checkpoint=..., or use prompting="grid".'
             )
         check_images(images)
+        inputs: Iterable[tuple[Any, ...]] = ((image,) for image in images)
+        if isinstance(self.discovery, EmbeddingDiscovery):
+            known = self.encode(images) if embeddings is None else embeddings
+            inputs = zip(known.features, known.input_sizes, known.original_sizes)
         with self._timed("discover"):
-            return [self.discovery(image, *thresholds) for image in images]
+            return [self.discovery(*each, *thresholds) for each in inputs]
 
     @torch.inference_mode()
     def decode(
@@ -256,7 +256,7 @@ class MobileSAMv2(nn.Module):
         if prompting == "grid":
             return [self._grid_search(embeddings, i, points_per_side, grid_filter) for i in range(len(images))]
         segmentations = []
-        for i, prompts in enumerate(self.discover(images, *thresholds)):
+        for i, prompts in enumerate(self.discover(images, *thresholds, embeddings)):
             segmentation = self._segment(embeddings, i, self._embed(embeddings, i, boxes=prompts.boxes))
             segmentation.confidence = prompts.scores.float().numpy()
             segmentations.append(segmentation.select(np.flatnonzero(segmentation.areas)))

@@ -75,24 +75,36 @@ def to_image(boxes: Tensor, network_size: tuple[int, int], size: tuple[int, int]
     return torch.minimum(corners.clamp(min=0), ends).reshape(-1, 4)
 
 
-def boxes_from_raw(
-    raw: Tensor, network_size: tuple[int, int], size: tuple[int, int], conf: float, iou: float, max_prompts: int
-) -> BoxPrompts:
-    """NMS, border snapping and scaling back, for one image.
+def surest_boxes(raw: Tensor, conf: float, iou: float, max_prompts: int) -> tuple[Tensor, Tensor]:
+    """Non-maximum suppression of one image's boxes.
 
     Args:
-        raw: [5 or more, anchors], the detector's output: cx, cy, w, h in network pixels, score, ...
-        network_size: (h, w) of the network input.
-        size: (h, w) of the image.
+        raw: [5 or more, anchors], a detector's output: cx, cy, w, h in network pixels, score, ...
         conf, iou, max_prompts: minimum score, NMS threshold and maximum number of boxes.
+
+    Returns:
+        float32 [N, 4] xyxy in network pixels and [N] scores, most confident first.
     """
     candidates = raw[:5].T.float()
     candidates = candidates[candidates[:, 4] > conf]
     order = candidates[:, 4].argsort(descending=True, stable=True)[:MAX_NMS_CANDIDATES]
     boxes, scores = xywh2xyxy(candidates[order, :4]), candidates[order, 4]
     kept = batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou)[:max_prompts]
-    boxes = to_image(snap_to_border(boxes[kept], network_size), network_size, size)
-    return BoxPrompts(boxes.cpu(), scores[kept].cpu())
+    return boxes[kept], scores[kept]
+
+
+def boxes_from_raw(
+    raw: Tensor, network_size: tuple[int, int], size: tuple[int, int], conf: float, iou: float, max_prompts: int
+) -> BoxPrompts:
+    """:func:`surest_boxes`, snapped to the border and scaled back to the image.
+
+    Args:
+        network_size: (h, w) of the letterboxed network input.
+        size: (h, w) of the image.
+    """
+    boxes, scores = surest_boxes(raw, conf, iou, max_prompts)
+    boxes = to_image(snap_to_border(boxes, network_size), network_size, size)
+    return BoxPrompts(boxes.cpu(), scores.cpu())
 
 
 class ObjectDiscovery(nn.Module):

@@ -48,8 +48,11 @@ UNLABELED = {
     "ignore": "Ignore it: labels may be missing",
     "background": "Learn that it is no object: every object is labeled",
 }
-SAME_SIZE = "same"
-SIZES = {SAME_SIZE: "The detector of the model to start from"} | {
+SAME_SIZE, IN_EMBEDDING = "same", "embedding"
+SIZES = {
+    SAME_SIZE: "The detector of the model to start from",
+    IN_EMBEDDING: "One in the image embedding, the fastest",
+} | {
     size: f"A new one, YOLOv8{size}, {text}"
     for size, text in (
         ("n", "the smallest and fastest"),
@@ -178,8 +181,10 @@ class TrainOnLabels(Operator):
 
         values = form.values
         settings = {name: values[name] for name in _ADVANCED if name in values}
-        if settings.get("size") == SAME_SIZE:
-            settings["size"] = None
+        if (detector := settings.pop("size", SAME_SIZE)) == IN_EMBEDDING:
+            settings["discovery"] = "embedding"
+        elif detector != SAME_SIZE:
+            settings |= {"discovery": "detector", "size": detector}
         if settings.get("teacher") == NO_TEACHER:
             settings["teacher"] = None
         for model in filter(None, (values["model"], settings.get("teacher"))):

@@ -14,12 +14,16 @@ import torch
 
 from ..modeling.checkpoints.catalog import PretrainedModel, Weights
 from ..modeling.checkpoints.files import fetch_model
+from ..modeling.checkpoints.loading import load_decoder, load_embedding_detector, load_encoder
 from ..modeling.checkpoints.lookup import find_trained, pretrained_model
 from ..modeling.complete_files import complete_file
 from ..modeling.defaults import CONFIDENCE, NMS_IOU
+from ..modeling.embedding_discovery import EmbeddingDetector, EmbeddingDiscovery
+from ..modeling.image_encoders import encoder_config
 from ..modeling.mobilesamv2 import MobileSAMv2
 from .discovery import covered_shares
 from .examples import Example, Seen
+from .networks import Networks
 
 # A label explains what the base finds if they overlap this much, or if the label covers this share of it, as in
 # `find_unlabeled_objects`.
@@ -49,6 +53,33 @@ class Base:
         trained = find_trained(self.name)
         recorded = trained.training["contents"] if trained else {}
         return Seen(**{key: frozenset(contents) for key, contents in recorded.items()})
+
+    @property
+    def finds_in_embedding(self) -> bool:
+        """Whether its detector reads the image embedding, rather than images."""
+        return isinstance(self.model.discovery, EmbeddingDiscovery)
+
+    def networks(self, with_detector: bool, seed: int) -> Networks:
+        """Its networks as they are trained.
+
+        Args:
+            with_detector: with a detector in the embedding, an untrained one if it has none.
+            seed: of untrained weights.
+        """
+        encoder, config = self.entry.encoder, encoder_config(self.entry.encoder)
+        detector = None
+        if self.finds_in_embedding:
+            detector = load_embedding_detector(self.paths["detector_checkpoint"], encoder)
+        elif with_detector:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                detector = EmbeddingDetector(config.embed_dim, config.image_size // config.embed_size)
+        return Networks(
+            config,
+            load_encoder(self.paths["encoder_checkpoint"], encoder),
+            load_decoder(self.paths["decoder_checkpoint"], encoder),
+            detector,
+        )
 
     def with_files(self, files: Mapping[str, Path]) -> MobileSAMv2:
         """The model with other files in place of its own: argument -> path."""

@@ -27,6 +27,7 @@ from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .discovery import DiscoverySettings, new_detector, train_discovery
 from .masks import MaskSettings, train_masks
 from .measuring import box_recall
+from .networks import Networks
 from .parts import half
 from .progress import Report, Step
 from .scenes import TRAIN_SEED, VALIDATION_SEED, SceneExamples
@@ -41,7 +42,7 @@ def train_demo_detector(output: Path, scenes: int, validation: int, epochs: int,
     torch.manual_seed(0)  # of the untrained weights
     held_out = list(SceneExamples(VALIDATION_SEED, validation))
     settings = DiscoverySettings(epochs=epochs, image_size=INPUT_SIZE, device=device)
-    with _bar() as report:
+    with training_bar() as report:
         trained = train_discovery(
             new_detector("n"),
             list(SceneExamples(TRAIN_SEED, scenes)),
@@ -58,15 +59,15 @@ def train_demo_masks(output: Path, scenes: int, settings: MaskSettings) -> None:
     """Trains the image encoder and the prompt-guided decoder together, or resumes training."""
     torch.manual_seed(settings.seed)  # of the untrained weights
     config = encoder_config(ENCODER)
-    encoder = config.build()
     decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
-    with _bar() as report:
+    networks = Networks(config, config.build(), decoder)
+    with training_bar() as report:
         examples = SceneExamples(TRAIN_SEED, scenes)
-        trained = train_masks(ENCODER, encoder, decoder, examples, settings, output, report, validate=None)
+        trained = train_masks(networks, examples, settings, output, report, validate=None)
     # The layout of a whole SAM: image_encoder.*, prompt_encoder.*, mask_decoder.*
-    tensors = {f"image_encoder.{name}": tensor for name, tensor in (trained.encoder_tensors or {}).items()}
+    encoder = {f"image_encoder.{name}": tensor for name, tensor in trained.tensors["image_encoder"].items()}
     with complete_file(output / SAM) as temporary:
-        save_file(tensors | trained.decoder_tensors, temporary)
+        save_file(encoder | trained.tensors["decoder"], temporary)
 
 
 def package(runs: Path, output: Path) -> list[Path]:
@@ -89,7 +90,7 @@ def package(runs: Path, output: Path) -> list[Path]:
 
 
 @contextmanager
-def _bar() -> Iterator[Report]:
+def training_bar() -> Iterator[Report]:
     with tqdm(desc="Training", mininterval=5) as bar:
 
         def show(step: Step) -> None:
@@ -118,7 +119,7 @@ def main() -> None:
             learn="encoder",
             prompts_per_image=8,
             device=args.device,
-            from_scratch=True,
+            untrained=("image_encoder", "decoder"),
         )
         train_demo_masks(args.runs / "masks", args.scenes, settings)
     else:

@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from ultralytics.nn.modules import DFL
 
-from ..modeling.image_encoders import encoder_config
+from ..modeling.image_encoders import EncoderConfig
 
-Learn = Literal["decoder", "neck", "encoder"]
+Learn = Literal["detector", "decoder", "neck", "encoder"]
 
 _EMA_DECAY = 0.995
+_RATE_OF_TRAINED = 0.2
 
 
-def set_learning(encoder: str, image_encoder: nn.Module, decoder: nn.Module, learn: Learn, from_scratch: bool) -> None:
+def set_learning(
+    modules: nn.ModuleDict, config: EncoderConfig, learn: Learn, untrained: Sequence[str], frozen: Sequence[str]
+) -> None:
     """Sets which parameters get gradients, and the mode of every submodule: what doesn't learn is in inference mode.
 
     Args:
-        encoder: name in the encoder registry.
-        learn: "decoder", "neck" (decoder and neck) or "encoder" (decoder and the whole encoder).
-        from_scratch: whether batch norms learn their statistics; otherwise they use those they have.
+        modules: "image_encoder", "decoder" and maybe "detector", which always learns.
+        config: of the encoder.
+        learn: "detector" (alone), "decoder", "neck" (decoder and neck) or "encoder" (decoder and the whole encoder).
+        untrained: submodules whose batch norms learn their statistics; the others use those they have.
+        frozen: submodules that don't learn after all.
     """
-    image_encoder.requires_grad_(False).eval()
-    decoder.requires_grad_(True).train()
-    neck = [image_encoder.get_submodule(name) for name in encoder_config(encoder).neck]
-    learning: dict[Learn, list[nn.Module]] = {"decoder": [], "neck": neck, "encoder": [image_encoder]}
-    for module in learning[learn]:
+    encoder = modules["image_encoder"]
+    neck = [encoder.get_submodule(name) for name in config.neck]
+    of_encoder: dict[Learn, list[nn.Module]] = {"detector": [], "decoder": [], "neck": neck, "encoder": [encoder]}
+    learning = [*of_encoder[learn], *([modules["decoder"]] if learn != "detector" else [])]
+    learning += [modules["detector"]] if "detector" in modules else []
+    modules.requires_grad_(False).eval()
+    for module in learning:
         module.requires_grad_(True).train()
-        for part in module.modules():
-            if isinstance(part, _BatchNorm) and not from_scratch:
-                part.eval()
+    for module in modules.modules():
+        if isinstance(module, DFL):  # its weights are the numbers of its bins
+            module.requires_grad_(False)
+    for name in frozen:
+        modules.get_submodule(name).requires_grad_(False).eval()
+    prefixes = tuple(f"{name}." for name in untrained)
+    for name, module in modules.named_modules():
+        if isinstance(module, _BatchNorm) and not name.startswith(prefixes):
+            module.eval()
+
+
+def parameter_groups(modules: nn.ModuleDict, learning_rate: float, untrained: Sequence[str]) -> list[dict[str, Any]]:
+    """What learns, with its highest learning rate: lower for trained weights beside untrained ones."""
+    prefixes = tuple(f"{name}." for name in untrained)
+    learning = [(name, parameter) for name, parameter in modules.named_parameters() if parameter.requires_grad]
+    new = [parameter for name, parameter in learning if name.startswith(prefixes)]
+    old = [parameter for name, parameter in learning if not name.startswith(prefixes)]
+    rates = (new, learning_rate), (old, learning_rate * _RATE_OF_TRAINED if new else learning_rate)
+    return [{"params": group, "lr": rate, "highest": rate} for group, rate in rates if group]
 
 
 def schedule(step: int, steps: int) -> float:

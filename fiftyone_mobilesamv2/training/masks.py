@@ -1,15 +1,15 @@
-"""Trains the prompt-guided decoder, and optionally the image encoder or its neck, from masks of objects."""
+"""Trains the prompt-guided decoder from masks of objects, optionally with the image encoder, and with object discovery
+from the embedding."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, MobileSAMv2Error
 from ..modeling.devices import usable_device
-from ..modeling.image_encoders import encoder_config
-from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .examples import Example
-from .learning import Learn, average_weights, mixed_precision, schedule, set_learning
-from .mask_losses import mask_losses, prompt_losses
+from .learning import Learn, average_weights, parameter_groups, schedule, set_learning
+from .networks import Networks
+from .objective import Objective
 from .progress import Report, Step
 from .prompted_images import PromptedImage, PromptedImages, UnreadableImage, prefetched
 from .saved_training import Progress, fingerprint, save_training, saved_training
@@ -47,12 +46,15 @@ class MaskSettings:
         epochs: how often each image is seen.
         batch_size: images per step.
         learning_rate: the highest, after the warm-up.
-        learn: what learns: the decoder alone, or with the encoder's neck, or with the whole encoder.
+        learn: what learns: the decoder alone, or with the encoder's neck, or with the whole encoder. A detector learns
+            whenever there is one; "detector": nothing else.
         prompts_per_image: with fewer objects, an object is prompted several times.
         seed: of the order, the augmentations and the prompts.
         device: None selects the fastest available one.
         workers: threads that read images; 0 reads them between steps.
-        from_scratch: the weights are untrained, so the statistics of batch norms are learned too.
+        untrained: submodules of :class:`Networks` whose weights are untrained, such as "image_encoder.fuse": the
+            statistics of their batch norms are learned too, and they learn faster than what else learns.
+        frozen: submodules that don't learn.
     """
 
     epochs: int = 20
@@ -63,7 +65,8 @@ class MaskSettings:
     seed: int = 0
     device: str | None = None
     workers: int = 2
-    from_scratch: bool = False
+    untrained: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,7 @@ class MaskTraining:
     """The result.
 
     Attributes:
-        encoder_tensors: the encoder's, named as `load_encoder` reads them; None if it did not learn.
-        decoder_tensors: the decoder's, named as `load_decoder` reads them.
+        tensors: name of each network of :class:`Networks` that learned -> its tensors.
         curve: for each epoch, "epoch" (from 1), "step", "loss" (mean), "learning_rate", and "score", which is None
             where the weights were not validated.
         best_score: of the returned weights; None without validation.
@@ -80,8 +82,7 @@ class MaskTraining:
         stopped: why the training ended early; None if it did not.
     """
 
-    encoder_tensors: dict[str, Tensor] | None
-    decoder_tensors: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
     curve: list[dict[str, Any]]
     best_score: float | None
     skipped: dict[str, str]
@@ -89,84 +90,79 @@ class MaskTraining:
 
 
 def train_masks(
-    encoder: str,
-    image_encoder: nn.Module,
-    decoder: PromptGuidedDecoder,
+    networks: Networks,
     examples: Sequence[Example],
     settings: MaskSettings,
     folder: Path,
     report: Report,
-    validate: Callable[[nn.Module, PromptGuidedDecoder], float] | None,
+    validate: Callable[[Networks], float] | None,
 ) -> MaskTraining:
-    """Trains on examples with masks; others are left out.
+    """Trains on examples with masks; others are left out unless a detector learns from their boxes.
 
     A training that was interrupted at any moment goes on from its last save. On a CPU it ends with the same weights, to
     the last bit; on a GPU, the order of additions is not fixed.
 
     Args:
-        encoder: name in the encoder registry.
-        image_encoder, decoder: as loaded, not prepared for inference. They are changed.
+        networks: what to start from. They are changed.
         examples: may be lazy; it is read through once at the start, without reading pixels.
         folder: holds the state of the training.
         report: called after each step.
-        validate: gets copies of the modules with averaged weights, which it may change, and returns a score, higher
-            being better. Called about ten times, and at the end. The weights with the best score are returned; without
-            it, the last.
+        validate: gets copies with averaged weights, which it may change, and returns a score, higher being better.
+            Called about ten times, and at the end. The weights with the best score are returned; without it, the last.
 
     Raises:
         ValueError: no example has masks, or none of the images can be used.
         StorageError: the state can't be saved.
         MobileSAMv2Error: the device's memory is too small for one image.
     """
-    return _Trainer(encoder, image_encoder, decoder, examples, settings, folder, report, validate).run()
+    return _Trainer(networks, examples, settings, folder, report, validate).run()
 
 
 class _Trainer:
     def __init__(
         self,
-        encoder: str,
-        image_encoder: nn.Module,
-        decoder: PromptGuidedDecoder,
+        networks: Networks,
         examples: Sequence[Example],
         settings: MaskSettings,
         folder: Path,
         report: Report,
-        validate: Callable[[nn.Module, PromptGuidedDecoder], float] | None,
+        validate: Callable[[Networks], float] | None,
     ) -> None:
-        self.settings, self.report, self.validate = settings, report, validate
-        self.images = PromptedImages(examples, encoder_config(encoder), settings.prompts_per_image, settings.seed)
+        self.networks, self.settings, self.report, self.validate = networks, settings, report, validate
+        self.images = PromptedImages(examples, networks.config, settings.prompts_per_image, settings.seed)
         self.path = folder / "masks.pt"
         self.device = usable_device(settings.device)
-        self.image_encoder, self.decoder = image_encoder, decoder
-        self.model = nn.ModuleDict({"image_encoder": image_encoder, "decoder": decoder})
+        self.model = networks.modules
         self.indices: list[int] = []
         decisive = {k: v for k, v in asdict(settings).items() if k not in ("device", "workers")}
-        self.fingerprint = fingerprint(
-            {"encoder": encoder, **decisive}, self.model.state_dict(), self._with_masks(examples)
-        )
+        self.fingerprint = fingerprint(decisive, self.model.state_dict(), self._usable_ones(examples))
         if not self.indices:
             raise ArgumentError("None of the images to train on has an object with a mask.")
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        set_learning(encoder, image_encoder, decoder, settings.learn, settings.from_scratch)
+        set_learning(self.model, networks.config, settings.learn, settings.untrained, settings.frozen)
+        self.objective = Objective(
+            networks.image_encoder, networks.decoder, networks.detector, settings.learn != "detector", self.device
+        )
 
         names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if settings.from_scratch:
-            names |= {name for name, _ in self.model.named_buffers()}
+        is_untrained = tuple(f"{name}." for name in settings.untrained)
+        names |= {name for name, _ in self.model.named_buffers() if name.startswith(is_untrained)}
         self.learned = {name: tensor for name, tensor in self.model.state_dict().items() if name in names}
         self.averaged = {name: tensor.clone() for name, tensor in self.learned.items()}
         self.best: dict[str, Tensor] | None = None
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, settings.learning_rate, weight_decay=_WEIGHT_DECAY)
+        groups = parameter_groups(self.model, settings.learning_rate, settings.untrained)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)
 
         self.steps_per_epoch = math.ceil(len(self.indices) / settings.batch_size)
         self.steps = settings.epochs * self.steps_per_epoch
         self.progress = Progress(images_at_once=settings.batch_size)
         self.saved_at, self.saving_took = time.monotonic(), 0.0
 
-    def _with_masks(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples with masks, whose indices are noted: going through lazy examples takes time."""
+    def _usable_ones(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The examples to learn from, whose indices are noted: going through lazy examples takes time."""
         for index, example in enumerate(examples):
-            if example.masks:
+            if example.masks or self.networks.detector is not None:
                 self.indices.append(index)
                 yield example
 
@@ -219,20 +215,20 @@ class _Trainer:
             yield [next(items) for _ in range(last if (step + 1) % self.steps_per_epoch == 0 else size)]
 
     def _usable(self, batch: Sequence[PromptedImage | UnreadableImage]) -> list[PromptedImage]:
-        """Of a batch, the images with prompts; notes those that can't be read."""
+        """Of a batch, the images to learn from; notes those that can't be read."""
         images = []
         for item in batch:
             if isinstance(item, UnreadableImage):
                 self.progress.skipped[item.name] = item.cause
-            elif item.prompts:
+            elif item.prompts or self.networks.detector is not None:
                 images.append(item)
         return images
 
     def _set_learning_rate(self) -> float:
-        rate = self.settings.learning_rate * schedule(self.progress.step, self.steps)
+        factor = schedule(self.progress.step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+            group["lr"] = group["highest"] * factor
+        return self.settings.learning_rate * factor
 
     def _train(self, images: Sequence[PromptedImage]) -> float:
         """One optimizer step. Returns the loss; where it or its gradient is not finite, that, and nothing changes."""
@@ -273,30 +269,8 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total, at_once = 0.0, self.progress.images_at_once
         for start in range(0, len(images), at_once):
-            chunk = images[start : start + at_once]
-            pixels = torch.stack([image.pixels for image in chunk])
-            with mixed_precision(self.device):
-                features = self.image_encoder(pixels.to(self.device, memory_format=torch.channels_last)).float()
-            # The decoder's graph, which takes most of the memory, is freed after each image.
-            leaf = features.detach().requires_grad_(features.requires_grad)
-            for embedding, image in zip(leaf, chunk):
-                with mixed_precision(self.device):
-                    loss = self._image_loss(embedding, image) / len(images)
-                loss.backward()
-                total += loss.item()
-            if leaf.grad is not None:
-                features.backward(leaf.grad)
+            total += self.objective.backward(images[start : start + at_once], len(images))
         return total
-
-    def _image_loss(self, embedding: Tensor, image: PromptedImage) -> Tensor:
-        """The mean loss of an image's prompts. embedding: [C, G, G]."""
-        side = self.decoder.image_side(embedding, self.decoder.positions())
-        losses = []
-        for prompts in (each.to(self.device) for each in image.prompts):
-            tokens = self.decoder.embed_prompts(prompts.boxes, prompts.points, prompts.point_labels)
-            logits, iou = self.decoder(side, tokens, prompts.masks)
-            losses.append(prompt_losses(mask_losses(logits.float(), iou.float(), prompts.targets)))
-        return torch.cat(losses).mean()
 
     def _finish_step(self, loss: float | None, rate: float) -> None:
         progress = self.progress
@@ -336,11 +310,9 @@ class _Trainer:
         """The score of the averaged weights, which are kept if it is the best."""
         if self.validate is None:
             return None
-        # A copy, because the caller may prepare it for inference.
-        copied = copy.deepcopy(self.model)
-        copied.load_state_dict(self.averaged, strict=False)
-        copied.requires_grad_(False).eval()
-        score = float(self.validate(copied["image_encoder"], cast(PromptGuidedDecoder, copied["decoder"])))
+        copied = self.networks.copied()  # because the caller may prepare it for inference
+        copied.modules.load_state_dict(self.averaged, strict=False)
+        score = float(self.validate(copied))
         best = self.progress.best_score
         if math.isfinite(score) and (best is None or score > best):
             self.progress.best_score = score
@@ -385,13 +357,14 @@ class _Trainer:
 
     def _result(self) -> MaskTraining:
         tensors = self.model.state_dict() | (self.averaged if self.best is None else self.best)
-        of_parts: dict[str, dict[str, Tensor]] = {"image_encoder": {}, "decoder": {}}
+        learned = {name.split(".", 1)[0] for name in self.learned}
+        of_parts: dict[str, dict[str, Tensor]] = {name: {} for name in learned}
         for name, tensor in tensors.items():
             part, key = name.split(".", 1)
-            of_parts[part][key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+            if part in learned:
+                of_parts[part][key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         return MaskTraining(
-            encoder_tensors=None if self.settings.learn == "decoder" else of_parts["image_encoder"],
-            decoder_tensors=of_parts["decoder"],
+            tensors=of_parts,
             curve=self.progress.curve,
             best_score=self.progress.best_score,
             skipped=self.progress.skipped,

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..labels.documents import Skipped
-from ..modeling.checkpoints.loading import load_decoder, load_encoder, load_yolo
+from ..modeling.checkpoints.loading import load_yolo
 from ..modeling.complete_files import complete_file
-from ..modeling.image_encoders import encoder_config
+from ..modeling.embedding_discovery import EmbeddingDiscovery
 from ..modeling.mobilesamv2 import MobileSAMv2
-from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .base_model import Base
 from .discovery import BACKBONE_LAYERS, DiscoverySettings, new_detector, train_discovery
 from .examples import Example
 from .masks import MaskSettings, train_masks
-from .measuring import box_recall, mask_iou
+from .measuring import box_recall, mask_iou, measure
 from .memory import fitting_batch_size, training_bytes
+from .networks import Networks
 from .progress import Curve, Report
 from .yolo_data import cached_image
 
@@ -34,6 +34,14 @@ from .yolo_data import cached_image
 MIN_IMAGES_FOR_BACKBONE = 50
 # With few images, an epoch has few steps.
 MIN_STEPS, MIN_EPOCHS, MAX_EPOCHS = 300, 10, 60
+
+
+# Network -> the argument that takes its file.
+_ARGUMENTS = {
+    "image_encoder": "encoder_checkpoint",
+    "decoder": "decoder_checkpoint",
+    "detector": "detector_checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -111,39 +119,43 @@ def _cached(examples: Sequence[Example], size: int, folder: Path) -> Path | None
     return folder
 
 
-def learn_masks(
+def learn_networks(
     base: Base,
+    networks: Networks,
     examples: Sequence[Example],
     held_out: Sequence[Example],
     given: Mapping[str, Any],
     folder: Path,
     report: Report,
 ) -> Learned:
-    """Trains the base's decoder, and its encoder if that is to learn, on examples with masks."""
-    encoder = base.entry.encoder
-    settings = MaskSettings(**{"epochs": default_epochs(len(examples), 4), "device": str(base.device), **given})
+    """Trains the decoder and maybe the encoder on examples with masks, or only the detector in the embedding.
 
-    def score(image_encoder: nn.Module, decoder: PromptGuidedDecoder) -> float:
-        return mask_iou(MobileSAMv2(image_encoder, decoder, encoder_config(encoder), device=base.device), held_out)
-
-    result = train_masks(
-        encoder,
-        load_encoder(base.paths["encoder_checkpoint"], encoder),
-        load_decoder(base.paths["decoder_checkpoint"], encoder),
-        examples,
-        settings,
-        folder,
-        report,
-        score,
+    A detector in the embedding is always trained along: it would no longer fit an encoder that has changed.
+    """
+    is_new = networks.detector is not None and not base.finds_in_embedding
+    settings = MaskSettings(
+        **{
+            "epochs": default_epochs(len(examples), 4),
+            "device": str(base.device),
+            "untrained": ("detector",) if is_new else (),
+            **given,
+        }
     )
-    tensors = {"decoder.safetensors": result.decoder_tensors}
-    arguments = {"decoder_checkpoint": "decoder.safetensors"}
-    if result.encoder_tensors is not None:
-        tensors["encoder.safetensors"] = result.encoder_tensors
-        arguments["encoder_checkpoint"] = "encoder.safetensors"
-    names = {example.name: example.id for example in examples}
+    without_masks = [dataclasses.replace(example, masks=None) for example in held_out]
+
+    def score(networks: Networks) -> float:
+        discovery = None if networks.detector is None else EmbeddingDiscovery(networks.detector)
+        model = MobileSAMv2(networks.image_encoder, networks.decoder, networks.config, discovery, device=base.device)
+        recall = 0.0 if discovery is None else measure(model, without_masks, lambda share: None).recall
+        return recall if settings.learn == "detector" else recall + mask_iou(model, held_out)
+
+    result = train_masks(networks, examples, settings, folder, report, score)
+    files = {name: f"{_ARGUMENTS[name].removesuffix('_checkpoint')}.safetensors" for name in result.tensors}
+    arguments = {_ARGUMENTS[name]: file for name, file in files.items()}
+    tensors = {files[name]: learned for name, learned in result.tensors.items()}
+    ids = {example.name: example.id for example in examples}
     skipped: list[Skipped] = [
-        {"id": names[name], "filepath": name, "cause": cause} for name, cause in result.skipped.items()
+        {"id": ids[name], "filepath": name, "cause": cause} for name, cause in result.skipped.items()
     ]
     return Learned(tensors, arguments, dataclasses.asdict(settings), result.curve, result.stopped, skipped)
 

@@ -32,6 +32,9 @@ _MAX_BOX_NOISE = 20
 _SHARE_RESCALED = 0.5
 _SCALES = 0.7, 2.0
 
+# An object counts where a view shows this share of its box, with sides of this many pixels of the network input.
+_MIN_SHOWN, _MIN_SIDE = 0.25, 4
+
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 
@@ -67,10 +70,19 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PromptedImage:
-    """A network input, float32 [3, S, S], and its prompts by kind; none if no object is large enough to be seen."""
+    """A network input, and what is in it.
+
+    Attributes:
+        pixels: float32 [3, S, S].
+        prompts: by kind; none if no object with a mask is large enough to be seen.
+        boxes, ignored: float32 [N, 4] and [M, 4], xyxy in pixels of the network input: the objects, and the regions
+            that count neither as an object nor as background.
+    """
 
     pixels: Tensor
     prompts: tuple[Prompts, ...]
+    boxes: Tensor
+    ignored: Tensor
 
 
 @dataclass(frozen=True)
@@ -183,6 +195,39 @@ def visible_object(rle: RLE, view: View, input_size: tuple[int, int], cell: floa
     return VisibleObject(mask, np.array([x.start, y.start], float), scale, target)
 
 
+def seen_boxes(example: Example, view: View, input_size: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
+    """The boxes of the objects that a view shows, and the regions in it that are ignored.
+
+    An object that is hardly in the view, or too small there, becomes such a region. The box of one that the view cuts
+    is that of the visible part of its mask, or, without a mask, the visible part of its box.
+
+    Args:
+        input_size: (height, width) of the view in the network input.
+
+    Returns:
+        float32 [N, 4] and [M, 4], xyxy in pixels of the network input.
+    """
+    corner, end = np.array([view.x, view.y] * 2), np.array([view.width, view.height] * 2)
+    whole = np.concatenate([example.boxes, example.ignored]) - corner
+    shown = np.clip(whole, 0, end)
+    is_object = np.arange(len(whole)) < len(example.boxes)
+    has_masks = example.masks is not None and len(example.masks) == len(example.boxes)
+    areas, shown_areas = ((each[:, 2:] - each[:, :2]).clip(0).prod(1) for each in (whole, shown))
+    is_object &= shown_areas >= _MIN_SHOWN * areas
+    for i in np.flatnonzero(is_object & (whole != shown).any(1) & has_masks):
+        mask = mask_utils.decode((example.masks or ())[i])
+        part = mask[view.y : view.y + view.height, view.x : view.x + view.width]
+        rows, columns = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
+        shown[i] = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else 0
+    if view.mirrored:
+        shown[:, [0, 2]] = view.width - shown[:, [2, 0]]
+    shown = shown * np.array([input_size[1] / view.width, input_size[0] / view.height] * 2)
+    sides = shown[:, 2:] - shown[:, :2]
+    is_object &= (sides >= _MIN_SIDE).all(1)
+    objects, ignored = shown[is_object], shown[~is_object & (sides > 0).all(1)]
+    return objects.astype(np.float32), ignored.astype(np.float32)
+
+
 def _coverage(pixels: slice, scale: float, cells: int) -> FloatArray:
     """float32 [cells, pixels]: the share of each cell that each pixel, `scale` cells long, covers on an axis."""
     edges = np.arange(pixels.start, pixels.stop + 1) * scale
@@ -220,10 +265,11 @@ class PromptedImages:
                     )
         except Exception as error:  # of a file or a label: whatever it is, the other images can be trained on
             return UnreadableImage(example.name, message_of(error))
-        return self._prompted(image, masks, np.random.default_rng((self.seed, epoch, index)))
+        return self._prompted(image, example, np.random.default_rng((self.seed, epoch, index)))
 
-    def _prompted(self, image: ImageArray, masks: Sequence[RLE], rng: np.random.Generator) -> PromptedImage:
-        boxes = mask_utils.toBbox(list(masks))  # x, y, width, height
+    def _prompted(self, image: ImageArray, example: Example, rng: np.random.Generator) -> PromptedImage:
+        masks = example.masks or ()
+        boxes = mask_utils.toBbox(list(masks)).reshape(-1, 4)  # x, y, width, height
         order = rng.permutation(np.flatnonzero(boxes[:, 2:].all(1)))
         center = boxes[order[0], :2] + boxes[order[0], 2:] / 2 if len(order) else np.zeros(2)
         view = random_view(rng, image.shape[:2], center, self.image_size)
@@ -239,7 +285,10 @@ class PromptedImages:
             objects += [seen] if seen is not None else []
             if len(objects) == self.prompts_per_image:
                 break
-        return PromptedImage(pixels, tuple(self._prompts(rng, objects)) if objects else ())
+        prompts = tuple(self._prompts(rng, objects)) if objects else ()
+        return PromptedImage(
+            pixels, prompts, *(torch.from_numpy(each) for each in seen_boxes(example, view, input_size))
+        )
 
     def _prompts(self, rng: np.random.Generator, objects: Sequence[VisibleObject]) -> Iterator[Prompts]:
         """Prompts of each kind; with fewer objects than prompts, an object has several."""

@@ -6,12 +6,11 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +19,20 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..errors import ArgumentError, plain
+from ..errors import ArgumentError
 from ..fiftyone_internals import forget_zoo_models, root_dataset
-from ..labels.documents import Skipped, is_number
+from ..labels.documents import Skipped
 from ..labels.fields import GROUND_TRUTH_FIELD
 from ..modeling.checkpoints.trained import check_name, register, registered_folder, trained_dir, write_trained
 from ..modeling.checkpoints.trained_files import CONFIG
 from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.devices import usable_device
+from .arguments import check_arguments
 from .base_model import Base
 from .card import write_card, write_curve
 from .labeled_images import LabeledImages, Validation, check_not_empty, split
 from .measuring import Measures, measure
-from .parts import learn_discovery, learn_masks, write_weights
+from .parts import learn_discovery, learn_networks, write_weights
 from .progress import Curve, Step
 
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("discovery", "masks")
-UNLABELED = ("ignore", "background")
-SIZES = ("n", "s", "m", "l", "x")  # of YOLOv8
-LEARN = ("decoder", "neck", "encoder")
 WORK = "training"  # folder, in the model's own, for what a training needs until it is complete
 LOCK = ".lock"
 FEW_OBJECTS = 50
@@ -136,6 +132,7 @@ def train(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     unlabeled: str = "ignore",
+    discovery: str | None = None,
     size: str | None = None,
     teacher: str | None = None,
     learn: str | None = None,
@@ -166,6 +163,8 @@ def train(
         epochs, batch_size, learning_rate: by default, they suit the number of images.
         unlabeled: what the base finds with confidence although no label explains it: "ignore" leaves it out of the
             loss, because labels are rarely complete; "background" takes it for a false find. Discovery only.
+        discovery: "detector", a network of its own, or "embedding", which finds objects in the image embedding that the
+            masks are decoded from, and takes hardly any time; default: what the base has. Discovery only.
         size: start from an untrained YOLOv8 of this size ("n", "s", "m", "l", "x") instead of the base's detector.
         teacher: a model whose boxes are the labels of images without a value in `gt_field`. Discovery only.
         learn: "decoder", "neck" (the decoder and the encoder's neck) or "encoder" (all, the default). Masks only.
@@ -181,30 +180,15 @@ def train(
     """
     started = time.monotonic()
     check_name(name)
-    _check_choice("part", part, PARTS)
-    _check_choice("unlabeled", unlabeled, UNLABELED)
-    for argument, value, choices in (("size", size, SIZES), ("learn", learn, LEARN)):
-        if value is not None:
-            _check_choice(argument, value, choices)
-    for argument, value, of in (
-        ("size", size, "discovery"),
-        ("teacher", teacher, "discovery"),
-        ("learn", learn, "masks"),
-    ):
-        if value is not None and part != of:
-            raise ArgumentError(f"{argument} applies only to part='{of}'.")
-    for argument, number, minimum in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        is_whole = isinstance(number, Integral) and not isinstance(number, bool)
-        if number is not None and not (is_whole and number >= minimum):
-            raise ArgumentError(f"{argument} must be a whole number of at least {minimum}, not {plain(number)!r}.")
-    if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
-        raise ArgumentError(f"learning_rate must be a number above 0, not {plain(learning_rate)!r}.")
-    folder = Path(output) if output is not None else trained_dir() / name
+    choices = {"unlabeled": unlabeled, "discovery": discovery, "size": size, "teacher": teacher}
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "learn": learn}
+    check_arguments(part, {**choices, **given, "seed": seed})
+    folder = Path(output) if output is not None else trained_dir() / name
     settings = {"seed": seed, **{key: value for key, value in given.items() if value is not None}}
     with _showing(progress) as tell, _locked(folder, name):
         work = folder / WORK
         model = Base(base, usable_device(device))
+        in_embedding = discovery == "embedding" or (discovery is None and size is None and model.finds_in_embedding)
         tell(0, "Reading labels")
         show_reading = _bar(tell, 0, 0.05)
         images, held_out = split(samples, gt_field, validation, work / "frames", show_reading, model.seen)
@@ -218,10 +202,14 @@ def train(
             examples = model.with_ignored(examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
         before = measure(model.model, held_out.examples, _part(tell, 0.15, 0.2, "Measuring the base"))
         report = _step(tell, 0.2, 0.95)
-        if part == "discovery":
-            learned = learn_discovery(model, examples, held_out.examples, size, settings, work, report)
+        if part == "masks" or in_embedding:
+            networks = model.networks(part == "discovery", seed)
+            if part == "discovery":
+                settings["learn"] = "detector"
+            learned = learn_networks(model, networks, examples, held_out.examples, settings, work, report)
         else:
-            learned = learn_masks(model, examples, held_out.examples, settings, work, report)
+            size = size or ("n" if model.finds_in_embedding else None)
+            learned = learn_discovery(model, examples, held_out.examples, size, settings, work, report)
         files = write_weights(learned, folder)
         after = measure(model.with_files(files), held_out.examples, _part(tell, 0.95, 1, "Measuring the new model"))
         run = TrainingRun(
@@ -251,11 +239,6 @@ def train(
         if run.registered:
             _keep(run, model, files, learned.settings, root_dataset(samples).name, gt_field, images, held_out)
     return run
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ArgumentError(f"{name} must be one of {', '.join(choices)}, not {plain(value)!r}.")
 
 
 def _label(images: LabeledImages, held_out: LabeledImages, teacher: Base, tell: Callable[[float], None]) -> None:

@@ -30,6 +30,7 @@ ENCODERS = {
         256, embed_dim=96, depth=2, num_heads=3, use_rel_pos=True, window_size=14, global_attn_indexes=(1,)
     ),
     "efficientvit_l0": encoder_config("efficientvit_l0").build,
+    "efficientnet_lite0": encoder_config("efficientnet_lite0").build,
     "resnet_demo": encoder_config("resnet_demo").build,
 }
 # {encoder of the registry: the encoder above that has the same parts}
@@ -37,6 +38,7 @@ SAME_PARTS = {
     "tiny_vit": "tiny_vit",
     **dict.fromkeys(("efficientvit_l0", "efficientvit_l1", "efficientvit_l2"), "efficientvit_l0"),
     **dict.fromkeys(("sam_vit_b", "sam_vit_l", "sam_vit_h"), "sam_vit"),
+    "efficientnet_lite0": "efficientnet_lite0",
     "resnet_demo": "resnet_demo",
 }
 

@@ -23,8 +23,8 @@ ENCODERS = [
 
 def test_no_encoder_is_forgotten():
     names = {encoder if isinstance(encoder, str) else encoder.values[0] for encoder in ENCODERS}
-    # SAM's ViT-L is compared with Meta's code (checkpoints/test_catalog.py): the release has none. The demo is ours.
-    assert names | {"sam_vit_l", "resnet_demo"} == set(REGISTRY)
+    # SAM's ViT-L is compared with Meta's code (checkpoints/test_catalog.py): the release has none. Two are ours.
+    assert names | {"sam_vit_l", "efficientnet_lite0", "resnet_demo"} == set(REGISTRY)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

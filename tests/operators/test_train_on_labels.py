@@ -10,7 +10,7 @@ import torch
 from fiftyone_mobilesamv2 import load_coco
 from fiftyone_mobilesamv2.modeling.checkpoints.trained import read_trained, trained_dir, trained_models
 from fiftyone_mobilesamv2.operators import app_work, train_on_labels
-from fiftyone_mobilesamv2.training import train as training
+from fiftyone_mobilesamv2.training.arguments import CHOICES, PARTS
 from fiftyone_mobilesamv2.training.scenes import write_coco
 
 NAME = "train_on_labels"
@@ -64,9 +64,14 @@ def test_form_has_defaults_and_says_what_is_labeled(plugin, labeled):
 
 
 def test_choices_are_those_of_train():
-    assert tuple(train_on_labels.PARTS) == training.PARTS
-    assert tuple(train_on_labels.UNLABELED) == training.UNLABELED
-    assert tuple(train_on_labels.SIZES) == (train_on_labels.SAME_SIZE, *training.SIZES)
+    assert tuple(train_on_labels.PARTS) == PARTS
+    assert tuple(train_on_labels.UNLABELED) == CHOICES["unlabeled"]
+    assert tuple(train_on_labels.LEARN) == CHOICES["learn"]
+    assert tuple(train_on_labels.SIZES) == (
+        train_on_labels.SAME_SIZE,
+        train_on_labels.IN_EMBEDDING,
+        *CHOICES["size"],
+    )
 
 
 def test_boxes_train_object_discovery_only(plugin, boxes):

@@ -11,7 +11,13 @@ from fiftyone_mobilesamv2.training.masks import MaskSettings
 @pytest.mark.slow
 def test_both_parts_are_trained_and_packaged(tmp_path, capsys):
     settings = MaskSettings(
-        epochs=1, batch_size=2, learn="encoder", prompts_per_image=2, device="cpu", workers=0, from_scratch=True
+        epochs=1,
+        batch_size=2,
+        learn="encoder",
+        prompts_per_image=2,
+        device="cpu",
+        workers=0,
+        untrained=("image_encoder",),
     )
     train_demo_masks(tmp_path / "masks", 2, settings)
     train_demo_detector(tmp_path / "discovery", scenes=2, validation=1, epochs=1, device="cpu")

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from fiftyone_mobilesamv2.modeling.embedding_discovery import EmbeddingDetector
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config
 from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
-from fiftyone_mobilesamv2.training.learning import average_weights, schedule, set_learning
+from fiftyone_mobilesamv2.training.learning import average_weights, parameter_groups, schedule, set_learning
 from fiftyone_mobilesamv2.training.mask_losses import mask_losses, prompt_losses
+from fiftyone_mobilesamv2.training.networks import Networks
 from fiftyone_mobilesamv2.training.prompted_images import PromptedImages
 
 from .conftest import simple_example
@@ -27,7 +29,7 @@ def names_with_gradients(encoder, learn):
     decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
     image_encoder.eval()  # TinyViT would otherwise not hold the biases that training must not use
     before = {name: buffer.clone() for name, buffer in image_encoder.named_buffers()}
-    set_learning(encoder, image_encoder, decoder, learn, from_scratch=False)
+    set_learning(Networks(config, image_encoder, decoder).modules, config, learn, untrained=(), frozen=())
     item = PromptedImages([simple_example(0)], config, 8, seed=0).item(0, 0)
     side = decoder.image_side(image_encoder(item.pixels[None])[0], decoder.positions())
     losses = []
@@ -69,7 +71,7 @@ def test_gradients_reach_what_learns_of_tiny_vit(learn):
     check_gradients("tiny_vit", learn)
 
 
-@pytest.mark.parametrize("name", ["tiny_vit", "efficientvit_l0", "sam_vit_b", "resnet_demo"])
+@pytest.mark.parametrize("name", ["tiny_vit", "efficientvit_l0", "sam_vit_b", "efficientnet_lite0", "resnet_demo"])
 def test_the_neck_makes_the_embedding(name):
     """It is a small part of the encoder, and the embedding comes out of its last module."""
     encoder = encoder_config(name).build()
@@ -79,14 +81,53 @@ def test_the_neck_makes_the_embedding(name):
     assert list(encoder.named_children())[-1][0] == encoder_config(name).neck[-1]
 
 
-def test_batch_norms_learn_their_statistics_only_from_scratch():
-    encoder = encoder_config("resnet_demo").build()
-    decoder = nn.Linear(1, 1)
-    norms = [part for part in encoder.modules() if isinstance(part, nn.BatchNorm2d)]
-    set_learning("resnet_demo", encoder, decoder, "encoder", from_scratch=False)
-    assert not any(norm.training for norm in norms) and all(norm.weight.requires_grad for norm in norms)
-    set_learning("resnet_demo", encoder, decoder, "encoder", from_scratch=True)
-    assert all(norm.training for norm in norms)
+def networks(detector=True):
+    config = encoder_config("efficientnet_lite0")
+    decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
+    return Networks(config, config.build(), decoder, EmbeddingDetector(128, 16) if detector else None)
+
+
+def test_batch_norms_learn_their_statistics_only_where_weights_are_untrained():
+    of_model = networks()
+    modules = of_model.modules
+
+    def learning():
+        named = modules.named_modules()
+        return {name for name, part in named if isinstance(part, nn.BatchNorm2d) and part.training}
+
+    set_learning(modules, of_model.config, "encoder", untrained=(), frozen=())
+    fixed = {name for name, parameter in modules.named_parameters() if not parameter.requires_grad}
+    assert not learning() and fixed == {"detector.detect.dfl.conv.weight"}
+    set_learning(modules, of_model.config, "encoder", untrained=("image_encoder.fuse", "detector"), frozen=())
+    assert {name.rsplit(".", 2)[0].split(".")[0] for name in learning()} == {"image_encoder", "detector"}
+    assert all(name.startswith(("image_encoder.fuse.", "detector.")) for name in learning())
+
+
+def test_detector_and_frozen_parts():
+    of_model = networks()
+    modules = of_model.modules
+
+    def learning():
+        return {name.split(".")[0] for name, parameter in modules.named_parameters() if parameter.requires_grad}
+
+    set_learning(modules, of_model.config, "detector", untrained=(), frozen=())
+    assert learning() == {"detector"} and not modules["image_encoder"].training
+    set_learning(modules, of_model.config, "decoder", untrained=(), frozen=())
+    assert learning() == {"detector", "decoder"}
+    set_learning(modules, of_model.config, "encoder", untrained=(), frozen=("image_encoder.backbone",))
+    assert learning() == {"detector", "decoder", "image_encoder"}
+    assert not any(parameter.requires_grad for parameter in modules["image_encoder"].backbone.parameters())
+
+
+def test_trained_weights_learn_less_beside_untrained_ones():
+    of_model = networks()
+    modules = of_model.modules
+    set_learning(modules, of_model.config, "encoder", untrained=(), frozen=())
+    (only,) = parameter_groups(modules, 0.1, untrained=())
+    assert only["lr"] == 0.1 and len(only["params"]) == len(list(modules.parameters())) - 1  # the numbers of DFL's bins
+    new, old = parameter_groups(modules, 0.1, untrained=("decoder",))
+    assert (new["highest"], old["highest"]) == (0.1, pytest.approx(0.02))
+    assert {id(each) for each in new["params"]} == {id(each) for each in modules["decoder"].parameters()}
 
 
 def test_schedule_warms_up_and_decays():

@@ -1,6 +1,5 @@
 """Training of masks: it learns, an interrupted training ends as an uninterrupted one, and nothing single stops it."""
 
-import copy
 import math
 import os
 import signal
@@ -23,8 +22,9 @@ from fiftyone_mobilesamv2.modeling.checkpoints.loading import load_decoder, load
 from fiftyone_mobilesamv2.modeling.image_encoders import encoder_config
 from fiftyone_mobilesamv2.modeling.mobilesamv2 import MobileSAMv2
 from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
-from fiftyone_mobilesamv2.training import masks
+from fiftyone_mobilesamv2.training import masks, objective
 from fiftyone_mobilesamv2.training.masks import MaskSettings, train_masks
+from fiftyone_mobilesamv2.training.networks import Networks
 
 from .conftest import simple_example
 
@@ -33,6 +33,7 @@ WEIGHTS = PACKAGED_WEIGHTS / "demo_sam.safetensors"
 SETTINGS = MaskSettings(
     epochs=2, batch_size=2, learning_rate=1e-3, learn="decoder", prompts_per_image=2, device="cpu", workers=0
 )
+CONFIG = encoder_config("resnet_demo")
 EXAMPLES = [simple_example(i) for i in range(4)]
 
 
@@ -40,28 +41,33 @@ def ignore(step):
     pass
 
 
+def demo_networks(**others):
+    networks = Networks(CONFIG, load_encoder(WEIGHTS, "resnet_demo"), load_decoder(WEIGHTS, "resnet_demo"))
+    return replace(networks, **others)
+
+
 def train(folder, settings=SETTINGS, examples=EXAMPLES, report=ignore, validate=None):
-    encoder, decoder = load_encoder(WEIGHTS, "resnet_demo"), load_decoder(WEIGHTS, "resnet_demo")
-    return train_masks("resnet_demo", encoder, decoder, examples, settings, folder, report, validate)
+    return train_masks(demo_networks(), examples, settings, folder, report, validate)
 
 
 def assert_same(first, second):
-    assert first.decoder_tensors.keys() == second.decoder_tensors.keys()
-    for name, tensor in first.decoder_tensors.items():
-        assert torch.equal(tensor, second.decoder_tensors[name]), name
-    assert (first.encoder_tensors is None) == (second.encoder_tensors is None)
-    for name, tensor in (first.encoder_tensors or {}).items():
-        assert torch.equal(tensor, second.encoder_tensors[name]), name
+    assert first.tensors.keys() == second.tensors.keys()
+    for network, tensors in first.tensors.items():
+        assert tensors.keys() == second.tensors[network].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second.tensors[network][name]), name
     assert first.curve == second.curve
     assert (first.best_score, first.skipped, first.stopped) == (second.best_score, second.skipped, second.stopped)
 
 
-def size_score(encoder, decoder):
+def size_score(networks):
     """A score without a meaning, that differs between weights. It leaves the modules unusable, as callers may."""
-    score = decoder.mask_decoder.iou_token.weight.abs().sum().item()
-    assert not encoder.training and not any(parameter.requires_grad for parameter in decoder.parameters())
+    weight = networks.decoder.mask_decoder.iou_token.weight
+    score = weight.abs().sum().item()
+    assert not networks.image_encoder.training
+    assert not any(parameter.requires_grad for parameter in networks.modules.parameters())
     with torch.no_grad():
-        decoder.mask_decoder.iou_token.weight.fill_(math.nan)
+        weight.fill_(math.nan)
     return score
 
 
@@ -69,9 +75,9 @@ def test_a_decoder_learns(tmp_path):
     before = load_decoder(WEIGHTS, "resnet_demo").state_dict()
     steps = []
     trained = train(tmp_path, replace(SETTINGS, epochs=3), report=steps.append)
-    assert trained.encoder_tensors is None and trained.stopped is None and trained.skipped == {}
-    assert trained.decoder_tensors.keys() == before.keys()
-    assert any(not torch.equal(before[name], tensor) for name, tensor in trained.decoder_tensors.items())
+    assert list(trained.tensors) == ["decoder"] and trained.stopped is None and trained.skipped == {}
+    assert trained.tensors["decoder"].keys() == before.keys()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trained.tensors["decoder"].items())
     assert [row["epoch"] for row in trained.curve] == [1, 2, 3] and [row["step"] for row in trained.curve] == [2, 4, 6]
     assert trained.curve[-1]["loss"] < trained.curve[0]["loss"] and trained.curve[0]["score"] is None
     assert [(step.done, step.total, step.epoch, step.epochs) for step in steps] == [
@@ -84,26 +90,27 @@ def test_a_decoder_learns(tmp_path):
 def test_the_encoder_learns(tmp_path, learn, changing):
     before = load_encoder(WEIGHTS, "resnet_demo").state_dict()
     trained = train(tmp_path, replace(SETTINGS, epochs=1, learn=learn))
-    changed = {name for name, tensor in trained.encoder_tensors.items() if not torch.equal(before[name], tensor)}
+    changed = {
+        name for name, tensor in trained.tensors["image_encoder"].items() if not torch.equal(before[name], tensor)
+    }
     assert {name.split(".")[0] for name in changed} == set(changing)
     assert not any("running" in name for name in changed)
     encoder = encoder_config("resnet_demo").build()
-    encoder.load_state_dict(trained.encoder_tensors)
+    encoder.load_state_dict(trained.tensors["image_encoder"])
 
 
 def test_training_from_scratch_learns_statistics(tmp_path):
-    config = encoder_config("resnet_demo")
-    encoder, decoder = config.build(), load_decoder(WEIGHTS, "resnet_demo")
-    settings = replace(SETTINGS, epochs=1, learn="encoder", from_scratch=True)
-    trained = train_masks("resnet_demo", encoder, decoder, EXAMPLES, settings, tmp_path, ignore, None)
-    statistics = {name: tensor for name, tensor in trained.encoder_tensors.items() if "running_mean" in name}
+    networks = demo_networks(image_encoder=CONFIG.build())
+    settings = replace(SETTINGS, epochs=1, learn="encoder", untrained=("image_encoder",))
+    trained = train_masks(networks, EXAMPLES, settings, tmp_path, ignore, None)
+    statistics = {name: tensor for name, tensor in trained.tensors["image_encoder"].items() if "running_mean" in name}
     assert statistics and all(tensor.any() for tensor in statistics.values())
-    assert trained.encoder_tensors["backbone.bn1.num_batches_tracked"] == 2
+    assert trained.tensors["image_encoder"]["backbone.bn1.num_batches_tracked"] == 2
 
 
 @pytest.mark.parametrize(("learn", "at"), [("decoder", 1), ("encoder", 3)])
 def test_cancelled_training_goes_on_as_if_it_had_not_been(tmp_path, learn, at):
-    settings = replace(SETTINGS, learn=learn, from_scratch=learn == "encoder")
+    settings = replace(SETTINGS, learn=learn, untrained=("image_encoder",) if learn == "encoder" else ())
     whole = train(tmp_path / "whole", settings, validate=size_score)
 
     def cancel(step):
@@ -147,7 +154,7 @@ sys.path.insert(0, {root!r})
 from dataclasses import replace
 from tests.training.test_masks import SETTINGS, train
 from fiftyone_mobilesamv2.modeling.prompt_guided_decoder import PromptGuidedDecoder
-from fiftyone_mobilesamv2.training import masks
+from fiftyone_mobilesamv2.training import masks, objective
 
 masks._SAVE_SECONDS = 0
 def report(step):
@@ -194,20 +201,20 @@ def test_the_best_weights_are_returned(tmp_path):
     scores = iter([1.0, 3.0, 2.0, math.nan])
     seen = []
 
-    def validate(encoder, decoder):
-        seen.append({name: tensor.clone() for name, tensor in decoder.state_dict().items()})
+    def validate(networks):
+        seen.append({name: tensor.clone() for name, tensor in networks.decoder.state_dict().items()})
         return next(scores)
 
     trained = train(tmp_path, replace(SETTINGS, epochs=4), validate=validate)
     assert trained.best_score == 3 and [row["score"] for row in trained.curve[:3]] == [1, 3, 2]
-    assert all(torch.equal(seen[1][name], tensor) for name, tensor in trained.decoder_tensors.items())
+    assert all(torch.equal(seen[1][name], tensor) for name, tensor in trained.tensors["decoder"].items())
     assert not torch.equal(seen[1]["mask_decoder.iou_token.weight"], seen[2]["mask_decoder.iou_token.weight"])
 
 
 @pytest.mark.slow
 def test_long_trainings_are_validated_ten_times(tmp_path):
     settings = replace(SETTINGS, epochs=21, batch_size=1, prompts_per_image=1)
-    trained = train(tmp_path, settings, EXAMPLES[:1], validate=lambda encoder, decoder: 0.0)
+    trained = train(tmp_path, settings, EXAMPLES[:1], validate=lambda networks: 0.0)
     validated = [row["epoch"] for row in trained.curve if row["score"] is not None]
     assert len(trained.curve) == 21 and len(validated) == 10 and validated[-1] == 21
 
@@ -219,12 +226,12 @@ def test_a_loss_of_nan_stops_the_training(tmp_path, monkeypatch):
         calls.append(1)
         return masks_losses(logits, iou, targets) * (math.nan if len(calls) > 14 else 1)
 
-    masks_losses = masks.mask_losses
-    monkeypatch.setattr(masks, "mask_losses", losses)
+    masks_losses = objective.mask_losses
+    monkeypatch.setattr(objective, "mask_losses", losses)
     trained = train(tmp_path, replace(SETTINGS, epochs=5))  # 2 kinds of prompts, 2 images a step, so that of step 4
     assert "at step 4 of 10" in trained.stopped and "lower learning rate than 0.001" in trained.stopped
     assert [row["step"] for row in trained.curve] == [2, 3]
-    assert all(tensor.isfinite().all() for tensor in trained.decoder_tensors.values())
+    assert all(tensor.isfinite().all() for tensor in trained.tensors["decoder"].values())
     steps = []
     assert_same(train(tmp_path, replace(SETTINGS, epochs=5), report=steps.append), trained)
     assert not steps
@@ -271,13 +278,13 @@ def test_less_memory_makes_more_passes_of_the_same_step(tmp_path, monkeypatch, c
         def get_submodule(self, name):
             return self.encoder.get_submodule(name)
 
-    encoder, decoder = Small(load_encoder(WEIGHTS, "resnet_demo")), load_decoder(WEIGHTS, "resnet_demo")
-    trained = train_masks("resnet_demo", encoder, decoder, EXAMPLES, settings, tmp_path / "small", ignore, None)
+    networks = demo_networks(image_encoder=Small(load_encoder(WEIGHTS, "resnet_demo")))
+    trained = train_masks(networks, EXAMPLES, settings, tmp_path / "small", ignore, None)
     messages = [message for message in caplog.messages if "too little memory for" in message]
     assert [message.split(" images")[0].split()[-1] for message in messages] == ["4", "2"]
     assert sizes == [4, 2, 1, 1, 1, 1]
     assert trained.curve[0]["loss"] == pytest.approx(whole.curve[0]["loss"], rel=1e-4)
-    pairs = [(whole.decoder_tensors[name], tensor) for name, tensor in trained.decoder_tensors.items()]
+    pairs = [(whole.tensors["decoder"][name], tensor) for name, tensor in trained.tensors["decoder"].items()]
     # The first step of AdamW goes by the sign of gradients, which for a few is a matter of rounding.
     assert torch.cat([(a - b).abs().flatten() for a, b in pairs]).mean() < 1e-6
 
@@ -286,7 +293,7 @@ def test_too_little_memory_for_one_image_is_an_error(tmp_path, monkeypatch):
     def no_memory(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(masks, "mask_losses", no_memory)
+    monkeypatch.setattr(objective, "mask_losses", no_memory)
     with pytest.raises(MobileSAMv2Error, match="too little memory to train on one image at a time"):
         train(tmp_path, replace(SETTINGS, batch_size=1))
 
@@ -295,11 +302,11 @@ def test_too_little_memory_for_one_image_is_an_error(tmp_path, monkeypatch):
 def test_mixed_precision_gives_about_the_same_loss(tmp_path, monkeypatch):
     settings = replace(SETTINGS, epochs=1, learn="neck")
     exact = train(tmp_path / "exact", settings, EXAMPLES[:1])
-    monkeypatch.setattr(masks, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    monkeypatch.setattr(objective, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
     rounded = train(tmp_path / "rounded", settings, EXAMPLES[:1])
     assert rounded.curve[0]["loss"] != exact.curve[0]["loss"]
     assert rounded.curve[0]["loss"] == pytest.approx(exact.curve[0]["loss"], rel=0.03)
-    assert all(tensor.dtype == torch.float32 for tensor in rounded.decoder_tensors.values())
+    assert all(tensor.dtype == torch.float32 for tensor in rounded.tensors["decoder"].values())
 
 
 @pytest.mark.slow
@@ -308,12 +315,12 @@ def test_mixed_precision_gives_about_the_same_loss(tmp_path, monkeypatch):
 def test_released_architectures_learn(tmp_path, encoder, learn):
     torch.manual_seed(0)
     config = encoder_config(encoder)
-    module, decoder = config.build(), PromptGuidedDecoder()
+    networks = Networks(config, config.build(), PromptGuidedDecoder())
     settings = replace(SETTINGS, epochs=1, learn=learn)
-    trained = train_masks(encoder, module, decoder, EXAMPLES[:1], settings, tmp_path, ignore, size_score)
+    trained = train_masks(networks, EXAMPLES[:1], settings, tmp_path, ignore, size_score)
     assert trained.stopped is None and math.isfinite(trained.curve[0]["loss"])
-    save_file(trained.encoder_tensors, tmp_path / "encoder.safetensors")
-    save_file(trained.decoder_tensors, tmp_path / "decoder.safetensors")
+    save_file(trained.tensors["image_encoder"], tmp_path / "encoder.safetensors")
+    save_file(trained.tensors["decoder"], tmp_path / "decoder.safetensors")
     load_encoder(tmp_path / "encoder.safetensors", encoder)
     load_decoder(tmp_path / "decoder.safetensors", encoder)
 
@@ -321,20 +328,19 @@ def test_released_architectures_learn(tmp_path, encoder, learn):
 @pytest.mark.slow
 def test_an_untrained_decoder_learns_eight_images_by_heart(tmp_path):
     torch.manual_seed(0)
-    config = encoder_config("resnet_demo")
-    encoder = load_encoder(WEIGHTS, "resnet_demo")
-    decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
+    decoder = PromptGuidedDecoder(CONFIG.embed_dim, CONFIG.embed_size, CONFIG.image_size)
+    networks = demo_networks(decoder=decoder)
     examples = [simple_example(i) for i in range(8)]
 
-    def mean_iou(encoder, decoder):
-        model = MobileSAMv2(encoder, decoder, config, device="cpu")
+    def mean_iou(networks):
+        model = MobileSAMv2(networks.image_encoder, networks.decoder, CONFIG, device="cpu")
         ious = []
         for example in examples:
             segmentation = model.segment_anything([example.read()], boxes=[example.boxes])[0]
             ious.append(mask_utils.iou(segmentation.rle(), list(example.masks), [0])[0, 0])
         return np.mean(ious)
 
-    assert mean_iou(copy.deepcopy(encoder), copy.deepcopy(decoder)) < 0.2
+    assert mean_iou(networks.copied()) < 0.2
     settings = replace(SETTINGS, epochs=30, batch_size=4, prompts_per_image=4)
-    trained = train_masks("resnet_demo", encoder, decoder, examples, settings, tmp_path, ignore, mean_iou)
+    trained = train_masks(networks, examples, settings, tmp_path, ignore, mean_iou)
     assert trained.best_score > 0.9

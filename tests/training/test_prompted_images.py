@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from fiftyone_mobilesamv2.training.prompted_images import (
     PromptedImage,
     PromptedImages,
     UnreadableImage,
+    View,
     prefetched,
     random_view,
+    seen_boxes,
     visible_object,
 )
 from fiftyone_mobilesamv2.training.scenes import TRAIN_SEED, SceneExamples
@@ -35,7 +38,7 @@ def tight_box(target):
 
 
 def tensors_of(item):
-    yield item.pixels
+    yield from (item.pixels, item.boxes, item.ignored)
     for prompts in item.prompts:
         yield from (t for t in (prompts.boxes, prompts.points, prompts.point_labels, prompts.targets) if t is not None)
 
@@ -175,3 +178,37 @@ def test_only_prompted_masks_are_decoded(monkeypatch):
     item = PromptedImages([example], CONFIG, 16, seed=0).item(0, 0)
     assert sum(len(prompts.targets) for prompts in item.prompts) == 16
     assert len(decoded) <= 32
+
+
+def test_seen_boxes():
+    """A 40x60 image, of whose right half a view shows the upper 20 rows, mirrored, at twice the size."""
+    masks = [
+        rectangle((40, 60), (35, 5, 45, 15)),  # within the view
+        rectangle((40, 60), (20, 2, 50, 6)),  # cut on the left
+        rectangle((40, 60), (40, 18, 50, 38)),  # a tenth of it is visible
+        rectangle((40, 60), (0, 0, 10, 10)),  # outside
+        rectangle((40, 60), (55, 5, 56, 9)),  # 2 px of the network input wide
+    ]
+    masks[1][2:6, 30:40] = False  # the visible part is narrower than that of the box
+    example = example_of(np.zeros((40, 60, 3), np.uint8), masks)
+    example = replace(example, ignored=np.array([[50, 10, 60, 30]], np.float32))
+    view = View(30, 0, 30, 20, mirrored=True, side=60)
+    objects, ignored = seen_boxes(example, view, (40, 60))
+    assert objects.tolist() == [[30, 10, 50, 30], [20, 4, 40, 12]]
+    assert ignored.tolist() == [[20, 36, 40, 40], [8, 10, 10, 18], [0, 20, 20, 40]]
+    of_boxes, _ = seen_boxes(replace(example, masks=None), view, (40, 60))
+    assert of_boxes.tolist() == [[30, 10, 50, 30], [20, 4, 60, 12]]
+
+
+def test_items_have_the_boxes_of_their_objects():
+    images, checked = PromptedImages(SceneExamples(TRAIN_SEED, 6), CONFIG, 64, seed=0), 0
+    for index in range(6):
+        item = images.item(1, index)
+        kind = item.prompts[-1]
+        assert len(item.boxes) > 0 and not item.boxes.isnan().any()
+        for target in kind.targets:  # one that the view doesn't cut is one of the boxes
+            tight = tight_box(target)
+            if 10 < tight.min() and tight.max() < 246 and (tight[2:] - tight[:2]).min() >= 8:
+                assert np.abs(item.boxes.numpy() - tight).max(1).min() <= 4
+                checked += 1
+    assert checked > 20

@@ -22,6 +22,8 @@ from fiftyone_mobilesamv2 import load_coco, segment_everything
 from fiftyone_mobilesamv2.errors import ArgumentError, Cancelled
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
 from fiftyone_mobilesamv2.modeling.checkpoints.trained import read_trained, trained_dir, trained_models
+from fiftyone_mobilesamv2.modeling.embedding_discovery import EmbeddingDiscovery
+from fiftyone_mobilesamv2.modeling.object_discovery import ObjectDiscovery
 from fiftyone_mobilesamv2.training.scenes import VALIDATION_SEED, make_scene, write_coco
 from fiftyone_mobilesamv2.training.train import WORK, train
 
@@ -115,6 +117,30 @@ def test_part_that_is_not_trained_is_the_bases(scenes):
     third = train(scenes, name="third", keep_worse=True, **QUICK | {"base": "both", "validation": seen})
     assert f"both was trained on {len(seen)} of the validation images" in str(third)
     assert len(read_trained(third.folder).training["contents"]["trained_on"]) == COUNT
+
+
+@pytest.mark.slow
+def test_discovery_in_the_embedding(scenes):
+    """A detector in the embedding of a model that has none, trained further along with the masks."""
+    arguments = {"keep_worse": True, **QUICK}
+    first = train(
+        scenes, name="in-embedding", discovery="embedding", **arguments | {"epochs": 4, "learning_rate": 0.01}
+    )
+    assert first.curve[-1]["loss"] < first.curve[0]["loss"]
+    weights = read_trained(first.folder).model.weights
+    assert weights["encoder_checkpoint"].is_packaged and not weights["detector_checkpoint"].is_packaged
+    model = foz.load_zoo_model("in-embedding", device="cpu", confidence_thresh=0.0001, max_prompts=5)
+    assert isinstance(model.model.discovery, EmbeddingDiscovery)
+    assert segment_everything(scenes, model, "own", progress=False).images == COUNT
+    # Masks with the whole encoder: the detector learns along, from that of the base.
+    second = train(scenes, name="both", part="masks", **arguments | {"base": "in-embedding"})
+    found = load_file(first.folder / "detector.safetensors"), load_file(second.folder / "detector.safetensors")
+    assert any(not torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+    # Detection goes on in the embedding, unless a detector of its own is asked for.
+    third = train(scenes, name="third", **arguments | {"base": "both"})
+    assert (third.folder / "detector.safetensors").stat().st_size < 3e6
+    fourth = train(scenes, name="fourth", discovery="detector", **arguments | {"base": "both"})
+    assert isinstance(foz.load_zoo_model("fourth", device="cpu").model.discovery, ObjectDiscovery) and fourth.registered
 
 
 @pytest.mark.slow

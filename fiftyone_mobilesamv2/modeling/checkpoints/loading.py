@@ -7,6 +7,7 @@ Supported layouts:
 - an encoder's tensors under their own names
 - ``{"PromtEncoder": ..., "MaskDecoder": ...}`` (MobileSAMv2's prompt-guided decoder; the spelling is the file's)
 - a pickled ultralytics detector, or its tensors
+- the tensors of a detector in the embedding
 - all of these as ``.safetensors``
 
 Nothing in a file is ever executed: :mod:`.saved_tensors` extracts the tensors from a pickle that names classes of torch
@@ -27,7 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...errors import ArgumentError, CheckpointError
+from ..embedding_discovery import EmbeddingDetector, EmbeddingDiscovery
 from ..image_encoders import encoder_config
+from ..object_discovery import ObjectDiscovery
 from ..prompt_guided_decoder import PromptGuidedDecoder
 from .saved_tensors import SavedModule, named_tensors, read_saved
 
@@ -74,6 +77,29 @@ def load_decoder(path: str | PathLike[str], encoder: str) -> PromptGuidedDecoder
     decoder = PromptGuidedDecoder(config.embed_dim, config.embed_size, config.image_size)
     _load_strictly(decoder, tensors, f"{path} does not match the prompt-guided decoder of {encoder}")
     return decoder
+
+
+def load_discovery(path: str | PathLike[str], encoder: str, detector_size: int) -> ObjectDiscovery | EmbeddingDiscovery:
+    """Loads what finds objects: in the embedding of `encoder`, or a YOLOv8 that sees images at `detector_size`.
+
+    Raises:
+        CheckpointError: the file contains neither.
+    """
+    if "detect.dfl.conv.weight" in read_tensors(path):
+        return EmbeddingDiscovery(load_embedding_detector(path, encoder))
+    return ObjectDiscovery(load_detector(path), detector_size)
+
+
+def load_embedding_detector(path: str | PathLike[str], encoder: str) -> EmbeddingDetector:
+    """Loads the detector in the embedding of `encoder`, as it is trained.
+
+    Raises:
+        CheckpointError: the file's tensors do not match the detector's exactly.
+    """
+    config = encoder_config(encoder)
+    detector = EmbeddingDetector(config.embed_dim, config.image_size // config.embed_size)
+    _load_strictly(detector, read_tensors(path), f"{path} does not match the detector in the embedding of {encoder}")
+    return detector
 
 
 def load_detector(path: str | PathLike[str]) -> nn.Module:
