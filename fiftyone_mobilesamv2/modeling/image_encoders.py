@@ -242,7 +242,7 @@ ENCODERS: dict[str, EncoderConfig] = {
     "sam_vit_b": EncoderConfig(partial(_sam_vit, 768, 12, 12, (2, 5, 8, 11))),
     "sam_vit_l": EncoderConfig(partial(_sam_vit, 1024, 24, 16, (5, 11, 17, 23))),
     "sam_vit_h": EncoderConfig(partial(_sam_vit, 1280, 32, 16, (7, 15, 23, 31))),
-    # The encoder of the model for photos that comes with the package.
+    # The encoder of a small model for photos (training/photo_model.py); no weights of it come with the package yet.
     "efficientnet_lite0": EncoderConfig(
         _efficientnet_lite0,
         image_size=512,
