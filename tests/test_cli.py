@@ -403,8 +403,9 @@ def test_train_keeps_a_model_only_if_it_is_better_or_wanted(labeled, tmp_path, c
     assert 'foz.load_zoo_model("cells")' in out
     assert trained_models()["cells"].dataset == labeled.name
     assert cli.main(["segment", labeled.name, "--model", "cells", "--device", "cpu"]) == 0
-    assert cli.main([*command, "--output", str(tmp_path / "mine")]) == 1  # for another folder, all is done anew
-    assert (tmp_path / "mine").is_dir()
+    assert cli.main([*command, "--output", str(tmp_path / "mine")]) == 1  # the name is that of a model
+    assert "'cells' is already the name of the model in" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
 
 
 def test_errors_of_train_are_one_clear_line(labeled, capsys):

@@ -41,21 +41,8 @@ def run_segment(args: argparse.Namespace) -> int:
 
 
 _OF_TRAINING = (
-    *(
-        "name",
-        "part",
-        "base",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "unlabeled",
-        "discovery",
-        "size",
-        "teacher",
-        "learn",
-        "seed",
-    ),
-    *("device", "output", "keep_worse"),
+    *("name", "part", "base", "epochs", "batch_size", "learning_rate", "unlabeled", "discovery", "size", "teacher"),
+    *("learn", "seed", "device", "output", "keep_worse"),
 )
 
 

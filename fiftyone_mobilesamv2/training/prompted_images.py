@@ -198,8 +198,8 @@ def visible_object(rle: RLE, view: View, input_size: tuple[int, int], cell: floa
 def seen_boxes(example: Example, view: View, input_size: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
     """The boxes of the objects that a view shows, and the regions in it that are ignored.
 
-    An object that is hardly in the view, or too small there, becomes such a region. The box of one that the view cuts
-    is that of the visible part of its mask, or, without a mask, the visible part of its box.
+    An object that is hardly visible, or too small in the view, becomes an ignored region. The box of an object that the
+    view cuts off encloses what is visible of its mask; without a mask, it is the visible part of the object's box.
 
     Args:
         input_size: (height, width) of the view in the network input.

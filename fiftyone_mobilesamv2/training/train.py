@@ -198,7 +198,7 @@ def train(
             )
         check_not_empty(images, held_out, gt_field, part)
         examples = images.examples
-        if part == "discovery" and unlabeled == "ignore":
+        if unlabeled == "ignore" and (part == "discovery" or model.finds_in_embedding):
             examples = model.with_ignored(examples, _part(tell, 0.1, 0.15, "Finding objects without labels"))
         before = measure(model.model, held_out.examples, _part(tell, 0.15, 0.2, "Measuring the base"))
         report = _step(tell, 0.2, 0.95)

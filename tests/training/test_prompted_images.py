@@ -189,7 +189,7 @@ def test_seen_boxes():
         rectangle((40, 60), (0, 0, 10, 10)),  # outside
         rectangle((40, 60), (55, 5, 56, 9)),  # 2 px of the network input wide
     ]
-    masks[1][2:6, 30:40] = False  # the visible part is narrower than that of the box
+    masks[1][2:6, 30:40] = False  # less of the mask is visible than of the box
     example = example_of(np.zeros((40, 60, 3), np.uint8), masks)
     example = replace(example, ignored=np.array([[50, 10, 60, 30]], np.float32))
     view = View(30, 0, 30, 20, mirrored=True, side=60)

@@ -132,7 +132,7 @@ def test_discovery_in_the_embedding(scenes):
     model = foz.load_zoo_model("in-embedding", device="cpu", confidence_thresh=0.0001, max_prompts=5)
     assert isinstance(model.model.discovery, EmbeddingDiscovery)
     assert segment_everything(scenes, model, "own", progress=False).images == COUNT
-    # Masks with the whole encoder: the detector learns along, from that of the base.
+    # Training masks with the whole encoder also trains the base's detector.
     second = train(scenes, name="both", part="masks", **arguments | {"base": "in-embedding"})
     found = load_file(first.folder / "detector.safetensors"), load_file(second.folder / "detector.safetensors")
     assert any(not torch.equal(found[0][name], tensor) for name, tensor in found[1].items())

@@ -59,7 +59,7 @@ def trained_dir() -> Path:
 
 
 def registered_folder(name: str) -> Path | None:
-    """The folder or link by which a trained model is registered; None if no trained model has this name."""
+    """The folder or link that registers the trained model `name`; None if there is no such model."""
     folder = trained_dir() / name if NAME.fullmatch(name) else None
     return folder if folder and os.path.lexists(folder) else None
 
