@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, MobileSAMv2Error
 from ..modeling.devices import usable_device
 from .examples import Example
+from .gradients import Gradients
 from .learning import Learn, average_weights, parameter_groups, schedule, set_learning
 from .networks import Networks
-from .objective import Objective
 from .progress import Report, Step
 from .prompted_images import PromptedImage, PromptedImages, UnreadableImage, prefetched
 from .saved_training import Progress, fingerprint, save_training, saved_training
@@ -140,9 +140,7 @@ class _Trainer:
             raise ArgumentError("None of the images to train on has an object with a mask.")
         self.model.to(self.device).to(memory_format=torch.channels_last)
         set_learning(self.model, networks.config, settings.learn, settings.untrained, settings.frozen)
-        self.objective = Objective(
-            networks.image_encoder, networks.decoder, networks.detector, settings.learn != "detector", self.device
-        )
+        self.gradients = Gradients(networks, settings.learn != "detector", self.device, settings.batch_size)
 
         names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         is_untrained = tuple(f"{name}." for name in settings.untrained)
@@ -170,6 +168,11 @@ class _Trainer:
         state = saved_training(self.path, self.fingerprint)
         if state is not None:
             self._restore(state)
+        with self.gradients:
+            self._train_on_batches()
+        return self._result()
+
+    def _train_on_batches(self) -> None:
         started, first = time.monotonic(), self.progress.step
         images_done = 0
         for batch in self._batches():
@@ -195,7 +198,6 @@ class _Trainer:
                     seconds_left=(self.steps - progress.step) * seconds / (progress.step - first),
                 )
             )
-        return self._result()
 
     def _batches(self) -> Iterator[list[PromptedImage | UnreadableImage]]:
         """The remaining steps' items."""
@@ -234,7 +236,7 @@ class _Trainer:
         """One optimizer step. Returns the loss; where it or its gradient is not finite, that, and nothing changes."""
         while True:
             try:
-                loss = self._accumulate_gradients(images)
+                loss = self.gradients.backward(images, self.progress.images_at_once)
                 break
             except torch.OutOfMemoryError as error:
                 self._halve_images_at_once(error)
@@ -245,7 +247,7 @@ class _Trainer:
         return loss
 
     def _halve_images_at_once(self, error: torch.OutOfMemoryError) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory
         at_once = self.progress.images_at_once
         if at_once == 1:
             raise MobileSAMv2Error(
@@ -263,14 +265,6 @@ class _Trainer:
         )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _accumulate_gradients(self, images: Sequence[PromptedImage]) -> float:
-        """Sets the gradients of the mean of the images' losses, and returns that."""
-        self.optimizer.zero_grad(set_to_none=True)
-        total, at_once = 0.0, self.progress.images_at_once
-        for start in range(0, len(images), at_once):
-            total += self.objective.backward(images[start : start + at_once], len(images))
-        return total
 
     def _finish_step(self, loss: float | None, rate: float) -> None:
         progress = self.progress

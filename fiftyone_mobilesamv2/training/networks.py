@@ -38,3 +38,10 @@ class Networks:
         """Copies, for inference."""
         copies: Any = copy.deepcopy(self.modules).requires_grad_(False).eval()
         return dataclasses.replace(self, **dict(copies.items()))
+
+    def replica(self) -> Networks:
+        """Copies that share the weights, but have gradients and batch norms' statistics of their own."""
+        replicas: Any = copy.deepcopy(self.modules)
+        for mine, of_replica in zip(self.modules.parameters(), replicas.parameters()):
+            of_replica.data = mine.data
+        return dataclasses.replace(self, **dict(replicas.items()))
