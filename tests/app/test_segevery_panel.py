@@ -2,6 +2,7 @@
 
 import pytest
 from fiftyone import ViewField as F
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from fiftyone_mobilesamv2 import evaluate_proposals
 
@@ -57,6 +58,19 @@ def patches(count):
     return f"{count} patch{'es' if count > 1 else ''}"
 
 
+def select(app, panel, evaluation):
+    """Picks an evaluation; a panel that is still loading closes its list when it is drawn anew."""
+    option = app.page.get_by_role("option", name=evaluation)
+    for _ in range(10):
+        panel.get_by_role("combobox").click()
+        try:
+            option.click(timeout=5000)
+            return
+        except PlaywrightTimeoutError:
+            app.page.keyboard.press("Escape")
+    raise AssertionError(f"{evaluation} could not be selected")
+
+
 @pytest.mark.slow
 def test_evaluations_can_be_selected(app, scenes):
     scenes.clone_sample_field("proposals", "sure")
@@ -67,8 +81,7 @@ def test_evaluations_can_be_selected(app, scenes):
     panel = open_panel(app)
     legend = plot(panel, "Recall by IoU").locator(".legendtext")
     assert legend.count() == 0
-    panel.get_by_role("combobox").click()
-    app.page.get_by_role("option", name="sure_ar").click()
+    select(app, panel, "sure_ar")
     legend.nth(1).wait_for()
     assert legend.all_text_contents() == ["all_ar", "sure_ar"]
     app.page.keyboard.press("Escape")
