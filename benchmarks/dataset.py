@@ -22,7 +22,6 @@ import fiftyone.utils.sam as fous
 import segment_anything
 import torch
 from core import DTYPES, add_growth
-from demo_quality import MODEL, measure_everything, scenes
 from fiftyone import ViewField as F
 from measure import (
     Report,
@@ -34,6 +33,7 @@ from measure import (
     section,
     speedup,
 )
+from model_quality import MODEL, measure_everything, scenes
 from released import CONFIDENCE, PlausibleMasks, object_like_logits, write_checkpoints
 from tqdm import tqdm
 from ultralytics.models.sam import Predictor as SAMPredictor

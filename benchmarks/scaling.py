@@ -26,7 +26,7 @@ import fiftyone.core.odm as foo
 import ray
 from bson import BSON, ObjectId
 from dataset import temporary_dataset
-from demo_quality import MODEL
+from model_quality import MODEL
 from released import CONFIDENCE, PlausibleMasks, object_like_logits, write_checkpoints
 from ultralytics.utils import ASSETS
 

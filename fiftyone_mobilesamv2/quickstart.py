@@ -1,4 +1,5 @@
-"""The quickstart: segments all objects in your images or in synthetic scenes, and keeps the dataset for the App."""
+"""The quickstart: segments all objects in your images, or in photos and synthetic scenes, and keeps the dataset for the
+App."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from .errors import ArgumentError
 from .evaluation.coco import load_coco
 from .evaluation.proposals import evaluate_proposals
 from .images import read_image
+from .installed_photos import installed_photos
 from .labels.fields import GROUND_TRUTH_FIELD
 from .labels.masks import cropped_masks
 from .modeling.arrays import ImageArray, IntArray, MaskArray
+from .modeling.checkpoints.files import included_model
 from .runs.segment import segment_everything
 from .training.scenes import write_coco
 
@@ -30,36 +33,49 @@ EVAL_KEY = "ar"
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
 
-def run(images: Path | None, model_name: str, scenes: int, batch_size: int, output: Path) -> fo.Dataset:
+def run(images: Path | None, model_name: str | None, scenes: int, batch_size: int, output: Path) -> fo.Dataset:
     """Creates the dataset, segments it, prints a summary and writes `overlays.png`.
 
     Args:
-        images: a folder of images; None generates `scenes` synthetic scenes, whose masks are known.
+        images: a folder of images; None takes the photos of installed packages, and makes `scenes` synthetic scenes,
+            whose masks are known.
+        model_name: None takes the one that is part of the package.
         output: the folder for the scenes and the picture.
     """
     paths = [] if images is None else find_images(images)
+    model_name = model_name or included_model()
     print(f"Loading {model_name} ...")
     # Loaded with the zoo's parameters but without the zoo, so that neither registration nor requirements matter.
     model = zoo.load_model(model_name)
     # An earlier run's dataset is replaced only below, when all arguments have proved valid.
     output.mkdir(parents=True, exist_ok=True)
     dataset = (
-        scene_dataset(output / "scenes", scenes) if images is None else image_dataset(images.resolve().name, paths)
+        example_dataset(output / "scenes", scenes) if images is None else image_dataset(images.resolve().name, paths)
     )
     seconds = segment(dataset, model, batch_size)
     print(summary(dataset, model, seconds))
     picture = output / "overlays.png"
     cv2.imwrite(str(picture), overlays(dataset)[:, :, ::-1])
-    print(f"\nOverlays: {picture}\nIn the App: fiftyone app launch {dataset.name}")
+    print(f"\nOverlays: {picture}")
+    print(f"Look at the masks in the App: fiftyone app launch {dataset.name}")
+    print("Then, with its operators (key `): find duplicates, promote masks to labels, train on your labels.")
     return dataset
 
 
-def scene_dataset(folder: Path, count: int) -> fo.Dataset:
-    """A dataset of scenes that the demo model was not trained on, with their objects' masks as ground truth."""
+def example_dataset(folder: Path, count: int) -> fo.Dataset:
+    """A dataset of photos, and of scenes that no model was trained on, with their objects' masks as ground truth."""
     images, annotations = write_coco(folder, count)
     if fo.dataset_exists(DATASET_NAME):
         fo.delete_dataset(DATASET_NAME)
-    return load_coco(images, annotations, name=DATASET_NAME, gt_field=GROUND_TRUTH_FIELD)
+    scenes = load_coco(images, annotations, gt_field=GROUND_TRUTH_FIELD)
+    scenes.tag_samples("scene")
+    dataset = fo.Dataset(DATASET_NAME, persistent=True)
+    # Photos are what the grid and overlays.png show first.
+    dataset.add_samples([fo.Sample(str(path), tags=["photo"]) for path in installed_photos()], progress=False)
+    with fou.SetAttributes(fo.config, show_progress_bars=False):
+        dataset.add_collection(scenes)
+    scenes.delete()
+    return dataset
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -118,8 +134,10 @@ def summary(dataset: fo.Dataset, model: zoo.MobileSAMv2Model, seconds: float) ->
         "Time per image: " + ", ".join(f"{stage} {1000 * t / images:.0f} ms" for stage, t in model.seconds.items()),
     ]
     if dataset.has_field(GROUND_TRUTH_FIELD):
-        results = evaluate_proposals(dataset, LABEL_FIELD, GROUND_TRUTH_FIELD, EVAL_KEY, progress=False)
-        lines.append(f"Mask AR of objects by size (evaluation '{EVAL_KEY}' in the App):\n{results.report()}")
+        labeled = dataset.exists(GROUND_TRUTH_FIELD)
+        results = evaluate_proposals(labeled, LABEL_FIELD, GROUND_TRUTH_FIELD, EVAL_KEY, progress=False)
+        what = f"Mask AR of the objects in {len(labeled)} scenes"
+        lines.append(f"{what}, by size (evaluation '{EVAL_KEY}' in the App):\n{results.report()}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fiftyone_mobilesamv2"
 MANIFEST = json.loads((PACKAGE / "manifest.json").read_text())
 MODELS = {model["base_name"]: model for model in MANIFEST["models"]}
-ENCODERS = ["tinyvit", "efficientvit-l0", "efficientvit-l1", "efficientvit-l2", "vitb", "vitl", "vith", "demo"]
+ENCODERS = ["tinyvit", "efficientvit-l0", "efficientvit-l1", "efficientvit-l2", "vitb", "vitl", "vith", "nano", "demo"]
 
 
 def test_import_is_light():
@@ -94,7 +94,8 @@ def test_manifest_matches_the_files(name):
 
     assert model["base_filename"] == f"{name}.json"
     assert model["default_deployment_config_dict"]["config"]["name"] == name
-    assert model["license"].split(",") == ["Apache 2.0", "AGPL-3.0"]  # FiftyOne's format and spelling
+    weights = "CC BY-NC 4.0" if name == "mobilesamv2-nano-torch" else "Apache 2.0"
+    assert model["license"].split(",") == [weights, "AGPL-3.0"]  # FiftyOne's format and spelling
     assert {"segmentation", "instances", "torch", "mobilesamv2"} <= set(model["tags"])
     assert len(model["description"]) > 40
     assert ("not for photos" in model["description"]) == (name == "mobilesamv2-demo-torch")

@@ -17,12 +17,16 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fiftyone-mobilesamv2", description="MobileSAMv2 for FiftyOne")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    quickstart = commands.add_parser("quickstart", help="segment a folder of images, or synthetic scenes")
-    quickstart.add_argument("--images", type=Path, help="folder of images; if omitted, scenes are made")
+    quickstart = commands.add_parser("quickstart", help="segment a folder of images, or photos and synthetic scenes")
     quickstart.add_argument(
-        "--model", default="mobilesamv2-demo-torch", help="name of a model, or folder of a trained one"
+        "--images",
+        type=Path,
+        help="folder of images; if omitted, photos of installed packages, and scenes that are made",
     )
-    quickstart.add_argument("--scenes", type=positive, default=60, help="how many scenes to make")
+    quickstart.add_argument(
+        "--model", help="name of a model, or folder of a trained one; if omitted, the one that the package includes"
+    )
+    quickstart.add_argument("--scenes", type=positive, default=40, help="how many scenes to make")
     quickstart.add_argument("--batch-size", type=positive, default=8)
     quickstart.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder for scenes and overlays.png"

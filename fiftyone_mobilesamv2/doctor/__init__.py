@@ -10,8 +10,8 @@ import cv2
 import torch
 
 from ..errors import CheckpointError, MobileSAMv2Error
-from ..modeling.checkpoints.catalog import DEMO_MODEL, PretrainedModel
-from ..modeling.checkpoints.files import fetch_model, local_path, verify_model
+from ..modeling.checkpoints.catalog import PretrainedModel
+from ..modeling.checkpoints.files import fetch_model, included_model, local_path, verify_model
 from ..modeling.checkpoints.lookup import pretrained_model
 from ..modeling.mobilesamv2 import MobileSAMv2
 from .ground_truth import known_images
@@ -37,7 +37,7 @@ def run(name: str | None, device: str | None, dtype: str, output: Path) -> int:
     Raises:
         ValueError: no model has that name.
     """
-    name = name or DEMO_MODEL
+    name = name or included_model()
     model = pretrained_model(name)
     print("Machine", flush=True)
     results = _print_checks(machine_checks(device))

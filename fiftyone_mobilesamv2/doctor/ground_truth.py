@@ -6,7 +6,6 @@ their boxes, so the filled box and the ellipse in it are poor answers.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import cv2
 import numpy as np
 
 from ..images import read_image
+from ..installed_photos import find_photo
 from ..modeling.arrays import FloatArray, ImageArray, MaskArray
 from ..modeling.checkpoints.verification import file_hashes
 from ..training.scenes import TEST_SEED, make_scene
@@ -70,10 +70,8 @@ def photos() -> list[KnownImage]:
     """The photos from installed packages whose files are the annotated ones."""
     images = []
     for photo in json.loads(PHOTO_OBJECTS.read_text())["photos"]:
-        spec = importlib.util.find_spec(photo["package"])
-        folders = spec.submodule_search_locations if spec else None
-        path = Path(folders[0], photo["path"]) if folders else None
-        if path is None or not path.is_file() or file_hashes(path)[0] != photo["sha256"]:
+        path = find_photo(photo["package"], photo["path"])
+        if path is None or file_hashes(path)[0] != photo["sha256"]:
             continue  # perhaps another version of the package with different photos
         image = read_image(str(path))
         masks = [filled(each["rings"], image.shape[:2]) for each in photo["objects"]]

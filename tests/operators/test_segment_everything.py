@@ -52,7 +52,7 @@ def test_form_has_defaults(plugin, scenes):
     assert form.default("prompting") == "object_aware"
     assert (form.default("max_prompts"), form.default("confidence_thresh"), form.default("iou")) == (320, 0.4, 0.9)
     assert "existing" not in form.inputs and "points_per_side" not in form.inputs
-    assert len(form.choices("model")) == 8
+    assert len(form.choices("model")) == 9
 
 
 def test_form_shows_which_weights_are_downloaded(plugin, scenes, monkeypatch, tmp_path):
@@ -61,7 +61,8 @@ def test_form_shows_which_weights_are_downloaded(plugin, scenes, monkeypatch, tm
     labels = {choice.value: choice.label for choice in form.inputs["model"].view.choices}
     assert "downloaded" in labels["mobilesamv2-demo-torch"]
     assert "196 MB to download" in labels["mobilesamv2-tinyvit-torch"]
-    assert form.default("model") == "mobilesamv2-tinyvit-torch"
+    assert form.default("model") == "mobilesamv2-nano-torch" and form.messages == []  # works at once
+    form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-tinyvit-torch"})
     assert any("196 MB will be downloaded" in message for message in form.messages)
     for name in ("mobile_sam.pt", "Prompt_guided_Mask_Decoder.pt", "ObjectAwareModel.pt"):
         (tmp_path / name).touch()

@@ -73,7 +73,7 @@ def test_training_and_packaging(photo_sets, tmp_path, monkeypatch):
     photo_model.main()
     packaged = tmp_path / "packaged"
     packaged.mkdir()
-    arguments = f"package --runs {tmp_path / 'runs'} --output {packaged}"
+    arguments = f"package --photo-sets {photo_sets} --runs {tmp_path / 'runs'} --output {packaged}"
     monkeypatch.setattr(sys, "argv", ["photo_model", *arguments.split()])
     photo_model.main()
     before, after = load_file(start / SAM), load_file(packaged / SAM)
@@ -82,6 +82,12 @@ def test_training_and_packaging(photo_sets, tmp_path, monkeypatch):
     assert after["image_encoder.fine.conv.weight"].dtype == torch.float16
     assert not torch.equal(before["image_encoder.fine.conv.weight"].half(), after["image_encoder.fine.conv.weight"])
     assert sum(path.stat().st_size for path in packaged.iterdir()) < 20e6
+
+    trained, shifted = load_file(tmp_path / "runs" / DETECTOR), load_file(packaged / DETECTOR)
+    changed = [name for name in trained if not torch.equal(trained[name].half(), shifted[name].half())]
+    assert sorted(changed) == [f"detect.cv3.{level}.2.bias" for level in range(3)]
+    shifts = torch.cat([shifted[name].float() - trained[name] for name in changed])
+    torch.testing.assert_close(shifts, shifts.mean().expand(3), atol=0.01, rtol=0)
 
 
 def test_other_weights_than_the_expected_ones_are_refused(tmp_path):

@@ -12,6 +12,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+# Apache-2.0: MobileSAM (LICENSE of github.com/ChaoningZhang/MobileSAM), SAM (LICENSE of
+# github.com/facebookresearch/segment-anything), EfficientViT-SAM (huggingface.co/mit-han-lab/efficientvit-sam,
+# "License: apache-2.0", read 2026-11-29). AGPL-3.0: ultralytics, whose modules run them and trained the detector
+# (LICENSE of github.com/ultralytics/ultralytics). Spelled as FiftyOne does.
+LICENSES = "Apache 2.0,AGPL-3.0"
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -85,6 +91,7 @@ class PretrainedModel:
         images: the kind of images it was trained on and the doctor checks it on: "photos", or the package's "scenes".
         known_iou, known_fingerprint: what the doctor measures on a working model, if that has been measured.
         author: its author, as shown in the zoo.
+        licenses: of its weights and of the code that runs them, as FiftyOne spells them.
         training_data: (name, URL) of its training set.
     """
 
@@ -100,6 +107,7 @@ class PretrainedModel:
     known_iou: float | None = None
     known_fingerprint: tuple[float, ...] | None = None
     author: str = "Chaoning Zhang, et al."
+    licenses: str = LICENSES
     training_data: tuple[str, str | None] = ("SA-1B", "https://segment-anything.com/dataset/index.html")
 
     @property
@@ -124,11 +132,6 @@ _RELEASE_URL = f"https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/{_REL
 # Meta's release, github.com/facebookresearch/segment-anything, README.md, "Model Checkpoints".
 _META_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 
-# Apache-2.0: MobileSAM (LICENSE of github.com/ChaoningZhang/MobileSAM), SAM (LICENSE of
-# github.com/facebookresearch/segment-anything), EfficientViT-SAM (huggingface.co/mit-han-lab/efficientvit-sam,
-# "License: apache-2.0", read 2026-11-29). AGPL-3.0: ultralytics, whose modules run them and trained the detector
-# (LICENSE of github.com/ultralytics/ultralytics). Spelled as FiftyOne does.
-LICENSES = "Apache 2.0,AGPL-3.0"
 SOURCE_URL = "https://github.com/ChaoningZhang/MobileSAM"
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -225,12 +228,15 @@ SAM_VIT_H = _meta_sam(
     "vit_h", "4b8939", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
 )
 
-# Trained for this package (training/).
+# Trained for this package: on photos (training/photo_model.py), and on scenes (training/demo.py).
+NANO_SAM = Weights("nano_sam.safetensors", (), megabytes=9)
+NANO_DETECTOR = Weights("nano_detector.safetensors", (), megabytes=2)
 DEMO_SAM = Weights("demo_sam.safetensors", (), megabytes=12)
 DEMO_DETECTOR = Weights("demo_detector.safetensors", (), megabytes=6)
 
 # Models --------------------------------------------------------------------------------------------------------------
 
+PHOTO_MODEL = "mobilesamv2-nano-torch"
 DEMO_MODEL = "mobilesamv2-demo-torch"
 
 
@@ -278,6 +284,17 @@ MODELS: dict[str, PretrainedModel] = {
         PROMPT_GUIDED_DECODER,
         "SAM's ViT-H, the most accurate and slowest",
         "slowest, most accurate",
+    ),
+    PHOTO_MODEL: PretrainedModel(
+        "efficientnet_lite0",
+        NANO_SAM,
+        NANO_SAM,
+        NANO_DETECTOR,
+        "EfficientNet-Lite0, which also finds the objects; small, and trained on about 1,900 photos only",
+        "small; part of the package",
+        author="The fiftyone_mobilesamv2 authors",
+        training_data=("COCO (566 + 500 photos), Building Facade Segmentation, Clothing Co-Parsing", None),
+        licenses="CC BY-NC 4.0,AGPL-3.0",
     ),
     DEMO_MODEL: PretrainedModel(
         "resnet_demo",

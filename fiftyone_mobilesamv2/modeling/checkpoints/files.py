@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...errors import CheckpointError, DownloadError
-from .catalog import DEMO_MODEL, MODELS, Weights
+from .catalog import DEMO_MODEL, MODELS, PHOTO_MODEL, Weights
 from .downloads import DownloadProgress, download, partial_path
 from .lookup import find_trained, model_files, models, pretrained_model
 from .trained import delete_trained
@@ -62,6 +62,15 @@ def old_paths(weights: Weights) -> list[Path]:
 def is_local(weights: Weights) -> bool:
     """Whether the file is on this machine."""
     return local_path(weights).is_file()
+
+
+def included_model() -> str:
+    """The model that needs no download: that for photos, or the demo model in a package without the former's weights.
+
+    >>> pretrained_model(included_model()).encoder_weights.is_packaged
+    True
+    """
+    return PHOTO_MODEL if all(map(is_local, model_files(PHOTO_MODEL))) else DEMO_MODEL
 
 
 # Fetching ------------------------------------------------------------------------------------------------------------
@@ -142,7 +151,7 @@ def _download_error(model: str | None, failures: Mapping[Weights, Mapping[str, s
         details += [f"  {path} is another file" for path in old_paths(weights)]
     lines.append(f"Put the missing files into {weights_dir()} (or set {WEIGHTS_DIR_VARIABLE} to another folder).")
     if model is not None:
-        lines.append(f"Or try the model that is included in the package, {DEMO_MODEL}.")
+        lines.append(f"Or try the model that is included in the package, {included_model()}.")
         lines.append(f"All sources, hashes and reasons: fiftyone-mobilesamv2 models --download {model} --details")
     reasons = {source: reason for file_reasons in failures.values() for source, reason in file_reasons.items()}
     return DownloadError("\n".join(lines), reasons, "\n".join(details))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from .catalog import LICENSES, SOURCE_URL, PretrainedModel
+from .catalog import SOURCE_URL, PretrainedModel
 
 # The pip distributions that the package imports, for users of the model source without pip.
 PACKAGES = (
@@ -37,7 +37,7 @@ def manifest_entry(
         "base_name": name,
         "base_filename": filename,
         "author": model.author,
-        "license": LICENSES,
+        "license": model.licenses,
         "source": SOURCE_URL,
         "description": "MobileSAMv2: segments everything by discovering the objects first. Image encoder: "
         + model.description,

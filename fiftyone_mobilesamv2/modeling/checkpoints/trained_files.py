@@ -218,6 +218,8 @@ def _parsed(folder: Path, content: object) -> TrainedModel:
         detector_size=config.detector_size,
         images=config.images,
         author="trained with fiftyone_mobilesamv2",
+        # At the beginning of all training is the one model of the catalog with this encoder.
+        licenses=next(each.licenses for each in MODELS.values() if each.encoder == config.encoder),
         training_data=(dataset, None),
     )
     return TrainedModel(

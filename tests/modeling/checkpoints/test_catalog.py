@@ -48,7 +48,7 @@ def test_every_file_is_pinned(weights):
 def test_decoder_fits_the_encoder():
     """The prompt-guided one works on ViT-H's embedding; ViT-B and ViT-L have their own, in their own files."""
     for model in MODELS.values():
-        if model.encoder in ("sam_vit_b", "sam_vit_l", "resnet_demo"):
+        if model.encoder in ("sam_vit_b", "sam_vit_l", "efficientnet_lite0", "resnet_demo"):
             assert model.decoder_weights == model.encoder_weights
         else:
             assert model.decoder_weights.filename == "Prompt_guided_Mask_Decoder.pt"

@@ -68,7 +68,7 @@ def test_failed_download_is_explained(capsys, server, folder):
         f"- a.pt (1 MB) from {server.url}/a.pt: HTTP status 404 (Not Found)",
         f"- b.pt (1 MB) from {server.url}/elsewhere: HTTP status 404 (Not Found)",
         f"Put the missing files into {folder} (or set FIFTYONE_MOBILESAMV2_WEIGHTS_DIR to another folder).",
-        "Or try the model that is included in the package, mobilesamv2-demo-torch.",
+        "Or try the model that is included in the package, mobilesamv2-nano-torch.",
         "All sources, hashes and reasons: fiftyone-mobilesamv2 models --download one --details",
     ]
     _, _, err = run(capsys, "--download", "one", "--details")

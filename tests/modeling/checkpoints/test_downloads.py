@@ -675,7 +675,7 @@ def test_model_without_network_says_which_files_to_put_where(folder, monkeypatch
     with pytest.raises(CheckpointError) as refusal:
         MobileSAMv2.from_pretrained("mobilesamv2-tinyvit-torch", device="cpu")
     message, details = str(refusal.value), refusal.value.details
-    assert len(message.splitlines()) == 7 and "mobilesamv2-demo-torch" in message
+    assert len(message.splitlines()) == 7 and "mobilesamv2-nano-torch" in message
     assert f"Put the missing files into {folder} " in message and WEIGHTS_DIR_VARIABLE in message
     for wanted in MODELS["mobilesamv2-tinyvit-torch"].weights.values():
         assert f"- {wanted.filename} ({wanted.megabytes} MB) from {wanted.sources[0]}: offline mode" in message
