@@ -1,10 +1,12 @@
 """Measures what training on a dataset's own labels brings, beside ultralytics' own training on the same images.
 
-    python benchmarks/training.py style nuclei ultralytics incomplete learn --photo-sets ../shared/photo_sets
+    python benchmarks/training.py nuclei cropweed facade --photo-sets ../shared/photo_sets
 
-Prints a table for each. `style`: scenes of another style than the demo model was trained on. `nuclei`: microscopy, 70
-images to learn from and 30 to measure. `ultralytics`: three seeds each of our trainer and theirs. `incomplete`: half of
-the labels are missing. `learn`: how much of the model learns masks, and how fast.
+Prints a table for each part. `nuclei`, `cropweed`, `facade`: images of other domains, 30 % (of facades, a third) to
+measure with; and what is left of the recall of photos and scenes. `style`: the same with scenes of another style than
+models of this package were trained on. `number`: how the recall of these rises with the number of labelled images.
+`incomplete`: half of the labels are missing. `ultralytics`: three seeds each of our trainer and theirs. `learn`: how much
+of the model learns masks, and how fast.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import torch
 from fault_setting import Database
 from other_scenes import make_other_scene
 
-MODEL = "mobilesamv2-demo-torch"
+# Share of the images to measure with.
+DOMAINS = {"nuclei": ("domain_nuclei", 0.3), "cropweed": ("domain_cropweed", 0.3), "facade": ("facade", 1 / 3)}
 
 
 def temporary_folder() -> Path:
@@ -69,14 +72,14 @@ def photos(folder: Path) -> Any:
     return load_coco(folder / "images", folder / "instances.json", name=name)
 
 
-def run_both(dataset: Any, validation: float, output: Path, **settings: Any) -> list[list[object]]:
+def run_both(base: str, dataset: Any, validation: float, output: Path, **settings: Any) -> list[list[object]]:
     """Trains discovery, then masks, and measures each."""
     from fiftyone_mobilesamv2 import train
 
     first = train(
         dataset,
         name="found",
-        base=MODEL,
+        base=base,
         validation=validation,
         output=output / "found",
         keep_worse=True,
@@ -97,12 +100,45 @@ def run_both(dataset: Any, validation: float, output: Path, **settings: Any) -> 
     print(second, flush=True)
     rows: list[list[object]] = [["", "AR@10", "AR@100", "AR@1000", "IoU from boxes", "seconds"]]
     for name, measures, seconds in (
-        ("demo model", first.before, 0),
+        ("before", first.before, 0),
         ("after discovery", first.after, first.seconds),
         ("after masks, too", second.after, second.seconds),
     ):
         recalls = [f"{measures.recalls[k]:.3f}" for k in (10, 100, 1000)]
         rows.append([name, *recalls, f"{measures.iou:.3f}", f"{seconds:.0f}"])
+    return rows
+
+
+def remembered(base: str, output: Path, photo_sets: Path | None) -> list[list[object]]:
+    """The recall of scenes, and of photos that the photo model was not trained on, before and after :func:`run_both`."""
+    from fiftyone_mobilesamv2 import MobileSAMv2
+    from fiftyone_mobilesamv2.training.measuring import measure
+    from fiftyone_mobilesamv2.training.photo_model import photos as photo_examples
+    from fiftyone_mobilesamv2.training.scenes import TEST_SEED, SceneExamples
+
+    kinds = {"scenes": list(SceneExamples(TEST_SEED, 30))}
+    if photo_sets:
+        kinds["photos"] = photo_examples(photo_sets)[1]
+    rows: list[list[object]] = [
+        ["", *(f"{kind}, {value}" for kind in kinds for value in ("AR@1000", "IoU from boxes"))]
+    ]
+    for name, model in (("before", base), ("after discovery", output / "found"), ("after masks, too", output / "both")):
+        loaded = MobileSAMv2.from_pretrained(model, device="cpu")
+        measured = [measure(loaded, examples, lambda share: None) for examples in kinds.values()]
+        rows.append([name, *(f"{value:.3f}" for each in measured for value in (each.recalls[1000], each.iou))])
+    return rows
+
+
+def by_number(base: str, dataset: Any, output: Path, **settings: Any) -> list[list[object]]:
+    """Discovery, then masks, from 50, 100, 200 and 400 images; the others are to measure with."""
+    ids = dataset.values("id")
+    held_out = dataset.select(ids[400:])
+    rows: list[list[object]] = [["labeled images", "AR@10", "AR@100", "AR@1000", "IoU from boxes", "seconds"]]
+    for count in (50, 100, 200, 400):
+        before, *_, after = run_both(base, dataset.select(ids[:count]), held_out, output / str(count), **settings)[1:]
+        rows += [[0, *before[1:]]] if len(rows) == 1 else []
+        rows.append([count, *after[1:]])
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -199,7 +235,7 @@ def segmentation_rows(dataset: Any, validation: float, output: Path, epochs: int
 # Incomplete labels ----------------------------------------------------------------------------------------------------
 
 
-def incomplete(dataset: Any, output: Path, **settings: Any) -> list[list[object]]:
+def incomplete(base: str, dataset: Any, output: Path, **settings: Any) -> list[list[object]]:
     """Every second label of the images to learn from is deleted, at random; those to measure with are complete."""
     from fiftyone_mobilesamv2 import train
 
@@ -216,7 +252,7 @@ def incomplete(dataset: Any, output: Path, **settings: Any) -> list[list[object]
             run = train(
                 dataset.select(ids[:40]),
                 name=f"{choice}-{seed}",
-                base=MODEL,
+                base=base,
                 validation=held_out,
                 unlabeled=choice,
                 output=output / f"{choice}-{seed}",
@@ -232,7 +268,7 @@ def incomplete(dataset: Any, output: Path, **settings: Any) -> list[list[object]
 # What learns ----------------------------------------------------------------------------------------------------------
 
 
-def learning_rates(dataset: Any, validation: float, output: Path, epochs: int) -> list[list[object]]:
+def learning_rates(base: str, dataset: Any, validation: float, output: Path, epochs: int) -> list[list[object]]:
     """Masks with the decoder alone, the neck, or the whole encoder, at three learning rates."""
     from fiftyone_mobilesamv2 import train
 
@@ -243,7 +279,7 @@ def learning_rates(dataset: Any, validation: float, output: Path, epochs: int) -
                 dataset,
                 name=f"{learn}-{rate}",
                 part="masks",
-                base=MODEL,
+                base=base,
                 validation=validation,
                 learn=learn,
                 learning_rate=rate,
@@ -258,7 +294,9 @@ def learning_rates(dataset: Any, validation: float, output: Path, epochs: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("style", "nuclei", "ultralytics", "incomplete", "learn"))
+    others = ("style", "number", "incomplete", "ultralytics", "learn")
+    parser.add_argument("parts", nargs="+", choices=(*DOMAINS, *others))
+    parser.add_argument("--model", default="mobilesamv2-nano-torch", help="what training starts from")
     parser.add_argument("--photo-sets", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/training"), help="for what a measurement has reached")
     parser.add_argument("--epochs", type=int, help="default: that of train()")
@@ -268,16 +306,20 @@ def main() -> None:
     for part in args.parts:
         output = args.output / part
         output.mkdir(parents=True, exist_ok=True)
-        if part == "style":
+        if part in DOMAINS:
+            name, share = DOMAINS[part]
+            rows = run_both(args.model, photos(args.photo_sets / name), share, output, **settings)
+            print(f"\n{table(remembered(args.model, output, args.photo_sets))}\n", flush=True)
+        elif part == "style":
             dataset = scenes(folder, 70)
-            rows = run_both(dataset, 30 / 70, output, **settings)
+            rows = run_both(args.model, dataset, 30 / 70, output, **settings)
             rows += segmentation_rows(dataset, 30 / 70, output, args.epochs or 60)
+        elif part == "number":
+            rows = by_number(args.model, scenes(folder, 450), output, **settings)
         elif part == "incomplete":
-            rows = incomplete(scenes(folder, 70), output, **settings)
-        elif part == "nuclei":
-            rows = run_both(photos(args.photo_sets / "domain_nuclei"), 0.3, output, **settings)
+            rows = incomplete(args.model, scenes(folder, 70), output, **settings)
         elif part == "learn":
-            rows = learning_rates(photos(args.photo_sets / "domain_nuclei"), 0.3, output, args.epochs or 4)
+            rows = learning_rates(args.model, photos(args.photo_sets / "domain_nuclei"), 0.3, output, args.epochs or 4)
         else:
             rows = compare(photos(args.photo_sets / "domain_nuclei"), 0.3, output, 3, args.epochs or 30)
         text = table(rows)
