@@ -5,8 +5,8 @@
 Prints a table for each part. `nuclei`, `cropweed`, `facade`: images of other domains, 30 % (of facades, a third) to
 measure with; and what is left of the recall of photos and scenes. `style`: the same with scenes of another style than
 models of this package were trained on. `number`: how the recall of these rises with the number of labelled images.
-`incomplete`: half of the labels are missing. `ultralytics`: three seeds each of our trainer and theirs. `learn`: how much
-of the model learns masks, and how fast.
+`incomplete`: half of the labels are missing. `ultralytics`: three seeds each of our trainer and theirs. `learn`: how
+much of the model learns masks, and how fast.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run_both(base: str, dataset: Any, validation: float, output: Path, **setting
 
 
 def remembered(base: str, output: Path, photo_sets: Path | None) -> list[list[object]]:
-    """The recall of scenes, and of photos that the photo model was not trained on, before and after :func:`run_both`."""
+    """What is left of the recall of scenes, and of photos that the photo model has not seen, after :func:`run_both`."""
     from fiftyone_mobilesamv2 import MobileSAMv2
     from fiftyone_mobilesamv2.training.measuring import measure
     from fiftyone_mobilesamv2.training.photo_model import photos as photo_examples
