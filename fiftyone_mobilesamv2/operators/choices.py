@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 def model_choice(form: Form, label: str = "Model", description: str | None = None) -> str:
     """The model. Each choice has a hint and says how much must be downloaded, if anything."""
     from ..modeling.checkpoints.catalog import DEMO_MODEL, MODELS
+    from ..modeling.checkpoints.files import is_complete
 
-    missing = _megabytes_to_download()
     # The default suits photos and, if possible, needs no download, so that it works at once.
-    default = next((name for name in MODELS if not missing[name] and name != DEMO_MODEL), "mobilesamv2-tinyvit-torch")
+    local = (name for name in MODELS if is_complete(name) and name != DEMO_MODEL)
+    default = next(local, "mobilesamv2-tinyvit-torch")
     name = form.choice("model", model_texts(), default, label, description)
     if name == DEMO_MODEL:
         form.warn("The demo model was trained only on synthetic scenes: don't expect good masks on photos.")
@@ -42,6 +43,7 @@ def model_choice(form: Form, label: str = "Model", description: str | None = Non
 def model_texts() -> dict[str, str]:
     """Model -> the text of its choice."""
     from ..modeling.checkpoints.catalog import MODELS
+    from ..modeling.checkpoints.files import is_complete
     from ..modeling.checkpoints.lookup import models
 
     missing, choices = _megabytes_to_download(), {}
@@ -50,7 +52,7 @@ def model_texts() -> dict[str, str]:
         if missing[name]:
             notes.append(f"{missing[name]:,} MB to download")
         elif name in MODELS:
-            notes.append("downloaded")
+            notes.append("downloaded" if is_complete(name) else "not part of this installation")
         choices[name] = f"{name} ({'; '.join(notes)})"
     return choices
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fiftyone_mobilesamv2 import MobileSAMv2, zoo
 from fiftyone_mobilesamv2.images import read_image
+from fiftyone_mobilesamv2.modeling.checkpoints import files
 from fiftyone_mobilesamv2.modeling.checkpoints.trained import trained_dir
 from fiftyone_mobilesamv2.runs import record as segmentation_runs
 from fiftyone_mobilesamv2.runs import segment as segmentation
@@ -71,6 +72,15 @@ def test_form_shows_which_weights_are_downloaded(plugin, scenes, monkeypatch, tm
     assert "375 MB to download" in labels["mobilesamv2-vitb-torch"]  # only the encoder
     form = plugin.form("segment_everything", scenes, {"model": "mobilesamv2-demo-torch"})
     assert any("only on synthetic scenes" in message for message in form.messages)
+
+
+def test_form_of_a_package_without_the_weights_for_photos(plugin, scenes, monkeypatch, tmp_path):
+    monkeypatch.setenv("FIFTYONE_MOBILESAMV2_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr(files, "PACKAGED_WEIGHTS", tmp_path)
+    form = plugin.form("segment_everything", scenes)
+    labels = {choice.value: choice.label for choice in form.inputs["model"].view.choices}
+    assert "not part of this installation" in labels["mobilesamv2-nano-torch"]
+    assert form.default("model") == "mobilesamv2-tinyvit-torch"
 
 
 def test_trained_models_are_offered(plugin, scenes, model_zoo, make_trained):

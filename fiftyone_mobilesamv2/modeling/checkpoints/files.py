@@ -64,13 +64,22 @@ def is_local(weights: Weights) -> bool:
     return local_path(weights).is_file()
 
 
+def is_complete(name: str) -> bool:
+    """Whether all files of the model `name` are on this machine.
+
+    >>> is_complete("mobilesamv2-demo-torch")
+    True
+    """
+    return all(map(is_local, model_files(name)))
+
+
 def included_model() -> str:
     """The model that needs no download: that for photos, or the demo model in a package without the former's weights.
 
     >>> pretrained_model(included_model()).encoder_weights.is_packaged
     True
     """
-    return PHOTO_MODEL if all(map(is_local, model_files(PHOTO_MODEL))) else DEMO_MODEL
+    return PHOTO_MODEL if is_complete(PHOTO_MODEL) else DEMO_MODEL
 
 
 # Fetching ------------------------------------------------------------------------------------------------------------
