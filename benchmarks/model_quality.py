@@ -79,10 +79,10 @@ def measure_prompts(model: MobileSAMv2, images: Iterator[tuple[np.ndarray, list[
 
 def painted(box: np.ndarray, size: tuple[int, int], paint: Callable) -> dict:
     """The RLE of what `paint` makes of an xyxy box with exclusive ends, in an image of `size`, (height, width)."""
-    mask = np.zeros(size, np.uint8, order="F")
+    mask = np.zeros(size, np.uint8)
     x0, y0, x1, y1 = (int(side) for side in np.round(box))
     paint(mask, (x0, y0), (x1 - 1, y1 - 1), 1, -1)
-    return mask_utils.encode(mask)
+    return mask_utils.encode(np.asfortranarray(mask))
 
 
 def ellipse(mask: np.ndarray, start: tuple[int, int], end: tuple[int, int], color: int, thickness: int) -> None:
