@@ -51,7 +51,7 @@ def manifest() -> dict:
 
 
 def _manifest_entry(name: str, model: PretrainedModel) -> dict:
-    tag = "sa-1b" if model.images == "photos" else "demo"
+    tag = "sa-1b" if model.training_data[0] == "SA-1B" else {"photos": "coco", "scenes": "demo"}[model.images]
     entry = manifest_entry(name, model, f"{name}.json", tag, _size(name), DATE_ADDED)
     loader = {"type": "fiftyone_mobilesamv2.zoo.MobileSAMv2Model", "config": {"name": name}}
     return {**entry, "default_deployment_config_dict": loader}

@@ -290,10 +290,10 @@ MODELS: dict[str, PretrainedModel] = {
         NANO_SAM,
         NANO_SAM,
         NANO_DETECTOR,
-        "EfficientNet-Lite0, which also finds the objects; small, and trained on about 1,900 photos only",
+        "EfficientNet-Lite0, which also finds the objects; small, and trained on 1,816 photos only",
         "small; part of the package",
         author="The fiftyone_mobilesamv2 authors",
-        training_data=("COCO (566 + 500 photos), Building Facade Segmentation, Clothing Co-Parsing", None),
+        training_data=("COCO, Building Facade Segmentation and Clothing Co-Parsing (1,816 photos), procedural scenes", None),
         licenses="CC BY-NC 4.0,AGPL-3.0",
     ),
     DEMO_MODEL: PretrainedModel(
