@@ -293,7 +293,7 @@ MODELS: dict[str, PretrainedModel] = {
         "EfficientNet-Lite0, which also finds the objects; small, and trained on 1,816 photos only",
         "small; part of the package",
         author="The fiftyone_mobilesamv2 authors",
-        training_data=("COCO, Building Facade Segmentation and Clothing Co-Parsing (1,816 photos), procedural scenes", None),
+        training_data=("1,816 photos (COCO, Building Facade Segmentation, Clothing Co-Parsing), scenes", None),
         licenses="CC BY-NC 4.0,AGPL-3.0",
     ),
     DEMO_MODEL: PretrainedModel(
