@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -224,9 +225,10 @@ def package(runs: Path, output: Path, photo_sets: Path) -> None:
     config = encoder_config(ENCODER)
     networks, detector = load(runs, config), load_embedding_detector(runs / DETECTOR, ENCODER)
     shift = shift_of_scores(_model(networks.copied(), "cpu"), photos(photo_sets)[1])
+    heads: Any = detector.detect.cv3
     with torch.no_grad():
-        for scores in detector.detect.cv3:
-            scores[-1].bias += shift
+        for head in heads:
+            head[-1].bias += shift
     for name, tensors in ((SAM, read_tensors(runs / SAM)), (DETECTOR, detector.state_dict())):
         with complete_file(output / name) as temporary:
             save_file(half(tensors), temporary)
