@@ -12,7 +12,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from fiftyone_mobilesamv2.modeling.checkpoints.catalog import MODELS, PretrainedModel
+from fiftyone_mobilesamv2.modeling.checkpoints.catalog import DEMO_MODEL, MODELS, PHOTO_MODEL, PretrainedModel
 from fiftyone_mobilesamv2.modeling.checkpoints.files import local_path
 from fiftyone_mobilesamv2.modeling.checkpoints.lookup import model_files
 from fiftyone_mobilesamv2.modeling.checkpoints.manifest import manifest_entry
@@ -51,7 +51,7 @@ def manifest() -> dict:
 
 
 def _manifest_entry(name: str, model: PretrainedModel) -> dict:
-    tag = "sa-1b" if model.training_data[0] == "SA-1B" else {"photos": "coco", "scenes": "demo"}[model.images]
+    tag = {DEMO_MODEL: "demo", PHOTO_MODEL: "coco"}.get(name, "sa-1b")
     entry = manifest_entry(name, model, f"{name}.json", tag, _size(name), DATE_ADDED)
     loader = {"type": "fiftyone_mobilesamv2.zoo.MobileSAMv2Model", "config": {"name": name}}
     return {**entry, "default_deployment_config_dict": loader}

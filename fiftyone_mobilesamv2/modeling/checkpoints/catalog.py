@@ -88,7 +88,7 @@ class PretrainedModel:
         description: which encoder it uses, for the zoo's page and the README.
         hint: how fast and accurate it is, in a few words, for selection lists.
         detector_size: long side, in pixels, to which images are resized for the detector.
-        images: the kind of images it was trained on and the doctor checks it on: "photos", or the package's "scenes".
+        images: the kind of images that the doctor checks it on: "photos", or the package's "scenes".
         known_iou, known_fingerprint: what the doctor measures on a working model, if that has been measured.
         author: its author, as shown in the zoo.
         licenses: of its weights and of the code that runs them, as FiftyOne spells them.
@@ -292,6 +292,7 @@ MODELS: dict[str, PretrainedModel] = {
         NANO_DETECTOR,
         "EfficientNet-Lite0, which also finds the objects; small, and trained on 1,816 photos only",
         "small; part of the package",
+        images="scenes",  # of the photos' objects, which are hard ones, it finds few
         author="The fiftyone_mobilesamv2 authors",
         training_data=("1,816 photos (COCO, Building Facade Segmentation, Clothing Co-Parsing), scenes", None),
         licenses="CC BY-NC 4.0,AGPL-3.0",
