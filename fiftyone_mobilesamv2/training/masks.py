@@ -100,7 +100,7 @@ def train_masks(
     """Trains on examples with masks; others are left out unless a detector learns from their boxes.
 
     A training that was interrupted at any moment goes on from its last save. On a CPU it ends with the same weights, to
-    the last bit; on a GPU, the order of additions is not fixed.
+    the last bit, if torch has as many threads as before; on a GPU, the order of additions is not fixed.
 
     Args:
         networks: what to start from. They are changed.

@@ -168,10 +168,10 @@ def test_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
     settings = replace(SETTINGS, epochs=5, learn="encoder")
     code = KILLED.format(root=str(ROOT), folder=str(tmp_path / "killed"))
     rng = np.random.default_rng(0)
+    # The last bits depend on the number of threads; importing ultralytics sets the variable for later processes.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for kills_after in (3, 4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
         for line in process.stdout:
             if int(line) >= kills_after:
                 time.sleep(rng.uniform(0, 0.3))  # in the middle of a step, or of a save
