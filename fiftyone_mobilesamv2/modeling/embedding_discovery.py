@@ -11,6 +11,12 @@ from .object_discovery import BoxPrompts, surest_boxes
 _WIDTH = 128  # channels of the pyramid
 
 
+class _Head(Detect):
+    # ultralytics sets this on `Detect` itself whenever it builds a model, to True for a YOLOv8: heads that are built
+    # later have other convolutions then.
+    legacy = False
+
+
 class EmbeddingDetector(nn.Module):
     """Finds objects in an image embedding: a simple feature pyramid and YOLOv8's head.
 
@@ -29,7 +35,7 @@ class EmbeddingDetector(nn.Module):
         self.up = nn.Sequential(nn.ConvTranspose2d(_WIDTH, half, 2, 2), C2f(half, half, 1))
         self.same = C2f(_WIDTH, _WIDTH, 1)
         self.down = nn.Sequential(Conv(_WIDTH, _WIDTH, 3, 2), C2f(_WIDTH, _WIDTH, 1))
-        self.detect = Detect(1, ch=(half, _WIDTH, _WIDTH))
+        self.detect = _Head(1, ch=(half, _WIDTH, _WIDTH))
         self.detect.stride = torch.tensor([stride / 2, stride, stride * 2])
         self.detect.bias_init()
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from ultralytics.nn.tasks import DetectionModel
 
 from fiftyone_mobilesamv2.errors import CheckpointError
 from fiftyone_mobilesamv2.modeling.checkpoints.files import PACKAGED_WEIGHTS
@@ -123,3 +124,13 @@ def test_strides_are_those_of_the_embedding(encoder):
         raw, _ = detector(torch.randn(1, config.embed_dim, config.embed_size, config.embed_size))
     centers = raw[0, :2]
     assert 0.9 * config.image_size < centers.max() < 1.1 * config.image_size
+
+
+def test_other_detectors_do_not_change_it(networks, tmp_path):
+    """ultralytics sets which convolutions a head has on its class, when it builds a model."""
+    _, _, _, detector = networks
+    save_file(detector.state_dict(), path := tmp_path / "detector.safetensors")
+    for name in ("yolov8n.yaml", "yolo11n.yaml"):
+        DetectionModel(name, verbose=False)
+        assert EmbeddingDetector(128, 16).state_dict().keys() == detector.state_dict().keys()
+        load_discovery(path, ENCODER, 320)
