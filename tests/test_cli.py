@@ -232,7 +232,8 @@ def test_quickstart(quickstart_dataset, tmp_path, capsys):
     assert len(set(dataset.values("filepath"))) == len(dataset)
     assert all(Path(path).is_file() for path in dataset.values("filepath"))
     counts = [len(sample["segmentations"].detections) for sample in dataset]
-    assert np.count_nonzero(counts) >= len(dataset) - 2  # the model is a small one
+    assert np.count_nonzero(counts[: len(photos)]) >= len(photos) - 2  # in a photo of towers at night it finds nothing
+    assert min(counts[len(photos) :]) > 0
     assert [sample["ground_truth"] is None for sample in dataset] == [True] * len(photos) + [False] * 5
     assert min(len(sample["ground_truth"].detections) for sample in dataset.match_tags("scene")) > 0
     assert all(detection.mask.any() for sample in dataset for detection in sample["segmentations"].detections)

@@ -72,7 +72,7 @@ def test_files_are_small_and_not_pickled():
 
 
 def test_package_works_without_the_weights_for_photos(tmp_path, monkeypatch):
-    """They have a licence of their own, so whoever distributes the package may leave them out."""
+    """Their licence is narrower than the code's, so distributors may leave them out."""
     assert included_model() == PHOTO_MODEL
     for path in PACKAGED_WEIGHTS.glob("demo_*"):
         shutil.copy(path, tmp_path)
